@@ -1,0 +1,72 @@
+"""Progress of long work, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+LINE_EVERY = 10.0  # seconds between lines where stderr is a file
+
+
+class Advance(Protocol):
+    """Reports that `steps` more units are done; `note` replaces the text behind the bar."""
+
+    def __call__(self, steps: int = 1, note: str = "") -> None: ...
+
+
+def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+    """Yield the items of `iterable` and show how many are done."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with bar(description, total) as advance:
+        for item in iterable:
+            yield item
+            advance()
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Advance]:
+    """A progress bar as a context; the value is called once for every unit of work done."""
+    if sys.stderr.isatty():
+        with _terminal_bar(description, total) as advance:
+            yield advance
+    else:
+        yield _lines(description, total)
+
+
+@contextmanager
+def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:  # the core runs with torch, numpy and jaxtyping alone
+        yield _lines(description, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total, note="")
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            progress.update(task, advance=steps, **({"note": note} if note else {}))
+
+        yield advance
+
+
+def _lines(description: str, total: int | None) -> Advance:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(steps: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += steps
+        now = time.monotonic()
+        finished_late = total is not None and done >= total and now - start > LINE_EVERY
+        if now - last >= LINE_EVERY or finished_late:
+            last = now
+            share = f"{done}/{total}" if total is not None else str(done)
+            print(f"{description}: {share} ({now - start:.0f} s) {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return advance

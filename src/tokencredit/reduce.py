@@ -1,0 +1,132 @@
+"""Statistics over groups and batches that do not depend on how the rows are spread over processes.
+
+Everything is a sum, a count, an extremum or a histogram, so that two ranks give what one rank gives: sums are taken in
+float64 and order statistics are found exactly by counting (never by gathering and sorting).
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+RADIX = 1 << 16  # bins of one counting pass; two passes resolve all 32 bits of a float
+
+
+class Reducer(Protocol):
+    """Where sums, counts and extrema over all rows of a batch are taken."""
+
+    def total(self, local: Tensor) -> Tensor:
+        """Sum over processes of a tensor that has the same shape on each."""
+        ...
+
+    def maximum(self, local: Tensor) -> Tensor:
+        """Elementwise maximum over processes."""
+        ...
+
+    def labels(self, group_ids: Int[Tensor, " batch"]) -> Int[Tensor, " label"]:
+        """The sorted distinct group ids of all processes."""
+        ...
+
+
+class LocalReducer:
+    """One process holds all rows."""
+
+    def total(self, local: Tensor) -> Tensor:
+        return local
+
+    def maximum(self, local: Tensor) -> Tensor:
+        return local
+
+    def labels(self, group_ids: Int[Tensor, " batch"]) -> Int[Tensor, " label"]:
+        return group_ids.unique()
+
+
+class ProcessGroupReducer:
+    """Rows are spread over the ranks of a `torch.distributed` process group; every rank makes the same calls.
+
+    Ranks may hold different numbers of rows, none included. Group ids must mean the same group on every rank.
+    """
+
+    def __init__(self, process_group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        self.process_group = process_group
+
+    def total(self, local: Tensor) -> Tensor:
+        summed = local.clone()
+        torch.distributed.all_reduce(summed, torch.distributed.ReduceOp.SUM, group=self.process_group)
+        return summed
+
+    def maximum(self, local: Tensor) -> Tensor:
+        largest = local.clone()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self.process_group)
+        return largest
+
+    def labels(self, group_ids: Int[Tensor, " batch"]) -> Int[Tensor, " label"]:
+        own = group_ids.unique()
+        longest = int(self.maximum(torch.tensor(own.numel(), device=own.device)))
+        count = torch.full((1,), own.numel(), device=own.device)
+        padded = torch.cat((count, own, own.new_zeros(longest - own.numel())))
+        world = torch.distributed.get_world_size(self.process_group)
+        rows = [torch.empty_like(padded) for _ in range(world)]
+        torch.distributed.all_gather(rows, padded, group=self.process_group)
+        return torch.cat([row[1 : 1 + int(row[0])] for row in rows]).unique()
+
+
+LOCAL = LocalReducer()
+
+
+def group_totals(
+    stats: Float[Tensor, "batch stat"], group_ids: Int[Tensor, " batch"], reducer: Reducer = LOCAL
+) -> Float[Tensor, "batch stat"]:
+    """Sum of each column over the rows of a group, on all processes; row i holds the totals of its own group."""
+    labels = reducer.labels(group_ids)
+    index = torch.searchsorted(labels, group_ids)
+    table = stats.new_zeros(labels.numel(), stats.shape[1]).index_add_(0, index, stats)
+    return reducer.total(table)[index]
+
+
+def kth_smallest(
+    values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], rank: int, reducer: Reducer = LOCAL
+) -> float:
+    """The value of 0-based `rank` among the masked float32 values of all processes, exact, in two counting passes."""
+    keys = _sortable(values[mask].float())  # 0 ... 2³² − 1, in the order of the floats
+    high, low = keys // RADIX, keys % RADIX
+    upper, below = _locate(torch.bincount(high, minlength=RADIX), rank, reducer)
+    lower, _ = _locate(torch.bincount(low[high == upper], minlength=RADIX), rank - below, reducer)
+    return _unsortable(upper * RADIX + lower)
+
+
+def quantile(
+    values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], q: float, reducer: Reducer = LOCAL
+) -> float:
+    """Linear-interpolated quantile of the masked values of all processes; NaN when there is none.
+
+    Any number of values: `torch.quantile` refuses more than 2²⁴.
+    """
+    count = int(reducer.total(mask.sum()))
+    if count == 0:
+        return float("nan")
+    at = q * (count - 1)
+    low = kth_smallest(values, mask, int(at), reducer)
+    high = kth_smallest(values, mask, min(int(at) + 1, count - 1), reducer)
+    return low + (high - low) * (at - int(at))
+
+
+def _locate(local_counts: Int[Tensor, " bin"], rank: int, reducer: Reducer) -> tuple[int, int]:
+    """The bin that holds `rank`, and how many values lie in the bins before it."""
+    counts = reducer.total(local_counts)
+    cumulative = counts.cumsum(0)
+    if not 0 <= rank < int(cumulative[-1]):
+        raise IndexError(f"rank {rank} of {int(cumulative[-1])} values")
+    found = int(torch.searchsorted(cumulative, torch.tensor(rank, device=counts.device), right=True))
+    return found, int(cumulative[found] - counts[found])
+
+
+def _sortable(values: Float[Tensor, " token"]) -> Int[Tensor, " token"]:
+    bits = (values + 0.0).view(torch.int32).long()  # + 0.0 turns −0 into 0: they compare equal
+    return torch.where(bits >= 0, bits + (1 << 31), -1 - bits)
+
+
+def _unsortable(key: int) -> float:
+    bits = key - (1 << 31) if key >= 1 << 31 else -1 - key
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
