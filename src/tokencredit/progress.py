@@ -67,6 +67,6 @@ def _lines(description: str, total: int | None) -> Advance:
         if now - last >= LINE_EVERY or finished_late:
             last = now
             share = f"{done}/{total}" if total is not None else str(done)
-            print(f"{description}: {share} ({now - start:.0f} s) {note}".rstrip(), file=sys.stderr, flush=True)
+            print(f"{description}: {share} ({now - start:.0f} s) {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
 
     return advance

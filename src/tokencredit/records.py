@@ -79,7 +79,9 @@ class TokenBatch:
 
     def __post_init__(self) -> None:
         if self.response_ids.ndim != 2:
-            raise TokenCreditError(f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}")
+            raise TokenCreditError(
+                f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}"
+            )
         batch, response = self.response_ids.shape
         expected = dict.fromkeys(("response_mask", "step_ids", *TOKEN_FIELDS), (batch, response))
         expected |= dict.fromkeys(("rewards", "group_ids", "host_advantages"), (batch,))
@@ -120,7 +122,8 @@ class TokenBatch:
         value = getattr(self, name)
         if value is None:
             raise TokenCreditError(
-                f"this pipeline needs `{name}`, which this batch does not carry", hint=f"it comes from: {COLLECTORS[name]}"
+                f"this pipeline needs `{name}`, which this batch does not carry",
+                hint=f"it comes from: {COLLECTORS[name]}",
             )
         return value
 

@@ -1,0 +1,81 @@
+"""Estimators that give every token of a response the same credit, from the outcome alone."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokencredit.masked import chosen
+from tokencredit.records import TokenBatch
+from tokencredit.reduce import group_totals
+
+
+def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "batch response"]:
+    """GRPO: the outcome against its group, in standard deviations.
+
+        A = (r − mean) / (std + eps)
+
+    mean and unbiased std run over the responses of the group; a group of one, or of equal rewards, gives 0. Inside a
+    host the batch carries the host's own advantages (`host_advantages`), and those are handed on untouched, so that the
+    host's reward weights, scaling and epsilon stay in force.
+
+    Paper: GRPO (arXiv:2402.03300). Not stated: eps; ours follows verl (TRL adds 1e-4 and is used as it is inside TRL).
+    """
+    if batch.host_advantages is not None:
+        return _broadcast(batch.host_advantages.double(), batch)
+    centred, count = _centred(batch)
+    squares = group_totals(centred.square()[:, None], batch.group_ids, batch.reducer)[:, 0]
+    std = (squares / (count - 1).clamp_min(1.0)).sqrt()
+    return _broadcast(torch.where(count > 1, centred / (std + eps), 0.0), batch)
+
+
+def group_centered(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """Dr. GRPO: the outcome against the mean of its group.
+
+        A = r − mean
+
+    A group of one gives 0. Equals `group_normalized` up to the factor std of the group.
+
+    Paper: Dr. GRPO (arXiv:2503.20783). Its fixed-length denominator is the host's (`loss_type: dr_grpo` in TRL).
+    """
+    return _broadcast(_centred(batch)[0], batch)
+
+
+def leave_one_out(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """RLOO: the outcome against the mean of the other responses.
+
+        A_i = r_i − mean_{j ≠ i} r_j = G / (G − 1) · (r_i − mean)
+
+    G is the size of the group; a group of one gives 0.
+
+    Paper: RLOO (arXiv:2402.14740).
+    """
+    centred, count = _centred(batch)
+    return _broadcast(centred * count / (count - 1).clamp_min(1.0), batch)
+
+
+def signed_outcome(
+    batch: TokenBatch, *, positive: float = 0.1, negative: float = 1.0, threshold: float = 0.0
+) -> Float[Tensor, "batch response"]:
+    """W-REINFORCE, PSR and NSR: a constant by the sign of the outcome, without a group baseline.
+
+        A = positive   if r > threshold,   −negative   otherwise
+
+    `threshold` = 0 splits 0/1 rewards and ±1 rewards alike. PSR is (1, 0), NSR (0, 1), plain REINFORCE on ±1 (1, 1).
+
+    Paper: The Surprising Effectiveness of Negative Reinforcement (arXiv:2506.01347), λ = positive = 0.1. Deviation: the
+    released code drops the other rows before the token mean for PSR and NSR; here they stay, with credit 0.
+    """
+    return _broadcast(torch.where(batch.rewards > threshold, positive, -negative).double(), batch)
+
+
+def _centred(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Outcome minus the mean of its group, and the size of the group; 0 exactly where all outcomes are equal."""
+    rewards = batch.rewards.detach().double()
+    stats = torch.stack((rewards, torch.ones_like(rewards)), dim=1)
+    total, count = group_totals(stats, batch.group_ids, batch.reducer).unbind(1)
+    deviation = rewards - total / count
+    return torch.where(deviation.abs() > 1e-12 * rewards.abs(), deviation, 0.0), count
+
+
+def _broadcast(per_response: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    return chosen(per_response[:, None].expand(batch.response_mask.shape), batch.response_mask)

@@ -1,0 +1,123 @@
+"""What the table says of a method, and the check of hyperparameters against its signature and its row."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+from torch import Tensor
+
+from tokencredit.errors import TokenCreditError, unknown
+
+Method = Callable[..., Tensor]
+Scope = Literal["token", "response", "group", "batch"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+# Arguments that `assign_credit` supplies; they are no hyperparameters.
+SUPPLIED = frozenset({"advantages", "batch", "generator", "base"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At these hyperparameters the method equals something simpler; the conformance suite holds it to that.
+
+    `equals` is "identity", or a preset or estimator name.
+    """
+
+    hyperparameters: Mapping[str, Any]
+    equals: str = "identity"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSpec:
+    """One row of the table of methods.
+
+    * `requires`: optional batch fields that the method reads; a function of the hyperparameters where they decide.
+    * `scope`: the largest unit whose other tokens change the credit of a token. Methods of scope "group" or "batch"
+      must see whole groups.
+    * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
+    * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
+    """
+
+    fn: Method
+    paper: str
+    requires: frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]] = frozenset()
+    scope: Scope = "token"
+    domains: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[Limit, ...] = ()
+    keeps_sign: bool = False
+    conserves: str | None = None
+
+    def required(self, hyperparameters: Mapping[str, Any]) -> frozenset[str]:
+        """Batch fields read at these hyperparameters."""
+        return self.requires if isinstance(self.requires, frozenset) else self.requires(hyperparameters)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters and their defaults, from the signature: they are declared once."""
+        return {name: parameter.default for name, parameter in _hyperparameters(self.fn).items()}
+
+    @property
+    def draws(self) -> bool:
+        """Whether the method takes a generator."""
+        return "generator" in inspect.signature(self.fn).parameters
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether the method compares with what the estimator gave."""
+        return "base" in inspect.signature(self.fn).parameters
+
+
+def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
+    found = inspect.signature(fn).parameters
+    return {
+        name: parameter
+        for name, parameter in found.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in SUPPLIED
+    }
+
+
+def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All hyperparameters of a step, defaults filled in; errors name the value and what is accepted."""
+    parameters = _hyperparameters(spec.fn)
+    for key, value in given.items():
+        if key not in parameters:
+            raise _no_such_hyperparameter(name, key, parameters)
+        _check_choice(name, key, value, parameters[key].annotation)
+        _check_domain(name, key, value, spec.domains.get(key))
+    resolved = spec.defaults | dict(given)
+    missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise TokenCreditError(f"{name} needs `{missing[0]}`", hint=f"write `{name}: {{{missing[0]}: …}}`")
+    return resolved
+
+
+def _no_such_hyperparameter(name: str, key: str, parameters: Mapping[str, Any]) -> TokenCreditError:
+    accepted = ", ".join(parameters) or "(none)"
+    guess = unknown("", key, parameters).message.partition("did you mean ")[2].partition("?")[0]
+    nearest = f", did you mean {guess}?" if guess else ";"
+    return TokenCreditError(f"{name} has no hyperparameter {key!r}{nearest} accepted: {accepted}")
+
+
+def _check_choice(name: str, key: str, value: object, annotation: object) -> None:
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            raise TokenCreditError(f"`{key}` of {name} must be one of {list(get_args(annotation))}, got {value!r}")
+        return
+    number = annotation in (float, int, float | None, int | None)
+    optional = annotation in (float | None, int | None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not is_number and not (optional and value is None):
+        raise TokenCreditError(f"`{key}` of {name} must be a number, got {value!r}")
+    if annotation is bool and not isinstance(value, bool):
+        raise TokenCreditError(f"`{key}` of {name} must be true or false, got {value!r}")
+
+
+def _check_domain(name: str, key: str, value: Any, domain: str | None) -> None:
+    if domain is None or value is None:
+        return
+    low, high = (float(bound) for bound in domain[1:-1].split(","))
+    above = value > low if domain[0] == "(" else value >= low
+    below = value < high if domain[-1] == ")" else value <= high
+    if not (above and below):
+        raise TokenCreditError(f"`{key}` of {name} must be in {domain}, got {value}")
