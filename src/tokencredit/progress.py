@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 Item = TypeVar("Item")
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is a file
 
 
+@runtime_checkable
 class Advance(Protocol):
     """Reports that `steps` more units are done; `note` replaces the text behind the bar."""
 

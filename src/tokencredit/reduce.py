@@ -4,7 +4,7 @@ Everything is a sum, a count, an extremum or a histogram, so that two ranks give
 float64 and order statistics are found exactly by counting (never by gathering and sorting).
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 RADIX = 1 << 16  # bins of one counting pass; two passes resolve all 32 bits of a float
 
 
+@runtime_checkable
 class Reducer(Protocol):
     """Where sums, counts and extrema over all rows of a batch are taken."""
 
