@@ -1,0 +1,89 @@
+"""How concentrated the credit of a response is: Gini coefficient, effective-token ratio, peak and edges.
+
+Every function takes weights of any sign and positive scale (it reads their magnitude) and returns one number a
+response, NaN where it is not defined, so that each response has one vote in `mean_over_responses`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.masked import chosen, positions, response_lengths, row_quantile
+
+
+class Mean(NamedTuple):
+    """Mean over the responses where a number is defined, how many those are, and how many are left out."""
+
+    value: float
+    responses: int
+    excluded: int
+
+
+def gini(weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, " batch"]:
+    """Gini coefficient of the weights of each response: 0 is uniform, (n−1)/n is one token.
+
+        G = Σᵢ (2i − n − 1) w₍ᵢ₎ / (n Σ w),    w₍₁₎ ≤ … ≤ w₍ₙ₎
+
+    NaN for fewer than two chosen tokens or Σ w = 0.
+
+    Paper: ARCA (arXiv:2606.00257).
+    """
+    w = chosen(weights, mask).abs()
+    n = response_lengths(mask)
+    ordered = torch.where(mask, w, -1.0).sort(dim=1).values.clamp_min(0.0)  # what is not chosen comes first
+    rank = torch.arange(1, mask.shape[1] + 1, device=mask.device) - (mask.shape[1] - n)
+    total = ((2 * rank - n - 1) * ordered).sum(1)
+    mass = w.sum(1)
+    defined = (n[:, 0] >= 2) & (mass > 0)
+    return torch.where(defined, total / torch.where(defined, n[:, 0] * mass, 1.0), torch.nan)
+
+
+def effective_token_ratio(
+    weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
+) -> Float[Tensor, " batch"]:
+    """Effective number of tokens over their number: 1 is uniform, 1/n is one token.
+
+        EffN/T = (Σ w)² / (n Σ w²)
+
+    NaN for an empty response or Σ w = 0.
+
+    Paper: ARCA (arXiv:2606.00257).
+    """
+    w = chosen(weights, mask).abs()
+    w = w / w.amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny) if w.numel() else w
+    square = w.square().sum(1)
+    defined = square > 0
+    n = response_lengths(mask)[:, 0]
+    return torch.where(defined, w.sum(1).square() / torch.where(defined, n * square, 1.0), torch.nan)
+
+
+def peak_over_median(
+    weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
+) -> Float[Tensor, " batch"]:
+    """Largest weight over the median weight of each response; NaN where the median is 0."""
+    w = chosen(weights, mask).abs()
+    middle = row_quantile(w, mask, 0.5)[:, 0]
+    largest = w.amax(1) if w.shape[1] else torch.zeros_like(middle)
+    return torch.where(middle > 0, largest / torch.where(middle > 0, middle, 1.0), torch.nan)
+
+
+def edge_mass(
+    weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], edge: int = 5
+) -> Float[Tensor, "batch 2"]:
+    """Share of the weight on the first and on the last `edge` chosen tokens of each response; NaN where Σ w = 0."""
+    w = chosen(weights, mask).abs()
+    place = positions(mask)
+    first = torch.where(place < edge, w, 0.0).sum(1)
+    last = torch.where(place >= response_lengths(mask) - edge, w, 0.0).sum(1)
+    mass = w.sum(1, keepdim=True)
+    return torch.where(mass > 0, torch.stack((first, last), 1) / torch.where(mass > 0, mass, 1.0), torch.nan)
+
+
+def mean_over_responses(values: Float[Tensor, " batch"]) -> Mean:
+    """Each response with a defined value has one vote; NaN when there is none."""
+    defined = torch.isfinite(values)
+    count = int(defined.sum())
+    total = float(torch.where(defined, values, 0.0).sum())
+    return Mean(total / count if count else float("nan"), count, values.numel() - count)
