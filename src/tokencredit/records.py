@@ -20,7 +20,10 @@ COLLECTORS: Mapping[str, str] = {
     "teacher_logprobs": "a teacher from `collect.teacher` (the `teacher:` section of a config)",
     "entropies": "the host's scoring pass (`CreditGRPOTrainer` does it) or `collect.logprobs`",
     "attention_entropies": "`collect.attention`",
+    "attention_distances": "`collect.attention_maps`: how far back local heads look",
+    "attention_influences": "`collect.attention_maps`: how much later tokens look back at a token",
     "adapter_residuals": "`collect.adapter` (a PEFT LoRA model)",
+    "doubling_ratios": "`collect.adapter.doubling_ratio` (a PEFT LoRA model)",
     "values": "`collect.exact` on enumerable tasks, `collect.monte_carlo` elsewhere",
     "importances": "your own collector: how much each token matters for the final answer",
     "host_advantages": "the host's own advantages; only an adapter sets them",
@@ -34,11 +37,13 @@ TOKEN_FIELDS = (
     "teacher_logprobs",
     "entropies",
     "attention_entropies",
+    "attention_distances",
+    "attention_influences",
     "adapter_residuals",
     "values",
     "importances",
 )
-OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages")
+OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +59,8 @@ class TokenBatch:
       the policy that is being updated.
     * `values`: V of the prefix *before* the token, the probability that the response ends up accepted.
     * `host_advantages`: what the host computed, one number per response; `group_normalized` hands it on.
+    * `doubling_ratios`: the adapter residual at twice the LoRA scaling over the residual, one number per response
+      (those of one probe share it): 2 where the residual is signal, 1 where it is rounding.
     * `step_ids`: which step of a multi-step response a token belongs to; absent means one step a token.
     * `progress`: share of training done, in [0, 1], for schedules.
     """
@@ -69,10 +76,13 @@ class TokenBatch:
     teacher_logprobs: Float[Tensor, "batch response"] | None = None
     entropies: Float[Tensor, "batch response"] | None = None
     attention_entropies: Float[Tensor, "batch response"] | None = None
+    attention_distances: Float[Tensor, "batch response"] | None = None
+    attention_influences: Float[Tensor, "batch response"] | None = None
     adapter_residuals: Float[Tensor, "batch response"] | None = None
     values: Float[Tensor, "batch response"] | None = None
     importances: Float[Tensor, "batch response"] | None = None
     host_advantages: Float[Tensor, " batch"] | None = None
+    doubling_ratios: Float[Tensor, " batch"] | None = None
     step_ids: Int[Tensor, "batch response"] | None = None
     progress: float | None = None
     reducer: Reducer = field(default=LOCAL, repr=False)
@@ -84,7 +94,7 @@ class TokenBatch:
             )
         batch, response = self.response_ids.shape
         expected = dict.fromkeys(("response_mask", "step_ids", *TOKEN_FIELDS), (batch, response))
-        expected |= dict.fromkeys(("rewards", "group_ids", "host_advantages"), (batch,))
+        expected |= dict.fromkeys(("rewards", "group_ids", "host_advantages", "doubling_ratios"), (batch,))
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:

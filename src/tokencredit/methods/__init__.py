@@ -6,6 +6,15 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.methods.adapter import adapter_residual, residual_fields
+from tokencredit.methods.attention import (
+    attention_gate,
+    attention_schedule,
+    attention_tilt,
+    keep_attention,
+    keep_positions,
+    signal_fields,
+)
 from tokencredit.methods.controls import (
     constant_scale,
     match_mass,
@@ -14,14 +23,22 @@ from tokencredit.methods.controls import (
     reverse,
     shuffle_within_response,
 )
+from tokencredit.methods.distillation_table import (
+    DISTILLATION_ESTIMATORS,
+    DISTILLATION_PRESETS,
+    DISTILLATION_TRANSFORMS,
+)
 from tokencredit.methods.entropy import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
+from tokencredit.methods.likelihood import entropy_reduction, policy_divergence, surprisal
 from tokencredit.methods.outcome import group_centered, group_normalized, leave_one_out, signed_outcome
 from tokencredit.methods.quadrants import keep_quadrants
+from tokencredit.methods.rhythm import answer_attention, attention_rhythm
 from tokencredit.methods.rules import a3po, clip_cov, future_ratio, outcome_importance, probability_scaled, steer
 from tokencredit.methods.spec import Limit, MethodSpec
 
 ENTROPIES = frozenset({"entropies"})
 OLD = frozenset({"old_logprobs"})
+WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 
 ESTIMATORS: dict[str, MethodSpec] = {
     "group_normalized": MethodSpec(
@@ -35,6 +52,7 @@ ESTIMATORS: dict[str, MethodSpec] = {
         scope="response",
         domains={"positive": "[0, inf)", "negative": "[0, inf)"},
     ),
+    **DISTILLATION_ESTIMATORS,
 }
 
 TRANSFORMS: dict[str, MethodSpec] = {
@@ -141,6 +159,104 @@ TRANSFORMS: dict[str, MethodSpec] = {
         limits=(Limit({"low": 1.0, "high": 1.0}),),
         keeps_sign=True,
     ),
+    "surprisal": MethodSpec(
+        fn=surprisal,
+        paper="arXiv:2606.00257",
+        requires=OLD,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+        keeps_sign=True,
+    ),
+    "entropy_reduction": MethodSpec(
+        fn=entropy_reduction,
+        paper="arXiv:2606.00257",
+        requires=ENTROPIES,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+        keeps_sign=True,
+    ),
+    "policy_divergence": MethodSpec(
+        fn=policy_divergence,
+        paper="arXiv:2606.00257",
+        requires=OLD | {"ref_logprobs"},
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+        keeps_sign=True,
+    ),
+    "adapter_residual": MethodSpec(
+        fn=adapter_residual,
+        paper="arXiv:2606.00257",
+        requires=residual_fields,
+        scope="response",
+        domains=WEIGHT_DOMAINS | {"gate": "[0, 2]"},
+        limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+        keeps_sign=True,
+    ),
+    "attention_schedule": MethodSpec(
+        fn=attention_schedule,
+        paper="arXiv:2605.07660",
+        requires=signal_fields,
+        scope="response",
+        domains={"beta": "[0, 1)"},
+        limits=(Limit({"beta": 0.0}), Limit({"direction": "uniform"})),
+        keeps_sign=True,
+    ),
+    "attention_tilt": MethodSpec(
+        fn=attention_tilt,
+        paper="arXiv:2605.07660",
+        requires=signal_fields,
+        scope="response",
+        domains={"kappa": "[0, inf)"},
+        limits=(Limit({"kappa": 0.0}), Limit({"direction": "uniform"})),
+        keeps_sign=True,
+    ),
+    "attention_gate": MethodSpec(
+        fn=attention_gate,
+        paper="arXiv:2605.07660",
+        requires=signal_fields,
+        scope="response",
+        domains={"floor": "(0, 1]", "tau": "(0, inf)"},
+        limits=(Limit({"floor": 1.0}),),
+        keeps_sign=True,
+    ),
+    "keep_attention": MethodSpec(
+        fn=keep_attention,
+        paper="arXiv:2605.07660",
+        requires=signal_fields,
+        scope="batch",
+        domains={"keep": "(0, 1]"},
+        limits=(Limit({"keep": 1.0}),),
+        keeps_sign=True,
+    ),
+    "keep_positions": MethodSpec(
+        fn=keep_positions,
+        paper="-",
+        scope="batch",
+        domains={"start": "[0, 1]", "stop": "[0, 1]"},
+        limits=(Limit({"start": 0.0, "stop": 1.0}),),
+        keeps_sign=True,
+    ),
+    "attention_rhythm": MethodSpec(
+        fn=attention_rhythm,
+        paper="arXiv:2510.13554",
+        requires=frozenset({"attention_distances", "attention_influences"}),
+        scope="response",
+        domains={"share": "(0, 1]", "gain": "[1, inf)", "alpha": "[0, 1]", "reach": "[1, inf)"},
+        limits=(Limit({"gain": 1.0}),),
+        keeps_sign=True,
+    ),
+    "answer_attention": MethodSpec(
+        fn=answer_attention,
+        paper="-",
+        requires=frozenset({"importances"}),
+        scope="response",
+        domains={"floor": "(0, 1]"},
+        limits=(Limit({"floor": 1.0}),),
+        keeps_sign=True,
+    ),
     "shuffle_within_response": MethodSpec(
         fn=shuffle_within_response, paper="-", scope="response", domains={"bins": "[1, inf)"}, conserves="multiset"
     ),
@@ -156,6 +272,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     "constant_scale": MethodSpec(fn=constant_scale, paper="-", limits=(Limit({"scale": 1.0}),)),
     "mean_within_response": MethodSpec(fn=mean_within_response, paper="-", scope="response"),
     "match_mass": MethodSpec(fn=match_mass, paper="-", scope="group", keeps_sign=True, conserves="mass"),
+    **DISTILLATION_TRANSFORMS,
 }
 
 PRESETS: dict[str, list[Any]] = {
@@ -181,6 +298,24 @@ PRESETS: dict[str, list[Any]] = {
     "clip_cov": ["group_normalized", "clip_cov"],
     "a3po": ["group_normalized", "a3po"],
     "fipo": ["group_normalized", "future_ratio"],
+    "surprisal": ["group_normalized", "surprisal"],
+    "entropy_reduction": ["group_normalized", "entropy_reduction"],
+    "policy_divergence": ["group_normalized", "policy_divergence"],
+    "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],
+    "arca_released": ["group_normalized", {"adapter_residual": {"sharpening": 2.0}}],
+    "attention": ["group_normalized", {"attention_schedule": {"beta": 0.5, "direction": "low_to_high"}}],
+    "attention_tilt": ["group_normalized", "attention_tilt"],
+    "attention_gate": ["group_normalized", "attention_gate"],
+    "anchors": ["group_normalized", {"keep_attention": {"side": "low", "keep": 0.2}}],
+    "explorers": ["group_normalized", {"keep_attention": {"side": "high", "keep": 0.2}}],
+    "predictive_low": ["group_normalized", {"keep_attention": {"side": "low", "keep": 0.2, "signal": "predictive"}}],
+    "predictive_high": ["group_normalized", {"keep_attention": {"side": "high", "keep": 0.2, "signal": "predictive"}}],
+    "random_tokens": ["group_normalized", {"random_mask": {"keep": 0.2}}],
+    "front_half": ["group_normalized", {"keep_positions": {"start": 0.0, "stop": 0.5}}],
+    "back_half": ["group_normalized", {"keep_positions": {"start": 0.5, "stop": 1.0}}],
+    "attention_illuminates": ["group_normalized", "attention_rhythm"],
+    "atpo": ["group_normalized", "answer_attention"],
+    **DISTILLATION_PRESETS,
 }
 
 

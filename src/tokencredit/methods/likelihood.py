@@ -1,0 +1,128 @@
+"""Transforms that move credit by how likely the policy found a token: surprisal, entropy reduction, policy divergence.
+
+Each is a score per token turned into weights of mean one within the response; `adapter_residual` uses the same weights.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.masked import chosen, compact, response_lengths, spread
+from tokencredit.records import TokenBatch
+
+EPS = 1e-8  # below this greatest score a response has no signal
+
+
+def surprisal(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
+    """Credit in proportion to how surprising a token was.
+
+        Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = −log π(y_t | s_t)
+
+    n counts the chosen tokens, p = `sharpening`; π is the policy that sampled. `mix`, `floor` and `cap`: see
+    `score_weights`. p = 0 or mix = 0 is the identity.
+
+    Paper: ARCA (arXiv:2606.00257), a baseline of its table 1, which was run at p = 2.
+    """
+    mask = batch.response_mask
+    scores = -chosen(batch.require("old_logprobs"), mask)
+    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+    return chosen(advantages, mask) * weights
+
+
+def entropy_reduction(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
+    """Credit in proportion to how much uncertainty a token took away.
+
+        Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = max(0, H_t − H_{t+1})
+
+    H_t is the entropy of the policy before y_t; t + 1 is the next *chosen* token, and the last one has α = 0.
+    sharpening = 0 or mix = 0 is the identity.
+
+    Paper: ARCA (arXiv:2606.00257). Deviation: its release zeroes the last column of the padded batch, so shorter
+    responses end with the entropy of padding; ours ends each response where it ends, EOS counted.
+    """
+    mask = batch.response_mask
+    scores = entropy_drops(batch.require("entropies"), mask)
+    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+    return chosen(advantages, mask) * weights
+
+
+def policy_divergence(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
+    """Credit in proportion to how far the policy has moved from the reference at a token.
+
+        Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = |log π(y_t | s_t) − log π_ref(y_t | s_t)|
+
+    The log-ratio of the sampled token, not a KL over the vocabulary. Before the first update all α are 0 and the
+    weights one. sharpening = 0 or mix = 0 is the identity.
+
+    Paper: ARCA (arXiv:2606.00257); its reference is the model with the adapter off.
+    """
+    mask = batch.response_mask
+    scores = (chosen(batch.require("old_logprobs"), mask) - chosen(batch.require("ref_logprobs"), mask)).abs()
+    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+    return chosen(advantages, mask) * weights
+
+
+def entropy_drops(
+    entropies: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
+) -> Float[Tensor, "batch response"]:
+    """max(0, H_t − H_{t+1}) between neighbouring chosen tokens; 0 on the last one and outside the mask."""
+    packed = compact(chosen(entropies, mask), mask)
+    following = torch.cat((packed[:, 1:], torch.zeros_like(packed[:, :1])), dim=1)
+    last = torch.arange(mask.shape[1], device=mask.device) >= response_lengths(mask) - 1
+    return spread(torch.where(last, 0.0, (packed - following).clamp_min(0.0)), mask)
+
+
+def score_weights(
+    scores: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
+    """Weights of mean one within each response, from scores α ≥ 0.
+
+        w_t = n (α_t / max α)^p / Σ_k (α_k / max α)^p          all one where max α ≤ 1e-8
+        w̃_t = clip(1 − m + m w_t, floor, cap), then divided by its mean
+
+    m = `mix`. Bounds hold before the last division. Scaling all α changes nothing; p = 0 or m = 0 gives exactly one.
+
+    Deviation from ARCA's release, (α + 1e-8)^p / Σ: dividing by the greatest score first keeps p = 2 clear of the
+    fallback (a sum of *squares* against 1e-8) and of underflow; the weights differ by less than n · 1e-8 / max α.
+    """
+    scores = chosen(scores, mask)
+    length = response_lengths(mask)
+    largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.sum(1, keepdim=True)
+    signal = largest > EPS
+    powers = torch.where(mask, (scores / torch.where(signal, largest, 1.0)).pow(sharpening), 0.0)
+    weights = torch.where(signal & mask, length * powers / powers.sum(1, keepdim=True).clamp_min(1.0), 1.0)
+    weights = 1.0 + mix * (weights - 1.0)
+    if floor > 0.0 or cap is not None:
+        weights = torch.where(mask, weights.clamp(floor, cap), 0.0)
+        weights = weights * length / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return torch.where(mask, weights, 0.0)
