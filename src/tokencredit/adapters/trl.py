@@ -1,0 +1,267 @@
+"""TRL: `CreditGRPOTrainer` is `GRPOTrainer` with one tensor changed, the advantages.
+
+Two seams. *Rollout*: after `_generate_and_score_completions`, before TRL shuffles the rows, so groups are whole and
+credit stays fixed over inner updates. *Update*: inside `_compute_loss`, from the log-probs and entropies of the forward
+that the loss runs anyway, so it costs no forward. With an identity pipeline the host's tensor is handed on untouched.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from tokencredit import seeds
+from tokencredit.adapters import trl_checks
+from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
+from tokencredit.credit import Pipeline, assign_credit
+from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.errors import TokenCreditError
+from tokencredit.records import TokenBatch
+from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
+from tokencredit.store import RecordStore
+
+Collector = Callable[[Rollout], Tensor]
+
+# Fields that TRL's own passes supply, with no collector.
+HOST_FIELDS = frozenset(
+    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages"}
+)
+
+
+class CreditGRPOTrainer(GRPOTrainer):
+    """TRL's GRPO trainer under a credit pipeline.
+
+    Takes everything that `GRPOTrainer` takes, and:
+
+    * `credit`: a preset (`"hapo"`), an expression, a list of steps, or a `Pipeline`.
+    * `timing`: "update" measures entropies and log-probs in the forward of the loss (no extra cost; needs
+      `steps_per_generation == 1` for methods that look at whole groups), "rollout" measures them once for each rollout
+      batch and keeps them over inner updates (one no-grad forward, unless TRL computes old log-probs anyway), "auto"
+      takes "update" where it is exact and "rollout" elsewhere.
+    * `records`: a folder; every `record_every` steps a `CreditRecord` is stored there; training is identical.
+    * `collectors`: functions `Rollout -> [batch, response]` by the `TokenBatch` field they fill.
+
+    Raises `TokenCreditError` before training where a setting would erase or distort token credit.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        credit: Any = "grpo",
+        timing: str = "auto",
+        records: str | Path | None = None,
+        record_every: int = 1,
+        collectors: Mapping[str, Collector] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.pipeline = Pipeline.parse(credit)
+        self.collectors = dict(collectors or {})
+        trl_checks.check_versions()
+        config = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
+        self.timing = trl_checks.resolve_timing(timing, self.pipeline, config)
+        trl_checks.check_fields(self.pipeline, self.timing, HOST_FIELDS | self.collectors.keys(), config)
+        trl_checks.check_config(self.pipeline, config)
+        self._guard_reward_functions(args, kwargs)
+        self._rewards: Tensor | None = None
+        self._scored: dict[str, Tensor] | None = None  # filled while TRL scores a rollout batch
+        self._loss_inputs: dict[str, Any] | None = None  # set while TRL computes a loss
+        self._pieces: list[dict[str, Any]] = []
+        self._record_every = record_every
+        super().__init__(*args, **kwargs)
+        self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
+        self._recording = records is not None
+
+    @staticmethod
+    def _guard_reward_functions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "reward_funcs" in kwargs:
+            kwargs["reward_funcs"] = trl_checks.guard_rewards(kwargs["reward_funcs"])
+
+    # -- rollout -------------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._scored = {}
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            scored = self._scored
+        finally:
+            self._scored = None
+        if self.pipeline.is_identity and not self._recording:
+            return output
+        output.update(self._row_keys(output))
+        self._collect(output, inputs)
+        if self.timing == "rollout" and not self.pipeline.is_identity:
+            output |= {
+                f"{RowKeys.FIELD}{name}": value for name, value in self._measure_old_policy(output, scored).items()
+            }
+            batch = self._token_batch(output, {})
+            output["advantages"] = self._assign(batch)
+        return output
+
+    def _row_keys(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What the shuffle must carry along: one value a row, so groups can be told apart afterwards."""
+        assert self._rewards is not None
+        rows = len(output["advantages"])
+        first = self.accelerator.process_index * rows
+        number = torch.arange(first, first + rows, device=output["advantages"].device)
+        weighted = self._rewards * self.reward_weights.to(self._rewards.device)
+        unscored = torch.isnan(self._rewards).all(1)
+        rewards = torch.where(unscored, torch.nan, weighted.nansum(1)).view(-1, self.num_generations)
+        # An unscored response takes the mean of its group: then it moves neither the baseline nor the policy.
+        filled = torch.where(torch.isnan(rewards), rewards.nanmean(1, keepdim=True).nan_to_num(0.0), rewards).view(-1)
+        return {
+            RowKeys.ROW: number,
+            RowKeys.GROUP: number // self.num_generations,
+            RowKeys.REWARD: filled[first : first + rows].float(),
+            RowKeys.HOST: output["advantages"],
+        }
+
+    def _collect(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
+        for name in sorted(self.pipeline.requires & self.collectors.keys()):
+            rollout = Rollout(
+                model=self.model,
+                tokenizer=self.processing_class,
+                prompt_ids=output["prompt_ids"],
+                prompt_mask=output["prompt_mask"].bool(),
+                response_ids=output["completion_ids"],
+                response_mask=output["completion_mask"].bool(),
+                columns=inputs,
+                temperature=self.temperature,
+            )
+            with torch.no_grad():
+                output[f"{RowKeys.FIELD}{name}"] = self.collectors[name](rollout)
+
+    def _measure_old_policy(self, output: dict[str, Any], scored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-probs and entropies of the policy that sampled: from TRL's own pass, or from one more without gradient."""
+        wanted = self.pipeline.requires & {"entropies", "old_logprobs"}
+        if not wanted:
+            return {}
+        if not scored:
+            ids = torch.cat((output["prompt_ids"], output["completion_ids"]), dim=1)
+            mask = torch.cat((output["prompt_mask"], output["completion_mask"]), dim=1)
+            was_training = self.model.training
+            self.model.eval()  # no dropout: the pass draws no random numbers
+            try:
+                with torch.no_grad():
+                    result = self._get_per_token_logps_and_entropies(
+                        self.model,
+                        ids,
+                        mask,
+                        output["completion_ids"].size(1),
+                        batch_size=self.args.per_device_train_batch_size,
+                        compute_entropy=True,
+                    )
+            finally:
+                self.model.train(was_training)
+            scored = self._as_scored(result)
+        return {name: scored[name] for name in wanted}
+
+    @staticmethod
+    def _as_scored(result: tuple[Any, ...]) -> dict[str, Tensor]:
+        if result[1] is None:
+            raise TokenCreditError(
+                "the log-prob method of this trainer returns no entropies",
+                hint="something replaced `_get_per_token_logps_and_entropies` (Unsloth does); train without it",
+            )
+        return {"old_logprobs": result[0].detach(), "entropies": result[1].detach()}
+
+    # -- update --------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        # While TRL scores a rollout batch, only its first call is the sampling policy; a later one is the reference.
+        scoring = self._scored is not None and not self._scored and self._scores_old_policy()
+        if scoring:
+            kwargs["compute_entropy"] = True
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if scoring:
+            self._scored = self._as_scored(result)
+        elif self._loss_inputs is not None:
+            self._at_update(self._loss_inputs, result)
+        return result
+
+    def _scores_old_policy(self) -> bool:
+        """TRL's own condition for computing old log-probs of a rollout batch."""
+        every = self.args.steps_per_generation * self.num_iterations
+        correction = self.use_vllm and self.vllm_importance_sampling_correction
+        return bool(self.args.gradient_accumulation_steps % every != 0 or correction)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if RowKeys.ROW not in inputs:
+            return super()._compute_loss(model, inputs)
+        self._loss_inputs = dict(inputs)  # a copy: the buffered dict is used again by later inner updates
+        try:
+            return super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+
+    def _at_update(self, inputs: dict[str, Any], result: tuple[Any, ...]) -> None:
+        """Assign credit from the forward of the loss, and keep a record of what is trained."""
+        measured = self._as_scored(result)
+        measured["current_logprobs"] = measured["old_logprobs"]
+        old = inputs.get("old_per_token_logps")
+        if old is not None:
+            measured["old_logprobs"] = old
+        if self.timing == "rollout":  # what credit was assigned from stays what the record shows
+            measured = {name: value for name, value in measured.items() if f"{RowKeys.FIELD}{name}" not in inputs}
+        batch = self._token_batch(inputs, measured)
+        if self.timing == "update" and not self.pipeline.is_identity:
+            inputs["advantages"] = self._assign(batch)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.steps_per_generation:
+            self._tap(batch, inputs)
+
+    def _token_batch(self, inputs: dict[str, Any], measured: dict[str, Tensor]) -> TokenBatch:
+        steps = max(1, self.state.max_steps)
+        return to_token_batch(
+            inputs, measured, progress=min(1.0, self.state.global_step / steps), reducer=self._reducer()
+        )
+
+    def _reducer(self) -> Reducer:
+        return LOCAL if self.accelerator.num_processes == 1 else ProcessGroupReducer()
+
+    def _assign(self, batch: TokenBatch) -> Tensor:
+        # The same stream on every rank and in every inner update of a rollout batch.
+        every = self.args.steps_per_generation * self.num_iterations
+        generator = seeds.generator("credit", int(self.args.seed), self._step // every) if self.pipeline.draws else None
+        return assign_credit(self.pipeline, batch, generator=generator)
+
+    # -- side tap ------------------------------------------------------------------------------------------------------
+
+    def _tap(self, batch: TokenBatch, inputs: dict[str, Any]) -> None:
+        """Log and store what the first update of a rollout batch is trained on."""
+        advantages = inputs["advantages"].detach()
+        if advantages.ndim == 1:
+            advantages = torch.where(batch.response_mask, advantages[:, None].expand(batch.response_mask.shape), 0.0)
+        self._log_credit(batch, advantages)
+        if self._recording and self.state.global_step % self._record_every == 0:
+            self._record(batch, advantages, inputs)
+
+    def _log_credit(self, batch: TokenBatch, advantages: Tensor) -> None:
+        for name, value in credit_metrics(batch, advantages, batch.host_advantages).items():
+            self._metrics["train"][name].append(value)
+
+    def _record(self, batch: TokenBatch, advantages: Tensor, inputs: dict[str, Any]) -> None:
+        """Keep this micro-batch; store the whole rollout batch of all ranks once it is complete."""
+        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        config = self.pipeline.to_config()
+        self._pieces.append(make_piece(self.state.global_step, config, batch, advantages, inputs, prompts))
+        if len(self._pieces) < self.args.steps_per_generation:
+            return
+        pieces, self._pieces = self._pieces, []
+        gathered = self._gather_pieces(pieces)
+        if self.store is not None:
+            self.store.append(merge_pieces(gathered, self.processing_class))
+
+    def _gather_pieces(self, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.accelerator.num_processes == 1:
+            return pieces
+        return list(gather_object(pieces))
