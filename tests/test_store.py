@@ -26,6 +26,7 @@ def make_record(
         rewards=torch.rand(rows, generator=generator, dtype=torch.float64),
         group_ids=torch.arange(rows) // 2,
         old_logprobs=-values.bfloat16(),
+        ref_logprobs=values,  # one storage, two names
         entropies=values if entropies else None,
         host_advantages=torch.ones(1).expand(rows),  # shares memory with itself
         progress=0.1 * step,

@@ -1,0 +1,71 @@
+"""Whether two methods rank the tokens of the same batch alike."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.diagnostics.concentration import Mean, mean_over_responses
+from tokencredit.masked import chosen, response_lengths
+
+
+def spearman(
+    first: Float[Tensor, "batch response"],
+    second: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+) -> Float[Tensor, " batch"]:
+    """Spearman rank correlation of two quantities over the chosen tokens of each response.
+
+        ρ = Pearson(rank first, rank second),   equal values share their mean rank
+
+    NaN where a response has fewer than two tokens or either quantity is constant on it: uniform credit ranks nothing.
+    """
+    n = response_lengths(mask).clamp_min(1)
+    x, y = average_ranks(first, mask), average_ranks(second, mask)
+    x, y = (torch.where(mask, r - (n + 1) / 2, 0.0) for r in (x, y))  # ranks 1 … n have the mean (n+1)/2
+    scale = (x.square().sum(1) * y.square().sum(1)).sqrt()
+    return torch.where(scale > 0, (x * y).sum(1) / torch.where(scale > 0, scale, 1.0), torch.nan)
+
+
+def average_ranks(
+    x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
+) -> Float[Tensor, "batch response"]:
+    """Rank 1 … n of each chosen token within its response, ties share their mean; 0 outside the mask."""
+    ordered = torch.where(mask, x.detach().double(), torch.inf).sort(dim=1).values
+    values = chosen(x, mask)
+    below = torch.searchsorted(ordered, values)
+    # An infinite value ties with the padding behind it: never count further than the response.
+    through = torch.searchsorted(ordered, values, right=True).minimum(response_lengths(mask))
+    return torch.where(mask, (below + through + 1).double() / 2, 0.0)
+
+
+def agreement(
+    first: Float[Tensor, "batch response"],
+    second: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    *,
+    scope: Literal["response", "batch"] = "response",
+) -> Mean:
+    """How alike two methods rank tokens, from −1 to 1: by Spearman within each response, or over the whole batch.
+
+    Within responses the sign of the outcome plays no part; over the batch it plays most of it, since both methods give
+    accepted responses positive credit. Responses where either method is constant are left out and counted.
+    """
+    if scope == "response":
+        return mean_over_responses(spearman(first, second, mask))
+    rows = torch.ones((1, int(mask.sum())), dtype=torch.bool, device=mask.device)
+    return mean_over_responses(spearman(first[mask][None], second[mask][None], rows))
+
+
+def agreement_table(
+    credits: Mapping[str, Float[Tensor, "batch response"]],
+    mask: Bool[Tensor, "batch response"],
+    *,
+    scope: Literal["response", "batch"] = "response",
+) -> dict[tuple[str, str], Mean]:
+    """`agreement` of every pair of methods on one batch, each pair once."""
+    names = list(credits)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    return {(a, b): agreement(credits[a], credits[b], mask, scope=scope) for a, b in pairs}

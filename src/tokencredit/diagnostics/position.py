@@ -1,0 +1,34 @@
+"""Where in a response a quantity sits: its mean by relative position."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.masked import chosen, positions, response_lengths
+
+
+class PositionProfile(NamedTuple):
+    """Mean of a quantity in each of `bins` equal stretches of a response (NaN where empty), and the tokens there."""
+
+    mean: Float[Tensor, " bin"]
+    tokens: Float[Tensor, " bin"]
+
+
+def position_profile(
+    values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int = 10
+) -> PositionProfile:
+    """Mean of `values` over the chosen tokens of each relative position, all responses pooled.
+
+        bin of token t = ⌊bins · t / n⌋,   t = 0 … n−1 counted over the n chosen tokens of its response
+
+    A response shorter than `bins` leaves some bins empty; each token has one vote, so long responses weigh more. Give
+    `advantages.abs()` to see where credit goes.
+    """
+    place = positions(mask) * bins // response_lengths(mask).clamp_min(1)
+    index = place[mask]
+    x = chosen(values, mask)[mask]
+    totals = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, index, x)
+    tokens = torch.zeros_like(totals).index_add_(0, index, torch.ones_like(x))
+    return PositionProfile(torch.where(tokens > 0, totals / tokens.clamp_min(1.0), torch.nan), tokens)

@@ -1,0 +1,77 @@
+"""Bootstrap intervals: against enumeration, against the normal limit, and paired."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tokencredit.diagnostics.bootstrap import interval, paired_bootstrap
+from tokencredit.errors import TokenCreditError
+
+
+def test_matches_the_enumerated_distribution() -> None:
+    values = [0.0, 1.0, 5.0]
+    means = sorted(np.mean(draw) for draw in itertools.product(values, repeat=3))  # all 27 resamples
+    found = interval(values, level=0.8, resamples=40_000)
+    assert found.mean == 2.0
+    # 27 atoms: the 10 % and 90 % points lie at the 3rd and the 25th
+    assert found.low == pytest.approx(means[2]) and found.high == pytest.approx(means[24])
+
+
+def test_normal_limit() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    found = interval(values)
+    half = 1.96 * values.std() / 20
+    assert found.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def test_seeds_and_problems_are_both_resampled() -> None:
+    seeds, problems = np.array([-1.0, 0.0, 1.0])[:, None], np.linspace(-1, 1, 50)[None]
+    by_seed = interval(seeds + 0 * problems)
+    by_problem = interval(0 * seeds + problems)
+    assert by_seed.low == pytest.approx(-1.0)  # one draw of 27 takes the seed of −1 three times: .037 > .025
+    half = 1.96 * problems.std() / math.sqrt(50)
+    assert by_problem.high == pytest.approx(half, abs=0.2 * half)
+    both = interval(seeds + problems)
+    assert both.high - both.low > max(by_seed.high - by_seed.low, by_problem.high - by_problem.low)
+
+
+def test_same_seed_same_interval_other_seed_another() -> None:
+    values = np.random.default_rng(1).random((3, 20))
+    assert interval(values, seed=3) == interval(values, seed=3)
+    assert interval(values, seed=3) != interval(values, seed=4)
+
+
+def test_pairing_removes_what_both_share() -> None:
+    rng = np.random.default_rng(0)
+    hardness = rng.normal(size=(1, 60)) * 10
+    first = hardness + rng.normal(size=(3, 60))
+    second = first + 1.0 + 0.1 * rng.normal(size=(3, 60))
+    found = paired_bootstrap(first, second)
+    assert found.mean == pytest.approx(1.0, abs=0.05)
+    assert found.excludes_zero and found.high - found.low < 0.1
+    assert not paired_bootstrap(first, first).excludes_zero
+    assert paired_bootstrap(second, first).high < 0
+
+
+def test_one_unit_has_no_interval() -> None:
+    found = interval([0.25])
+    assert found.mean == 0.25 and math.isnan(found.low) and math.isnan(found.high) and not found.excludes_zero
+    assert math.isnan(interval([]).mean)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: paired_bootstrap([1.0, 2.0], [1.0]), r"one shape, got \[1, 2\] and \[1, 1\]"),
+        (lambda: interval([1.0, math.nan]), "must be finite, got nan"),
+        (lambda: interval([[1.0], [1.0, 2.0]]), "as many problems for every seed"),
+        (lambda: interval(np.zeros((1, 1, 1))), "got shape"),
+        (lambda: interval([1.0], level=1.5), r"`level` must be in \(0, 1\), got 1.5"),
+    ],
+)
+def test_bad_input_is_named(call, message: str) -> None:
+    with pytest.raises(TokenCreditError, match=message):
+        call()
