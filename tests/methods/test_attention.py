@@ -100,10 +100,10 @@ def test_named_directions() -> None:
     assert torch.equal(attention_schedule(ones(start), start, direction="low_to_uniform"), anchors)
 
 
-def test_a_schedule_needs_progress() -> None:
+def test_without_progress_training_has_just_begun() -> None:
     batch = batch_of([ENTROPIES])
-    with pytest.raises(TokenCreditError, match="progress"):
-        attention_schedule(ones(batch), batch)
+    start = replace(batch, progress=0.0)
+    assert torch.equal(attention_schedule(ones(batch), batch), attention_schedule(ones(start), start))
 
 
 def test_monotone_maps_of_the_signal_change_nothing() -> None:

@@ -13,6 +13,7 @@ from tokencredit.methods.attention import (
     attention_tilt,
     keep_attention,
     keep_positions,
+    selection_scope,
     signal_fields,
 )
 from tokencredit.methods.controls import (
@@ -29,6 +30,7 @@ from tokencredit.methods.distillation_table import (
     DISTILLATION_TRANSFORMS,
 )
 from tokencredit.methods.entropy import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
+from tokencredit.methods.exact import exact_advantage
 from tokencredit.methods.likelihood import entropy_reduction, policy_divergence, surprisal
 from tokencredit.methods.outcome import group_centered, group_normalized, leave_one_out, signed_outcome
 from tokencredit.methods.quadrants import keep_quadrants
@@ -52,6 +54,7 @@ ESTIMATORS: dict[str, MethodSpec] = {
         scope="response",
         domains={"positive": "[0, inf)", "negative": "[0, inf)"},
     ),
+    "exact_advantage": MethodSpec(fn=exact_advantage, paper="-", requires=frozenset({"values"}), scope="response"),
     **DISTILLATION_ESTIMATORS,
 }
 
@@ -226,7 +229,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
         fn=keep_attention,
         paper="arXiv:2605.07660",
         requires=signal_fields,
-        scope="batch",
+        scope=selection_scope,
         domains={"keep": "(0, 1]"},
         limits=(Limit({"keep": 1.0}),),
         keeps_sign=True,
@@ -234,7 +237,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     "keep_positions": MethodSpec(
         fn=keep_positions,
         paper="-",
-        scope="batch",
+        scope=selection_scope,
         domains={"start": "[0, 1]", "stop": "[0, 1]"},
         limits=(Limit({"start": 0.0, "stop": 1.0}),),
         keeps_sign=True,
@@ -315,6 +318,7 @@ PRESETS: dict[str, list[Any]] = {
     "back_half": ["group_normalized", {"keep_positions": {"start": 0.5, "stop": 1.0}}],
     "attention_illuminates": ["group_normalized", "attention_rhythm"],
     "atpo": ["group_normalized", "answer_attention"],
+    "exact": ["exact_advantage"],
     **DISTILLATION_PRESETS,
 }
 

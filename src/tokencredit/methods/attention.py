@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.errors import TokenCreditError
 from tokencredit.masked import chosen, positions, response_lengths, unit_moments
 from tokencredit.methods.controls import token_uniforms
+from tokencredit.methods.spec import Scope
 from tokencredit.records import TokenBatch
 
 Direction = Literal["low_to_high", "high_to_low", "anchors", "explorers", "low_to_uniform", "uniform"]
@@ -25,6 +25,11 @@ SIGNAL_FIELDS: Mapping[str, str] = {"attention": "attention_entropies", "predict
 def signal_fields(hyperparameters: Mapping[str, Any]) -> frozenset[str]:
     """What a transform with a `signal` option reads."""
     return frozenset({SIGNAL_FIELDS[hyperparameters["signal"]]})
+
+
+def selection_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """Counting the selected tokens takes the whole batch, choosing them only the response."""
+    return "batch" if hyperparameters["normalize"] == "selected" else "response"
 
 
 def attention_schedule(
@@ -153,17 +158,12 @@ def keep_positions(
 
 
 def schedule_strength(direction: Direction, batch: TokenBatch) -> float:
-    """λ in [−1, 1]: −1 favours anchors, +1 explorers."""
+    """λ in [−1, 1]: −1 favours anchors, +1 explorers. Without `progress` training has just begun."""
     constant = {"anchors": -1.0, "explorers": 1.0, "uniform": 0.0}
     if direction in constant:
         return constant[direction]
-    if batch.progress is None:
-        raise TokenCreditError(
-            f"the direction {direction!r} needs `progress`, which this batch does not carry",
-            hint="set `progress` to the share of training done, or take a direction without a schedule: "
-            "anchors, explorers, uniform",
-        )
-    rising = 2.0 * batch.progress - 1.0
+    progress = 0.0 if batch.progress is None else batch.progress
+    rising = 2.0 * progress - 1.0
     return {"low_to_high": rising, "high_to_low": -rising, "low_to_uniform": min(0.0, rising)}[direction]
 
 
