@@ -1,0 +1,32 @@
+"""The exact success probability of a model on an enumerable task."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokencredit.lab.supervised import collate
+from tokencredit.lab.tasks import Problem, Task
+
+ROWS = 256  # responses per forward pass
+
+
+@torch.no_grad()
+def success_probability(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, problems: list[Problem]
+) -> Float[Tensor, " problems"]:
+    """What sampling at temperature 1 would earn, without sampling.
+
+    V(x) = Σ_c π(c · EOS | x)   over the accepted responses c of problem x
+    """
+    rows = [(index, problem, text) for index, problem in enumerate(problems) for text in task.accepted(problem)]
+    values = torch.zeros(len(problems), dtype=torch.float64)
+    model.eval()
+    for start in range(0, len(rows), ROWS):
+        indices, asked, texts = zip(*rows[start : start + ROWS], strict=True)
+        input_ids, response_mask = collate(tokenizer, list(asked), list(texts))
+        logprobs = model(input_ids=input_ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        chosen = logprobs.gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # [rows, length - 1]
+        totals = torch.where(response_mask[:, 1:], chosen, 0.0).double().sum(1)
+        values.index_add_(0, torch.tensor(indices), totals.exp())
+    return values
