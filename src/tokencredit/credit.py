@@ -39,6 +39,11 @@ class Step:
         """Batch fields that this step reads."""
         return frozenset() if self.is_identity else self.spec.required(self.hyperparameters)
 
+    @property
+    def scope(self) -> Scope:
+        """The largest unit whose other tokens change the credit of a token."""
+        return self.spec.scope_at(self.hyperparameters)
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:
@@ -111,7 +116,7 @@ class Pipeline:
     @property
     def scope(self) -> Scope:
         """The largest unit whose tokens act on each other: "token", "response", "group" or "batch"."""
-        found = [step.spec.scope for chain in self.chains for step in chain.active if not _is_host_estimator(step)]
+        found = [step.scope for chain in self.chains for step in chain.active if not _is_host_estimator(step)]
         return max(found, key=SCOPES.index, default="token")
 
     @property

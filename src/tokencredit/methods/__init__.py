@@ -29,11 +29,19 @@ from tokencredit.methods.distillation_table import (
     DISTILLATION_PRESETS,
     DISTILLATION_TRANSFORMS,
 )
-from tokencredit.methods.entropy import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
+from tokencredit.methods.entropy import (
+    capacity_scope,
+    empg,
+    entropy_bonus,
+    entropy_capacity,
+    gtpo,
+    reward_capacity,
+    top_entropy,
+)
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.methods.likelihood import entropy_reduction, policy_divergence, surprisal
 from tokencredit.methods.outcome import group_centered, group_normalized, leave_one_out, signed_outcome
-from tokencredit.methods.quadrants import keep_quadrants
+from tokencredit.methods.quadrants import keep_quadrants, quadrant_scope
 from tokencredit.methods.rhythm import answer_attention, attention_rhythm
 from tokencredit.methods.rules import a3po, clip_cov, future_ratio, outcome_importance, probability_scaled, steer
 from tokencredit.methods.spec import Limit, MethodSpec
@@ -63,7 +71,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
         fn=entropy_capacity,
         paper="arXiv:2604.11056",
         requires=ENTROPIES,
-        scope="group",
+        scope=capacity_scope,
         domains={"phi": "(0, inf)"},
         limits=(Limit({"alpha": 0.0, "alpha_negative": None}),),
         keeps_sign=True,
@@ -77,7 +85,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
         keeps_sign=True,
     ),
     "keep_quadrants": MethodSpec(
-        fn=keep_quadrants, paper="arXiv:2604.11056", requires=ENTROPIES, scope="group", keeps_sign=True
+        fn=keep_quadrants, paper="arXiv:2604.11056", requires=ENTROPIES, scope=quadrant_scope, keeps_sign=True
     ),
     "top_entropy": MethodSpec(
         fn=top_entropy,

@@ -4,13 +4,15 @@ Entropies are nats and detached: never an objective.
 """
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread, unit_moments, unit_sums
+from tokencredit.methods.spec import SCOPES, Scope
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import group_totals, kth_smallest, quantile
 
@@ -42,8 +44,8 @@ def entropy_capacity(  # noqa: PLR0913 - the named options of one published form
     * `scale="free"`: clip at ±1/φ and multiply by |Â|, for advantages that are not group-normalised.
     * `renorm`: rescale so that Σ|Â| of each response, group, or sign within a group stays what it was.
 
-    Paper: arXiv:2604.11056 v1, Eq. 6-7, there EAPO. Version 2 names its method HAPO with equations
-    unknown to us, so this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
+    Paper: arXiv:2604.11056 v1, Eq. 6-7, there EAPO. Version 2 names its method HAPO with equations unknown to us, so
+    this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
     """
     mask = batch.response_mask
     a = chosen(advantages, mask)
@@ -54,6 +56,12 @@ def entropy_capacity(  # noqa: PLR0913 - the named options of one published form
     score = z.clamp(-bound, bound) * (1.0 if scale == "advantage" else a.abs())
     credit = chosen(a + strength * (a.sign() if signed else 1.0) * score, mask)
     return credit if renorm == "none" else rescale_mass(credit, a, batch, renorm)
+
+
+def capacity_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """The scope of `entropy_capacity`: the unit of its moments, or of `renorm` where that is larger."""
+    renorm = {"none": "token", "polarity": "group"}.get(hyperparameters["renorm"], hyperparameters["renorm"])
+    return max(hyperparameters["stats"], renorm, key=SCOPES.index)
 
 
 def rescale_mass(
@@ -120,7 +128,8 @@ def top_entropy(
     if count == 0:
         return chosen(advantages, mask)
     if select == "count":
-        threshold = kth_smallest(entropies, mask, count - math.ceil(round(keep * count, 9)), batch.reducer)
+        kept = max(1, math.ceil(round(keep * count, 9)))
+        threshold = kth_smallest(entropies, mask, count - kept, batch.reducer)
     else:
         threshold = quantile(entropies, mask, 1.0 - keep, batch.reducer)
     high = mask & (entropies.float() >= threshold)

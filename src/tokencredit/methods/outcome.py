@@ -25,7 +25,7 @@ def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "
     centred, count = _centred(batch)
     squares = group_totals(centred.square()[:, None], batch.group_ids, batch.reducer)[:, 0]
     std = (squares / (count - 1).clamp_min(1.0)).sqrt()
-    return _broadcast(torch.where(count > 1, centred / (std + eps), 0.0), batch)
+    return _broadcast(torch.where(std > 0, centred / torch.where(std > 0, std + eps, 1.0), 0.0), batch)
 
 
 def group_centered(batch: TokenBatch) -> Float[Tensor, "batch response"]:

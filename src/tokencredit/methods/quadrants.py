@@ -1,7 +1,7 @@
 """The Four Quadrant Decomposition: polarity of the outcome × entropy of the token."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokencredit.errors import unknown
 from tokencredit.masked import chosen, response_lengths, unit_moments
+from tokencredit.methods.spec import Scope
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import group_totals
 
@@ -46,6 +47,11 @@ def keep_quadrants(
         selected, count = batch.reducer.total(torch.stack((inside.sum(), batch.response_mask.sum()))).tolist()
         credit = credit * (count / max(selected, 1))
     return credit
+
+
+def quadrant_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """The scope of `keep_quadrants`: the share that is selected is counted over the batch."""
+    return "batch" if hyperparameters["normalize"] == "selected" else "group"
 
 
 def quadrant_masks(

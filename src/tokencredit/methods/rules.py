@@ -71,7 +71,7 @@ def clip_cov(
     covariance = _covariance(a, batch)
     eligible = mask & (covariance > low) & (covariance < high)
     able, count = batch.reducer.total(torch.stack((eligible.sum(), mask.sum()))).tolist()
-    wanted = max(1, int(share * count))
+    wanted = max(1, int(share * count)) if share > 0 else 0
     dropped = eligible & (token_uniforms(batch, generator) < wanted / max(able, 1))
     return torch.where(dropped, 0.0, a)
 

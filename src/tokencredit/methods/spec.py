@@ -33,8 +33,8 @@ class MethodSpec:
     """One row of the table of methods.
 
     * `requires`: optional batch fields that the method reads; a function of the hyperparameters where they decide.
-    * `scope`: the largest unit whose other tokens change the credit of a token. Methods of scope "group" or "batch"
-      must see whole groups.
+    * `scope`: the largest unit whose other tokens change the credit of a token; a function of the hyperparameters where
+      they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
     * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
     """
@@ -42,7 +42,7 @@ class MethodSpec:
     fn: Method
     paper: str
     requires: frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]] = frozenset()
-    scope: Scope = "token"
+    scope: Scope | Callable[[Mapping[str, Any]], Scope] = "token"
     domains: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
@@ -51,6 +51,10 @@ class MethodSpec:
     def required(self, hyperparameters: Mapping[str, Any]) -> frozenset[str]:
         """Batch fields read at these hyperparameters."""
         return self.requires if isinstance(self.requires, frozenset) else self.requires(hyperparameters)
+
+    def scope_at(self, hyperparameters: Mapping[str, Any]) -> Scope:
+        """The scope at these hyperparameters."""
+        return self.scope if isinstance(self.scope, str) else self.scope(hyperparameters)
 
     @property
     def defaults(self) -> dict[str, Any]:
