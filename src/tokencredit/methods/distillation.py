@@ -51,7 +51,6 @@ def prefix_discrepancy(
     denominator: Literal["all", "drop_last"] = "all",
     floor: bool = True,
     scale: Literal["none", "unit_mass"] = "none",
-    on: Literal["advantage", "lambda"] = "advantage",
 ) -> Float[Tensor, "batch response"]:
     """IW-OPD: more credit where the rollout has disagreed little with the teacher so far.
 
@@ -59,25 +58,35 @@ def prefix_discrepancy(
 
     w lies in [1, 1 + γ], starts at 1 + γ and never rises (unsigned). Σ w d / Σ d ≥ 1 + γ/2 on every rollout, so compare
     with `constant_scale` or `scale="unit_mass"` (Σ w d = Σ d). Constant d gives `position_decay`; γ = 0 is the
-    identity.
+    identity. The gap is ln π_T − ln π_θ, also where Â is that of ExOPD.
 
     * `discrepancy="signed"`: d_t = gap_t. `floor=False`: w = 1 − F, the surrogate alone, whatever γ.
     * `denominator="drop_last"`: Σ without the last token, whose weight is then exactly 1.
-    * `on="lambda"`: weight λ alone, w λ (ln π_T − ln π_ref) − (ln π_θ − ln π_ref); only right behind
-      `teacher_log_ratio`; can change signs.
 
-    Paper: arXiv:2606.22600. The defaults follow its release (`denominator`, ε = 1e-8); "drop_last" is its Eq. 17 and
-    "lambda" its authors' page. `unit_mass` is ours. Deviations: none in the numbers; rows may have holes.
+    Paper: arXiv:2606.22600. The defaults follow its release (`denominator`, ε = 1e-8); "drop_last" is its Eq. 17.
+    `unit_mass` is ours. Deviations: none in the numbers; rows may have holes.
     """
     weights = discrepancy_weights(
         batch, gamma=gamma, discrepancy=discrepancy, denominator=denominator, floor=floor, scale=scale
     )
-    a = chosen(advantages, batch.response_mask)
-    if on == "advantage":
-        return a * weights
+    return chosen(advantages, batch.response_mask) * weights
+
+
+def lambda_discrepancy(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, gamma: float = 0.5
+) -> Float[Tensor, "batch response"]:
+    """IW-ExOPD with the weight on λ: only the pull towards the teacher is weighted.
+
+        Â′_t = w_t λ (ln π_T − ln π_ref) − (ln π_θ − ln π_ref)        w as in `prefix_discrepancy`
+
+    Right behind `teacher_log_ratio` only, whose λ it takes over. Can change signs. γ = 0 is the identity.
+
+    Source: the authors' page of arXiv:2606.22600 ("modulating λ with the weight"); their release does otherwise.
+    """
     drift = chosen(batch.require("old_logprobs"), batch.response_mask)
     drift = drift - chosen(batch.require("ref_logprobs"), batch.response_mask)
-    return weights * (a + drift) - drift
+    a = chosen(advantages, batch.response_mask)
+    return discrepancy_weights(batch, gamma=gamma) * (a + drift) - drift
 
 
 def discrepancy_weights(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tokencredit.methods.distillation import (
+    lambda_discrepancy,
     prefix_discrepancy,
     prefix_ratio,
     reordered_discrepancy,
@@ -31,10 +32,6 @@ def _ratio_requires(given: Mapping[str, Any]) -> frozenset[str]:
     return GAP if given["lam"] == 1.0 else GAP | {"ref_logprobs"}
 
 
-def _discrepancy_requires(given: Mapping[str, Any]) -> frozenset[str]:
-    return GAP if given["on"] == "advantage" else GAP | {"ref_logprobs"}
-
-
 def _direction_requires(given: Mapping[str, Any]) -> frozenset[str]:
     return GAP if given["direction"] in (*CONSTANT, "position", "surprisal") else GAP | {"entropies"}
 
@@ -59,11 +56,19 @@ DISTILLATION_TRANSFORMS: dict[str, MethodSpec] = {
     "prefix_discrepancy": MethodSpec(
         fn=prefix_discrepancy,
         paper=IW_OPD,
-        requires=_discrepancy_requires,
+        requires=GAP,
         scope="response",
         domains={"gamma": "[0, inf)"},
         limits=(Limit({"gamma": 0.0, "floor": True}),),
         keeps_sign=True,
+    ),
+    "lambda_discrepancy": MethodSpec(
+        fn=lambda_discrepancy,
+        paper=IW_OPD,
+        requires=GAP | {"ref_logprobs"},
+        scope="response",
+        domains={"gamma": "[0, inf)"},
+        limits=(Limit({"gamma": 0.0}),),
     ),
     "reordered_discrepancy": MethodSpec(
         fn=reordered_discrepancy,
@@ -181,6 +186,7 @@ DISTILLATION_PRESETS: dict[str, list[Any]] = {
     "exopd": [{"teacher_log_ratio": {"lam": 1.25}}],
     "iw_opd": ["teacher_log_ratio", {"prefix_discrepancy": {"gamma": 0.5}}],
     "iw_exopd": [{"teacher_log_ratio": {"lam": 1.25}}, {"prefix_discrepancy": {"gamma": 0.5}}],
+    "iw_exopd_lambda": [{"teacher_log_ratio": {"lam": 1.25}}, {"lambda_discrepancy": {"gamma": 0.5}}],
     "iw_opd_paper": ["teacher_log_ratio", {"prefix_discrepancy": {"gamma": 0.5, "denominator": "drop_last"}}],
     "iw_opd_signed": ["teacher_log_ratio", {"prefix_discrepancy": {"gamma": 0.5, "discrepancy": "signed"}}],
     "iw_opd_surrogate": ["teacher_log_ratio", {"prefix_discrepancy": {"floor": False}}],

@@ -189,11 +189,11 @@ def _routed_by(batch: TokenBatch, direction: str) -> Float[Tensor, "batch respon
     """The entropy, or the rank that a control puts in its place."""
     mask = batch.response_mask
     if direction == "position":
-        return chosen(positions(mask), mask)
+        return chosen(positions(mask).double(), mask)
     if direction == "surprisal":
         likely = torch.where(mask, chosen(batch.require("old_logprobs"), mask), torch.inf)
         ranks = (-likely).argsort(dim=1, stable=True).argsort(dim=1)  # what is not chosen sorts in front
-        return chosen(ranks - (~mask).sum(1, keepdim=True), mask)
+        return chosen((ranks - (~mask).sum(1, keepdim=True)).double(), mask)
     return chosen(batch.require("entropies"), mask)
 
 
