@@ -85,7 +85,7 @@ class Pipeline:
             return _parse_weighted_sum(config["weighted_sum"])
         if isinstance(config, Mapping) and len(config) == 1:  # one preset with its hyperparameters
             (name, given), *_ = config.items()
-            return get_pipeline(name, **(given or {}))
+            return get_pipeline(name, **_hyperparameters(name, given))
         if isinstance(config, Sequence) and len(config) > 0:
             return cls.of(*config)
         raise TokenCreditError(
@@ -182,8 +182,8 @@ def assign_credit(
         A = Σ_chains weight · (transform ∘ … ∘ estimator)(batch)
 
     `pipeline` is a `Pipeline` or anything `Pipeline.parse` reads. `generator` feeds the methods that draw random
-    numbers; they refuse to run without one. Raises `TokenCreditError` where a required field is missing or a step returns
-    another shape or a value that is not finite.
+    numbers; they refuse to run without one. Raises `TokenCreditError` where a required field is missing or a step
+    returns another shape or a value that is not finite.
     """
     pipeline = Pipeline.parse(pipeline)
     for name in sorted(pipeline.requires):
@@ -284,43 +284,57 @@ def _as_pair(item: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(item, str):
         return item, {}
     (name, given), *_ = item.items()
-    return name, dict(given or {})
+    return name, dict(_hyperparameters(name, given))
+
+
+def _hyperparameters(name: str, given: Any) -> Mapping[str, Any]:
+    """What YAML holds behind the name of a step; nothing there means the defaults."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise TokenCreditError(
+            f"hyperparameters of {name} are a mapping, got {given!r}", hint=f"write `{name}: {{alpha: 0.3}}`"
+        )
+    return given
 
 
 def _override(preset: str, steps: list[tuple[str, dict[str, Any]]], key: str, value: Any) -> None:
     wanted, _, parameter = key.rpartition(".")
-    table = estimators() | transforms()
-    able = [given for step, given in steps if parameter in table[step].defaults and wanted in ("", step)]
+    accepting = [(step, given) for step, given in steps if parameter in _spec(step).defaults]
+    able = [given for step, given in accepting if wanted in ("", step)]
     if len(able) > 1:
-        owners = [step for step, _ in steps if parameter in table[step].defaults]
+        owners = [step for step, _ in accepting]
         raise TokenCreditError(
             f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {[f'{o}.{parameter}' for o in owners]}"
         )
     if not able:
-        accepted = sorted({name for step, _ in steps for name in table[step].defaults})
+        accepted = sorted({name for step, _ in steps for name in _spec(step).defaults})
         raise TokenCreditError(f"{preset} has no hyperparameter {key!r}; accepted: {', '.join(accepted) or '(none)'}")
     able[0][parameter] = value
 
 
+def _spec(step: str) -> MethodSpec:
+    """The row of a step of a preset."""
+    if ":" in step:
+        return _user_function(step)[1]
+    return estimators()[step] if step in estimators() else transforms()[step]
+
+
 def _step(item: Any, kind: str) -> Step:
-    given: Mapping[str, Any] = {}
+    given: Any = None
     if isinstance(item, Mapping):
         if len(item) != 1:
             raise TokenCreditError(f"a step is a name or {{name: hyperparameters}}, got {dict(item)!r}")
-        (item, given_or_none), *_ = item.items()
-        given = given_or_none or {}
+        (item, given), *_ = item.items()
     elif isinstance(item, tuple):
         item, given = item
-    if not isinstance(given, Mapping):
-        raise TokenCreditError(f"hyperparameters of {item} are a mapping, got {given!r}")
     table = estimators() if kind == "estimator" else transforms()
     if callable(item) or (isinstance(item, str) and ":" in item):
         name, spec = _user_function(item)
-    elif item in table:
+    elif isinstance(item, str) and item in table:
         name, spec = item, table[item]
     else:
         raise unknown(kind, item, table)
-    return Step(name, spec, resolve(name, spec, given))
+    return Step(name, spec, resolve(name, spec, _hyperparameters(name, given)))
 
 
 def _user_function(item: str | Callable[..., Tensor]) -> tuple[str, MethodSpec]:

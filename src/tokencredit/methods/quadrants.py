@@ -1,19 +1,19 @@
 """The Four Quadrant Decomposition: polarity of the outcome × entropy of the token."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.errors import unknown
 from tokencredit.masked import chosen, response_lengths, unit_moments
 from tokencredit.methods.spec import Scope
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import group_totals
 
-QUADRANTS = ("PHR", "PLR", "NHR", "NLR")
+Quadrant = Literal["PHR", "PLR", "NHR", "NLR"]
+QUADRANTS: tuple[Quadrant, ...] = get_args(Quadrant)
 Threshold = Literal["pooled", "response_means"]
 
 
@@ -21,7 +21,7 @@ def keep_quadrants(
     advantages: Float[Tensor, "batch response"],
     batch: TokenBatch,
     *,
-    quadrants: Sequence[str] = ("PHR", "NHR"),
+    quadrants: Sequence[Quadrant] = ("PHR", "NHR"),
     threshold: Threshold = "pooled",
     normalize: Literal["all", "selected"] = "all",
 ) -> Float[Tensor, "batch response"]:
@@ -39,9 +39,6 @@ def keep_quadrants(
     for name, members in quadrant_masks(advantages, batch, threshold=threshold).items():
         if name in quadrants:
             inside = inside | members
-    for name in quadrants:
-        if name not in QUADRANTS:
-            raise unknown("quadrant", name, QUADRANTS)
     credit = torch.where(inside, chosen(advantages, batch.response_mask), 0.0)
     if normalize == "selected":
         selected, count = batch.reducer.total(torch.stack((inside.sum(), batch.response_mask.sum()))).tolist()

@@ -1,7 +1,7 @@
 """What the table says of a method, and the check of hyperparameters against its signature and its row."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -89,7 +89,7 @@ def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, 
             raise _no_such_hyperparameter(name, key, parameters)
         _check_choice(name, key, value, parameters[key].annotation)
         _check_domain(name, key, value, spec.domains.get(key))
-    resolved = spec.defaults | dict(given)
+    resolved = spec.defaults | {key: _as_annotated(value, parameters[key].annotation) for key, value in given.items()}
     missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
     if missing:
         raise TokenCreditError(f"{name} needs `{missing[0]}`", hint=f"write `{name}: {{{missing[0]}: …}}`")
@@ -108,13 +108,23 @@ def _check_choice(name: str, key: str, value: object, annotation: object) -> Non
         if value not in get_args(annotation):
             raise TokenCreditError(f"`{key}` of {name} must be one of {list(get_args(annotation))}, got {value!r}")
         return
-    number = annotation in (float, int, float | None, int | None)
+    if get_origin(annotation) is Sequence and get_origin(get_args(annotation)[0]) is Literal:
+        choices = get_args(get_args(annotation)[0])
+        if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(choices):
+            raise TokenCreditError(f"`{key}` of {name} must be a list out of {list(choices)}, got {value!r}")
+        return
+    whole = annotation in (int, int | None)
     optional = annotation in (float | None, int | None)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and not is_number and not (optional and value is None):
-        raise TokenCreditError(f"`{key}` of {name} must be a number, got {value!r}")
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value == value
+    if (whole or annotation in (float, float | None)) and not is_number and not (optional and value is None):
+        raise TokenCreditError(f"`{key}` of {name} must be a {'whole ' if whole else ''}number, got {value!r}")
     if annotation is bool and not isinstance(value, bool):
         raise TokenCreditError(f"`{key}` of {name} must be true or false, got {value!r}")
+
+
+def _as_annotated(value: Any, annotation: object) -> Any:
+    """A whole number where a float is meant becomes one: YAML reads `alpha: 1` as an int."""
+    return float(value) if annotation in (float, float | None) and value is not None else value
 
 
 def _check_domain(name: str, key: str, value: Any, domain: str | None) -> None:
