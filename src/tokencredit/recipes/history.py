@@ -1,0 +1,93 @@
+"""The append-only log of evaluations: one fsynced line a run, and all that a search remembers."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.recipe import Recipe, make_recipe
+
+HISTORY = "history.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One paid run. `score` is in points, None where it failed; `mean` and `sd` are what the surrogate expected.
+
+    `leader` is the slot with the largest posterior mean after this run; `resets` marks that the count of runs without
+    a new leader starts again.
+    """
+
+    slot: int
+    kind: str  # warm-up, control, search, or the arm of a confirmation
+    steps: list[dict[str, Any]]
+    recipe_hash: str
+    subset_hash: str
+    samples: int
+    tokens: int
+    seed: int
+    split: str
+    status: str  # ok or failed
+    reason: str = ""
+    score: float | None = None
+    points: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    below_floor: list[str] = field(default_factory=list)
+    state: dict[str, float] = field(default_factory=dict)
+    mean: float | None = None
+    sd: float | None = None
+    parent: int | None = None
+    leader: int | None = None
+    reseed: bool = False
+    seconds: float = 0.0
+
+    @property
+    def recipe(self) -> Recipe:
+        return make_recipe(self.steps, id=f"r{self.slot:04d}")
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """One line, on disk before this returns; a line is written in one call, so a kill leaves at most a torn tail."""
+    with path.open("ab") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def append_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    append(folder / HISTORY, asdict(evaluation))
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a log; a torn last line, which a kill left, is cut off the file, any other bad line is an error."""
+    if not path.is_file():
+        return
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    for number, line in enumerate(raw[:whole].splitlines(), start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TokenCreditError(f"{path}:{number}: not a JSON line", hint="the log was changed by hand") from error
+
+
+def load_history(folder: Path) -> list[Evaluation]:
+    try:
+        return [Evaluation(**record) for record in lines(folder / HISTORY)]
+    except TypeError as error:
+        raise TokenCreditError(f"{folder / HISTORY} was written by another version: {error}") from error
+
+
+def usable(history: Sequence[Evaluation]) -> list[Evaluation]:
+    """What the surrogate learns from: finished runs, below a floor or not."""
+    return [evaluation for evaluation in history if evaluation.ok]
