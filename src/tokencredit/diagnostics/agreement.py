@@ -32,12 +32,11 @@ def spearman(
 def average_ranks(
     x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
-    """Rank 1 … n of each chosen token within its response, ties share their mean; 0 outside the mask."""
+    """Rank 1 … n of each chosen token within its response, ties share their mean; 0 outside the mask. `x` is finite."""
     ordered = torch.where(mask, x.detach().double(), torch.inf).sort(dim=1).values
     values = chosen(x, mask)
     below = torch.searchsorted(ordered, values)
-    # An infinite value ties with the padding behind it: never count further than the response.
-    through = torch.searchsorted(ordered, values, right=True).minimum(response_lengths(mask))
+    through = torch.searchsorted(ordered, values, right=True)
     return torch.where(mask, (below + through + 1).double() / 2, 0.0)
 
 

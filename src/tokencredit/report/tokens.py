@@ -1,0 +1,200 @@
+"""Responses as tokens with their credit, made safe to look at. What a model wrote is untrusted text."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokencredit.masked import chosen
+from tokencredit.methods.quadrants import QUADRANTS, quadrant_masks
+from tokencredit.records import CreditRecord
+from tokencredit.report.runs import Run, by_label
+
+STEPS = 3  # steps shown: the first, the middle and the last that are recorded
+PROMPTS = 4  # prompts a step
+RESPONSES = 2  # responses a prompt and method: the best and the worst reward
+TOKENS = 60_000  # tokens in the whole page
+LONGEST = 2_000  # tokens of one response
+
+
+class TokenView(NamedTuple):
+    """One token. `strength` is |Â| over the largest |Â| in view, in [0, 1]; `lines` tells whether a line ends here."""
+
+    text: str
+    advantage: float | None
+    entropy: float | None
+    quadrant: str
+    strength: float
+    lines: bool
+
+
+class ResponseView(NamedTuple):
+    """One response; `left_out` counts the tokens behind those shown."""
+
+    reward: float
+    net: float
+    tokens: list[TokenView]
+    left_out: int
+
+
+class MethodView(NamedTuple):
+    """What one method sampled for a prompt, and the credit it gave."""
+
+    label: str
+    seed: int | None
+    responses: list[ResponseView]
+
+
+class PromptView(NamedTuple):
+    """One prompt at one step, methods side by side."""
+
+    step: int
+    prompt: str
+    methods: list[MethodView]
+
+
+def visible(text: str, *, keep_lines: bool = False) -> str:
+    """`text` with everything that would not show, or would change how its neighbours show, written out.
+
+    Control characters become their pictures (␀), newlines ⏎ (kept where `keep_lines`), spaces ·, lone surrogates and
+    format characters (such as those that reverse the writing direction) their code point ⟨U+202E⟩.
+    """
+    return "".join(_visible(character, keep_lines) for character in text)
+
+
+def _visible(character: str, keep_lines: bool) -> str:
+    special = {"\n": "\n" if keep_lines else "⏎", "\t": "⇥", " ": " " if keep_lines else "·", "\x7f": "␡"}
+    if character in special:
+        return special[character]
+    if character < " ":
+        return chr(0x2400 + ord(character))
+    category = unicodedata.category(character)
+    # Cc C1 controls, Cf format, Cs surrogate, Cn unassigned, Zl Zp line separators, Zs other spaces
+    return f"⟨U+{ord(character):04X}⟩" if category[0] in "CZ" and category != "Co" else character
+
+
+def prompt_views(runs: Sequence[Run]) -> list[PromptView]:
+    """The prompts to show: at a few steps, first those that most methods answered.
+
+    One run a method (its first with records) and the same steps for all where they share any.
+    """
+    shown = {label: next((run for run in group if len(run.records)), None) for label, group in by_label(runs).items()}
+    present = {label: run for label, run in shown.items() if run is not None}
+    records = {
+        step: {label: _record_at(run, step) for label, run in present.items() if step in run.records.steps}
+        for step in _steps(list(present.values()))
+    }
+    picked = [(step, *item) for step, of_step in records.items() for item in _choose(of_step)]
+    count = sum(len(rows) for _, _, rows_of in picked for rows in rows_of.values())
+    limit = max(50, min(LONGEST, TOKENS // max(count, 1)))
+    return [
+        PromptView(
+            step,
+            visible(prompt, keep_lines=True),
+            [
+                MethodView(visible(label), present[label].seed, response_views(records[step][label], rows, limit))
+                for label, rows in rows_of.items()
+            ],
+        )
+        for step, prompt, rows_of in picked
+    ]
+
+
+def _choose(records: dict[str, CreditRecord]) -> list[tuple[str, dict[str, list[int]]]]:
+    """Prompts of one step with the rows of every method: those that most methods share, then those with both outcomes.
+
+    Where methods share no prompt, each shows its own.
+    """
+    rows_of: dict[str, dict[str, list[int]]] = {}
+    for label, record in records.items():
+        for prompt, rows in _rows_by_prompt(record).items():
+            rows_of.setdefault(prompt, {})[label] = rows
+    ranked = sorted(rows_of.items(), key=lambda item: (-len(item[1]), -sum(map(len, item[1].values()))))
+    if not ranked or len(ranked[0][1]) > 1:
+        return ranked[:PROMPTS]
+    own = [[item for item in ranked if label in item[1]][:PROMPTS] for label in records]
+    return [item for of_label in own for item in of_label]
+
+
+def _steps(runs: Sequence[Run]) -> list[int]:
+    sets = [set(run.records.steps) for run in runs]
+    if not sets:
+        return []
+    common = sorted(set.intersection(*sets) or set.union(*sets))
+    picked = {common[round(k * (len(common) - 1) / (STEPS - 1))] for k in range(STEPS)}
+    return sorted(picked, reverse=True)  # the newest first
+
+
+def _record_at(run: Run, step: int) -> CreditRecord:
+    return run.records.read(run.records.steps.index(step))
+
+
+def _rows_by_prompt(record: CreditRecord) -> dict[str, list[int]]:
+    """The best and the worst response of every prompt; prompts without text go by their group."""
+    rewards = record.batch.rewards.tolist()
+    filled = record.batch.response_mask.any(1).tolist()
+    found: dict[str, list[int]] = {}
+    for row, group in enumerate(record.batch.group_ids.tolist()):
+        text = record.prompts[row] if row < len(record.prompts) else f"(group {group})"
+        if filled[row]:
+            found.setdefault(text, []).append(row)
+    for text, rows in found.items():
+        ordered = sorted(rows, key=lambda row: (-rewards[row], row))
+        same = rewards[ordered[0]] == rewards[ordered[-1]]
+        found[text] = ordered[:1] if same else [*ordered[: RESPONSES - 1], ordered[-1]]
+    return found
+
+
+def response_views(record: CreditRecord, rows: Sequence[int], limit: int = LONGEST) -> list[ResponseView]:
+    """The tokens of some responses; colours share one scale, the largest |Â| of the record."""
+    batch = record.batch
+    credit = chosen(record.advantages, batch.response_mask)
+    largest = float(credit.abs().max()) if credit.numel() else 0.0
+    quadrants = _quadrant_names(record)
+    return [_response_view(record, credit[row], largest, quadrants[row], row, limit) for row in rows]
+
+
+def _quadrant_names(record: CreditRecord) -> list[list[str]]:
+    batch = record.batch
+    names = [[""] * batch.response_mask.shape[1] for _ in range(len(batch.rewards))]
+    if batch.entropies is None:
+        return names
+    masks = quadrant_masks(polarity_of(record), batch)
+    for name in QUADRANTS:
+        for row, column in masks[name].nonzero().tolist():
+            names[row][column] = name
+    return names
+
+
+def _response_view(
+    record: CreditRecord, credit: Tensor, largest: float, quadrants: list[str], row: int, limit: int
+) -> ResponseView:
+    batch = record.batch
+    mask = batch.response_mask[row]
+    length = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 0
+    texts = record.tokens[row] if row < len(record.tokens) else []
+    entropies = batch.entropies[row].tolist() if batch.entropies is not None else [None] * length
+    views = []
+    for column in range(min(length, limit)):
+        raw = texts[column] if column < len(texts) else f"⟨{int(batch.response_ids[row, column])}⟩"
+        advantage = float(credit[column])
+        views.append(
+            TokenView(
+                text=visible(raw) or "∅",
+                advantage=advantage if bool(mask[column]) else None,
+                entropy=entropies[column] if bool(mask[column]) else None,
+                quadrant=quadrants[column],
+                strength=abs(advantage) / largest if largest else 0.0,
+                lines=raw.endswith("\n"),
+            )
+        )
+    return ResponseView(float(batch.rewards[row]), float(credit.sum()), views, length - len(views))
+
+
+def polarity_of(record: CreditRecord) -> Float[Tensor, "batch response"]:
+    """The estimator's advantages where the record has them, else those of the whole pipeline."""
+    host = record.batch.host_advantages
+    return record.advantages if host is None else torch.broadcast_to(host[:, None], record.advantages.shape)
