@@ -51,7 +51,8 @@ def entropy_capacity(  # noqa: PLR0913 - the named options of one published form
     a = chosen(advantages, mask)
     moments = unit_moments(batch.require("entropies"), batch, stats)
     z = (chosen(batch.require("entropies"), mask) - moments.mean) / (moments.std + EPS)
-    strength = torch.where(a < 0, alpha if alpha_negative is None else alpha_negative, alpha)
+    # Filled, not `where` of two numbers: that would be float32.
+    strength = torch.full_like(a, alpha).masked_fill(a < 0, alpha if alpha_negative is None else alpha_negative)
     bound = a.abs() / phi if scale == "advantage" else torch.full_like(a, 1.0 / phi)
     score = z.clamp(-bound, bound) * (1.0 if scale == "advantage" else a.abs())
     credit = chosen(a + strength * (a.sign() if signed else 1.0) * score, mask)

@@ -65,7 +65,8 @@ def signed_outcome(
     Paper: The Surprising Effectiveness of Negative Reinforcement (arXiv:2506.01347), λ = positive = 0.1. Deviation: the
     released code drops the other rows before the token mean for PSR and NSR; here they stay, with credit 0.
     """
-    return _broadcast(torch.where(batch.rewards > threshold, positive, -negative).double(), batch)
+    credit = torch.full_like(batch.rewards, -negative, dtype=torch.float64)
+    return _broadcast(credit.masked_fill(batch.rewards > threshold, positive), batch)
 
 
 def _centred(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
