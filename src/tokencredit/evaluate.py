@@ -64,8 +64,7 @@ def pass_at_k_from_counts(n: int, correct: Int[np.ndarray, " problem"], k: int) 
     wrong = n - correct
     index = np.arange(1, n + 1)
     factors = np.where(index[None, :] > wrong[:, None], 1.0 - k / index[None, :], 1.0)
-    # Where fewer than k are wrong, one factor is negative or 0: some drawn sample is right for certain.
-    return np.where(wrong < k, 1.0, 1.0 - factors.prod(1))
+    return 1.0 - factors.prod(1)  # where fewer than k are wrong, the factor at i = k is exactly 0
 
 
 def _checked(outcomes: Outcomes) -> Outcomes:

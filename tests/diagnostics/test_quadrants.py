@@ -138,6 +138,21 @@ def test_credit_metrics_add_up_over_groups_and_padding() -> None:
     assert found == pytest.approx(expected | {"credit/tokens": 16}, rel=1e-9)
 
 
+def test_net_of_groups_counts_each_group_once() -> None:
+    # Group 0: rows (+3, −1) and (+1, 0): |3/4|. Group 1: one row (−2): 2. Group 2: an empty row, left out.
+    advantages = torch.tensor([[3.0, -1.0], [1.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
+    batch = TokenBatch(
+        response_ids=torch.zeros(4, 2, dtype=torch.long),
+        response_mask=torch.tensor([[True, True], [True, True], [True, False], [False, False]]),
+        rewards=torch.zeros(4),
+        group_ids=torch.tensor([0, 0, 1, 2]),
+    )
+    found = credit_metrics(batch, advantages)
+    assert found["credit/group_net_abs"] == pytest.approx((0.75 + 2.0) / 2)
+    assert found["credit/credited_share"] == 4 / 5
+    assert found["credit/net"] == pytest.approx(1 / 5)
+
+
 class Halves:
     """A reducer that adds what another rank would have sent: the same rows again, under the same group ids."""
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from tokencredit import CreditRecord, TokenBatch, assign_credit, get_pipeline
 from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.methods.outcome import group_normalized
 from tokencredit.seeds import derive, generator
 from tokencredit.store import RecordStore
 
@@ -82,8 +84,9 @@ def write_run(
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(steps + 1):
             batch, tokens, prompts = sample_batch(step, seed, hostile=hostile)
+            host = group_normalized(batch)[:, 0].float()
+            batch = replace(batch, host_advantages=host)
             advantages = assign_credit(pipeline, batch)
-            host = assign_credit("grpo", batch)
             metrics = credit_metrics(batch, advantages, host) | {
                 "reward": float(batch.rewards.mean()),
                 "entropy": float(batch.entropies[batch.response_mask].mean()),

@@ -43,8 +43,8 @@ def interval(values: Values, level: float = 0.95, resamples: int = 2000, seed: i
     if table.size == 1:
         return Interval(mean, float("nan"), float("nan"))
     rng = np.random.default_rng(derive("bootstrap", seed))
-    weights = [_weights(rng, length, resamples) for length in table.shape]
-    means = np.einsum("bs,sp,bp->b", weights[0], table, weights[1], optimize=True)
+    seeds, problems = (_weights(rng, length, resamples) for length in table.shape)
+    means = ((seeds @ table) * problems).sum(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean, float(low), float(high))
 

@@ -28,6 +28,11 @@ CONCENTRATION = (
     ("Net advantage of a group", "credit/group_net_abs", "mean over groups of |Σ Â| a token · 0: no net push"),
     ("Mean weight Â / base", "credit/weight/mean", "1: the size that the estimator gave"),
 )
+QUADRANT = (
+    ("tokens", "share of all tokens", True),
+    ("mass", "share of all |Â|", True),
+    ("entropy", "mean entropy, nats", False),
+)
 
 
 class Picture(NamedTuple):
@@ -94,14 +99,11 @@ def _training(runs: Sequence[Run], styles: Styles) -> list[Picture]:
 def _quadrants(runs: Sequence[Run], credit: Credit) -> list[Picture]:
     found = []
     for number, (label, group) in enumerate(by_label(runs).items()):
-        shown = visible(label, keep_lines=True)
-        mass, tokens, entropy = (_per_quadrant(group, credit, key) for key in ("mass", "tokens", "entropy"))
-        if tokens:
-            svg = plots.quadrant_shares(f"shares-{number}", mass, tokens)
-            found.append(Picture("quadrants", shown, "share of |Â| (lines) and of tokens (dotted)", svg))
-        if entropy:
-            svg = plots.quadrant_lines(f"entropy-{number}", entropy)
-            found.append(Picture("quadrants", shown, "mean entropy, nats", svg))
+        for key, unit, percent in QUADRANT:
+            lines = _per_quadrant(group, credit, key)
+            if lines:
+                svg = plots.quadrant_lines(f"{key}-{number}", lines, percent=percent)
+                found.append(Picture("quadrants", visible(label, keep_lines=True), unit, svg))
     return found
 
 

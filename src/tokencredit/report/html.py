@@ -153,4 +153,4 @@ def _verdict(row: Result) -> str:
         return ""
     if row.difference.excludes_zero:
         return "better" if row.difference.mean > 0 else "worse"
-    return "not resolved"
+    return "interval holds 0"

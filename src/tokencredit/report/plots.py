@@ -21,7 +21,7 @@ VARIABLES |= {colour: f"var(--{name.lower()})" for name, colour in QUADRANT_COLO
 VARIABLES |= {INK: "currentColor", GRID: "var(--muted)"}
 
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (5, 1.5, 1.5, 1.5))
-SIZE = (4.6, 2.9)  # inches; 331 units wide, so that text keeps its size on a phone
+SIZE = (4.0, 2.7)  # inches: 288 units, about the width of a column of the page, so that text keeps its size
 
 
 class Style(NamedTuple):
@@ -55,22 +55,7 @@ def curves(name: str, curves: Sequence[Curve], styles: dict[str, Style], *, perc
     return _svg(name, draw)
 
 
-def quadrant_shares(name: str, mass: dict[str, Curve], tokens: dict[str, Curve]) -> str:
-    """Share of |Â| (solid) and of tokens (dotted) per quadrant over training."""
-
-    def draw(axes: "Axes") -> None:
-        for quadrant, curve in mass.items():
-            _line(axes, curve, QUADRANT_COLOURS[quadrant], ())
-        for quadrant, curve in tokens.items():
-            _line(axes, curve, QUADRANT_COLOURS[quadrant], (1.5, 1.5), band=False)
-        axes.set_xlabel("training step")
-        axes.set_ylim(0, None)
-        _percent(axes)
-
-    return _svg(name, draw)
-
-
-def quadrant_lines(name: str, lines: dict[str, Curve]) -> str:
+def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False) -> str:
     """One number per quadrant over training; low-entropy quadrants are dashed."""
 
     def draw(axes: "Axes") -> None:
@@ -78,6 +63,8 @@ def quadrant_lines(name: str, lines: dict[str, Curve]) -> str:
             _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5, 2))
         axes.set_xlabel("training step")
         axes.set_ylim(0, None)
+        if percent:
+            _percent(axes)
 
     return _svg(name, draw)
 
@@ -98,7 +85,7 @@ def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[floa
         axes.grid(axis="x", visible=False)
         _percent(axes)
 
-    return _svg(name, draw)
+    return _svg(name, draw, bottom=0.27)
 
 
 def profiles(name: str, lines: dict[str, Sequence[float]], styles: dict[str, Style]) -> str:
@@ -117,10 +104,10 @@ def profiles(name: str, lines: dict[str, Sequence[float]], styles: dict[str, Sty
     return _svg(name, draw)
 
 
-def _line(axes: "Axes", curve: Curve, colour: str, dashes: tuple[float, ...], *, band: bool = True) -> None:
+def _line(axes: "Axes", curve: Curve, colour: str, dashes: tuple[float, ...]) -> None:
     marker = "o" if len(curve.steps) <= 12 else ""
     axes.plot(curve.steps, curve.mean, color=colour, dashes=dashes, marker=marker, markersize=3)
-    if band and not all(map(math.isnan, curve.low)):
+    if not all(map(math.isnan, curve.low)):
         axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
 
 
@@ -128,7 +115,7 @@ def _percent(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
-def _svg(name: str, draw: "Callable[[Axes], None]") -> str:
+def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> str:
     """One picture as an `<svg>` element whose ids start with `name`, so that many fit on one page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -137,7 +124,7 @@ def _svg(name: str, draw: "Callable[[Axes], None]") -> str:
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": name,
         "text.parse_math": False,  # a "$" in a name is a "$"
-        "font.size": 9,
+        "font.size": 10,
         "lines.linewidth": 1.6,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -147,8 +134,9 @@ def _svg(name: str, draw: "Callable[[Axes], None]") -> str:
     }
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with rc_context(settings):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=SIZE)
+        # Fixed margins: a layout engine draws everything twice.
+        axes = figure.add_axes((0.16, bottom, 0.81, 0.97 - bottom))
         draw(axes)
         file = io.StringIO()
         figure.savefig(
