@@ -26,11 +26,6 @@ from tokencredit.store import RecordStore
 
 Collector = Callable[[Rollout], Tensor]
 
-# Fields that TRL's own passes supply, with no collector.
-HOST_FIELDS = frozenset(
-    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages"}
-)
-
 
 class CreditGRPOTrainer(GRPOTrainer):
     """TRL's GRPO trainer under a credit pipeline.
@@ -60,11 +55,8 @@ class CreditGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.pipeline = Pipeline.parse(credit)
         self.collectors = dict(collectors or {})
-        trl_checks.check_versions()
         config = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
-        self.timing = trl_checks.resolve_timing(timing, self.pipeline, config)
-        trl_checks.check_fields(self.pipeline, self.timing, HOST_FIELDS | self.collectors.keys(), config)
-        trl_checks.check_config(self.pipeline, config)
+        self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config)
         self._guard_reward_functions(args, kwargs)
         self._rewards: Tensor | None = None
         self._scored: dict[str, Tensor] | None = None  # filled while TRL scores a rollout batch
@@ -142,7 +134,7 @@ class CreditGRPOTrainer(GRPOTrainer):
                 output[f"{RowKeys.FIELD}{name}"] = self.collectors[name](rollout)
 
     def _measure_old_policy(self, output: dict[str, Any], scored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Log-probs and entropies of the policy that sampled: from TRL's own pass, or from one more without gradient."""
+        """Log-probs and entropies of the policy that sampled: TRL's own pass, or one more without gradient."""
         wanted = self.pipeline.requires & {"entropies", "old_logprobs"}
         if not wanted:
             return {}

@@ -93,7 +93,7 @@ def merge_pieces(pieces: Sequence[Mapping[str, Any]], tokenizer: Any) -> CreditR
         padded = [_pad(value, width) for value in values]
         return torch.cat(padded)[order]
 
-    tensors = {name: joined([piece["tensors"][name] for piece in pieces]) for name in names}
+    tensors: dict[str, Any] = {name: joined([piece["tensors"][name] for piece in pieces]) for name in names}
     prompts = [prompt for piece in pieces for prompt in piece["prompts"]]
     batch = TokenBatch(**tensors, progress=pieces[0]["progress"])
     return CreditRecord(

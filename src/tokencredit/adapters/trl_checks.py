@@ -14,6 +14,11 @@ from tokencredit.records import COLLECTORS
 
 SUPPORTED = (1, 5), (2, 0)  # TRL versions: from, and before
 
+# Fields that TRL's own passes supply, with no collector.
+HOST_FIELDS = frozenset(
+    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages"}
+)
+
 # With a ratio per sequence these losses see only the sum of a row's advantages.
 ERASED_BY_SEQUENCE_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "luspo")
 
@@ -26,6 +31,15 @@ def check_versions(installed: str | None = None) -> None:
         raise TokenCreditError(
             f"TRL {installed} is outside the supported range >=1.5,<2", hint="pip install 'trl>=1.5,<2'"
         )
+
+
+def check_all(pipeline: Pipeline, timing: str, collected: Iterable[str], config: Any) -> str:
+    """Every refusal that needs no trainer; the timing that "auto" stands for."""
+    check_versions()
+    timing = resolve_timing(timing, pipeline, config)
+    check_fields(pipeline, HOST_FIELDS | set(collected), config)
+    check_config(pipeline, config)
+    return timing
 
 
 def resolve_timing(timing: str, pipeline: Pipeline, config: Any) -> str:
@@ -61,7 +75,7 @@ def _several_updates(config: Any) -> bool:
     return int(config.gradient_accumulation_steps) % every != 0
 
 
-def check_fields(pipeline: Pipeline, timing: str, available: Iterable[str], config: Any) -> None:
+def check_fields(pipeline: Pipeline, available: Iterable[str], config: Any) -> None:
     """Every required field must have a source."""
     available = set(available)
     if getattr(config, "beta", 0.0) == 0.0:

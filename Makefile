@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# Small models gain nothing from more threads, and two suites on one machine lose.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test check slow bench docs clean
+
+quickstart: .venv/installed  ## set everything up, train GRPO and HAPO side by side, write runs/quickstart/report.html
+	$(BIN)/tokencredit compare examples/quickstart.yaml --credit grpo hapo --seeds 2 --out runs/quickstart
+
+test: .venv/installed  ## the everyday suite
+	$(BIN)/python -m pytest -n auto -q
+
+slow: .venv/installed  ## the tests that take longer
+	$(BIN)/python -m pytest -n auto -q -m slow
+
+check: .venv/installed  ## format, lint, types, imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed  ## the benchmarks of speed and memory; each prints ratios measured side by side
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

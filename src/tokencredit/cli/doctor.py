@@ -1,0 +1,31 @@
+"""`tokencredit doctor`: versions, the hosts' seams, devices; for each problem the fix."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser("doctor", help="versions, seams of TRL and verl, devices, what to fix")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Handle the verb; 1 when something must be fixed."""
+    from tokencredit.adapters.doctor import diagnose
+
+    checks = diagnose()
+    broken = [check for check in checks if check["status"] == "fail"]
+    if arguments.json:
+        print(json.dumps({"checks": checks, "ok": not broken}))
+        return 1 if broken else 0
+    mark = {"ok": "ok  ", "fail": "FAIL", "note": "note"}
+    for check in checks:
+        print(f"{mark[check['status']]}  {check['name']}: {check['found']}")
+        if check["fix"]:
+            print(f"      fix: {check['fix']}")
+    print(f"{len(broken)} to fix" if broken else "all well", file=sys.stderr)
+    return 1 if broken else 0

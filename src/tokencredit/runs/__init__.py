@@ -1,0 +1,1 @@
+"""Training runs from a config: one run, and runs side by side."""
