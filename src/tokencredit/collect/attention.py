@@ -1,0 +1,238 @@
+"""Attention entropies of a Hugging Face model during an ordinary forward pass: no [heads, T, T], no patched model.
+
+An attention function is registered with transformers' `AttentionInterface`; it sees queries and keys after norms and
+rotary embeddings, takes what it is asked for from the layers it is asked about, and hands on to the model's own
+attention. The mask that the model built is the truth: padding, sliding windows, chunks, packed sequences are in it.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokencredit.collect.attention_rows import Context, Heads, RowStatistics, Visibility, row_statistics
+from tokencredit.collect.models import backbone_of, check_span, eval_mode
+from tokencredit.errors import TokenCreditError
+
+NAME = "tokencredit_rows"
+SEEN = -1e4  # an additive mask hides what lies below
+
+Measure = Callable[..., Any]
+
+
+@dataclass
+class AttentionProbe:
+    """What to take from which layers; `found[layer]` holds one result per forward call."""
+
+    layers: tuple[int, ...]
+    measure: Measure
+    original: str
+    stop_early: bool
+    found: dict[int, list[Any]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer has answered, for early stopping."""
+        return set(self.layers) == set(self.found)
+
+
+_ACTIVE: ContextVar[AttentionProbe | None] = ContextVar("tokencredit_attention_probe", default=None)
+
+
+class _EnoughError(Exception):
+    """Raised inside the forward pass once the last wanted layer has answered."""
+
+
+@torch.no_grad()
+def attention_entropies(  # noqa: PLR0913 - the open points of one definition
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
+    prompt_length: int,
+    response_length: int,
+    layer: int | Sequence[int] | None = None,
+    heads: Heads = "mean_rows",
+    drop_sink: int = 0,
+    row: Literal["predicting", "own"] = "predicting",
+    context: Context = "visible",
+    position_ids: Int[Tensor, "batch sequence"] | None = None,
+    stop_early: bool = True,
+) -> Float[Tensor, "batch response"]:
+    """Ê of each response token, in [0, 1]: one no-grad pass up to the layer, in eval mode.
+
+        Ê_t = −Σ_s ā_{t,s} ln ā_{t,s} / ln N_t,   ā the attention row averaged over the heads, N_t the keys it sees
+
+    * `layer`: zero-based; None is the middle one, ⌊L/2⌋ (in hybrids the nearest with full attention); a list is
+      averaged.
+    * `row`: "predicting" is the row that predicts the token, at prompt_length − 1 + t; "own" the token's own.
+    * `heads`, `drop_sink`, `context`: see `row_statistics`. Columns that are padding are 0.
+    * `stop_early` leaves the pass after the last wanted layer; turn it off under FSDP, whose hooks want the whole pass.
+    """
+    start = prompt_length - 1 if row == "predicting" else prompt_length
+    check_span(prompt_length, response_length, input_ids.shape[1])
+    layers = _layers(model, layer)
+    options = {"rows": slice(start, start + response_length), "heads": heads, "drop_sink": drop_sink}
+    measure = _measure(options | {"context": context})
+    backbone = backbone_of(model)
+    with eval_mode(model), probe_attention(model, layers, measure, stop_early=stop_early) as probe:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        with suppress(_EnoughError):
+            backbone(**inputs)
+    return torch.stack([answers[0].entropies for answers in probe.found.values()]).mean(0)
+
+
+@contextmanager
+def probe_attention(
+    model: nn.Module, layers: Sequence[int], measure: Measure, *, stop_early: bool = False
+) -> Iterator[AttentionProbe]:
+    """Inside, every no-grad forward of the model also calls `measure(query, key, visibility, …)` at the layers.
+
+    The outputs of the model are its own, and gradients are untouched: where gradients are on, nothing is measured. Use
+    it around a forward that is run anyway; then `stop_early` must be False.
+    """
+    usable = attention_layers(model)
+    for layer in layers:
+        if layer not in usable:
+            raise TokenCreditError(
+                f"layer {layer} has no attention rows to take; layers that have: {list(usable)}",
+                hint="indices are zero-based; linear-attention and state-space layers have no such rows",
+            )
+    config = usable[layers[0]].config
+    if not hasattr(config, "_attn_implementation"):
+        raise TokenCreditError(f"{type(model).__name__} does not use transformers' AttentionInterface")
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _make_mask)
+    probe = AttentionProbe(tuple(layers), measure, config._attn_implementation, stop_early)
+    token = _ACTIVE.set(probe)
+    config._attn_implementation = NAME
+    try:
+        yield probe
+    finally:
+        config._attn_implementation = probe.original
+        _ACTIVE.reset(token)
+    if not probe.complete:
+        missing = sorted(set(probe.layers) - set(probe.found))
+        raise TokenCreditError(
+            f"no attention was seen at layers {missing}",
+            hint="run a forward without gradients inside the probe, of a model that uses the AttentionInterface",
+        )
+
+
+def attention_layers(model: nn.Module) -> dict[int, Any]:
+    """Attention modules by layer index, in order."""
+    found = {
+        module.layer_idx: module
+        for module in backbone_of(model).modules()
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+    }
+    if not found:
+        raise TokenCreditError(f"{type(model).__name__} has no attention modules with a layer index")
+    return dict(sorted(found.items()))
+
+
+def middle_layer(model: nn.Module) -> int:
+    """⌊L/2⌋, or in models that mix kinds of layers the nearest with full attention, else the nearest with any."""
+    usable = attention_layers(model)
+    config = next(iter(usable.values())).config
+    middle = config.num_hidden_layers // 2
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return min(usable, key=lambda layer: (kinds[layer] != "full_attention", abs(layer - middle), layer))
+
+
+def _layers(model: nn.Module, layer: int | Sequence[int] | None) -> tuple[int, ...]:
+    if layer is None:
+        return (middle_layer(model),)
+    return (layer,) if isinstance(layer, int) else tuple(layer)
+
+
+def _measure(options: dict[str, Any]) -> Measure:
+    def measure(
+        query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None
+    ) -> RowStatistics:
+        return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options)
+
+    return measure
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered function. Checkpointed layers run twice, the second time with gradients on: measured once."""
+    probe = _ACTIVE.get()
+    if probe is None:
+        raise TokenCreditError(f"the attention {NAME!r} works inside `probe_attention` only")
+    layer = getattr(module, "layer_idx", None)
+    if layer in probe.layers and not torch.is_grad_enabled():
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        visibility = visibility_of(attention_mask, query.shape[2], key.shape[2], probe.original, kwargs)
+        answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
+        probe.found.setdefault(layer, []).append(answer)
+        if probe.stop_early and probe.complete:
+            raise _EnoughError
+    return _original(module, probe.original)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _original(module: nn.Module, name: str) -> Callable[..., Any]:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    probe = _ACTIVE.get()
+    name = "sdpa" if probe is None else probe.original
+    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
+
+
+def visibility_of(
+    mask: Tensor | None, queries: int, keys: int, implementation: str, kwargs: dict[str, Any]
+) -> Visibility:
+    """Reads the model's mask: None, [batch, keys] (flash), or [batch, 1, queries, keys], bool or additive."""
+    flash = "flash" in implementation
+    window = kwargs.get("sliding_window") if flash else None
+    packed = kwargs.get("cu_seq_lens_q") if flash else None
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TokenCreditError(
+            f"cannot read the mask of the attention {implementation!r}, a {type(mask).__name__}",
+            hint="load the model with attn_implementation='sdpa' or 'eager'",
+        )
+    if mask is None and window is None and packed is None:
+        return Visibility()
+    if mask is None or mask.ndim == 2:
+        return Visibility(_from_lengths(mask, queries, keys, window, packed))
+    if mask.dtype == torch.bool:
+        return Visibility(lambda sequence, rows: mask[min(sequence, mask.shape[0] - 1), 0, rows, :keys])
+    plane = lambda sequence, rows: mask[min(sequence, mask.shape[0] - 1), 0, rows, :keys]  # noqa: E731
+    return Visibility(lambda sequence, rows: plane(sequence, rows) > SEEN, plane)
+
+
+def _from_lengths(
+    padding: Tensor | None, queries: int, keys: int, window: int | None, packed: Tensor | None
+) -> Callable[[int, slice], Tensor]:
+    """Visible keys where a flash kernel gets lengths in place of a mask."""
+
+    def visible(sequence: int, rows: slice) -> Tensor:
+        device = packed.device if packed is not None else padding.device if padding is not None else None
+        own = torch.arange(rows.start, rows.stop, device=device)[:, None] + keys - queries
+        other = torch.arange(keys, device=device)[None]
+        seen = other <= own
+        if window is not None:
+            seen = seen & (other > own - window)
+        if packed is not None:
+            segment = lambda place: torch.searchsorted(packed, place, right=True)  # noqa: E731
+            seen = seen & (segment(own) == segment(other))
+        if padding is not None:
+            seen = seen & padding[sequence, :keys].bool() & padding[sequence].bool()[own.clamp_max(keys - 1)]
+        return seen
+
+    return visible

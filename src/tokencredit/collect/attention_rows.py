@@ -1,0 +1,212 @@
+"""Entropy of attention rows from queries and keys, block by block; nothing of size [heads, T, T] exists.
+
+    ā_t = (1/H) Σ_h softmax(s q_t·k),    E_t = −Σ_s ā_{t,s} ln ā_{t,s},    Ê_t = E_t / ln N_t       (N_t = 1: 0)
+
+Only the rows that are wanted are computed, only the keys that a block can see are touched, and query heads that share
+a key head go through one product. 16-bit inputs are upcast: the scores are float32.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.collect.head_gemm import product_nt
+from tokencredit.collect.head_tiles import OUT
+
+Heads = Literal["mean_rows", "mean_entropy"]
+Context = Literal["visible", "total"]
+SCORES = 1 << 19  # scores of one block, 2 MiB
+BLOCK = 128  # rows of one block at most
+
+
+class Visibility(NamedTuple):
+    """Which keys a query sees: `mask(sequence, rows)` is [rows, keys], or None for every key up to the diagonal.
+
+    `bias(sequence, rows)` is what the mask adds to the scores where it is finite.
+    """
+
+    mask: Callable[[int, slice], Bool[Tensor, "row key"]] | None = None
+    bias: Callable[[int, slice], Float[Tensor, "row key"]] | None = None
+
+
+class RowStatistics(NamedTuple):
+    """Of every row: Ê, the attention on the first visible key (the sink), and the number of visible keys."""
+
+    entropies: Float[Tensor, "batch row"]
+    sink_mass: Float[Tensor, "batch row"]
+    counts: Float[Tensor, "batch row"]
+
+
+class Block(NamedTuple):
+    """Scores of one block of rows for the query heads of one key head, unseen keys at OUT."""
+
+    scores: Float[Tensor, "share row key"]
+    visible: Bool[Tensor, "row key"] | None  # None: all up to the diagonal
+    first_row: int
+    first_key: int
+
+
+@torch.no_grad()
+def row_statistics(  # noqa: PLR0913 - the open points of one definition
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch key_heads keys dim"],
+    visibility: Visibility,
+    *,
+    scale: float,
+    rows: slice = slice(None),
+    softcap: float | None = None,
+    heads: Heads = "mean_rows",
+    drop_sink: int = 0,
+    context: Context = "visible",
+) -> RowStatistics:
+    """Ê of the rows of every sequence; query head h reads key head h // (heads / key_heads).
+
+    * `heads`: "mean_rows" averages the rows over the heads first, "mean_entropy" the entropies afterwards.
+    * `drop_sink`: so many of the first visible keys are zeroed, the row renormalised, N_t reduced.
+    * `context`: N_t counts the visible keys, or is the length of the sequence.
+    """
+    batch, query_heads, queries, _ = query.shape
+    first, stop, _ = rows.indices(queries)
+    found = torch.zeros(3, batch, max(stop - first, 0), device=query.device)
+    for sequence in range(batch):
+        for block_rows in _blocks(first, stop, key.shape[2], query_heads // key.shape[1]):
+            total = None
+            for block in _head_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
+                part = _head_sum(block, heads, drop_sink)
+                total = part if total is None else tuple(a.add_(b) for a, b in zip(total, part, strict=True))
+                seen = block
+            count = _counts(seen)
+            entropy, sink = _finish(total, seen, count, query_heads, heads, drop_sink)
+            keys = count if context == "visible" else torch.full_like(count, key.shape[2])
+            left = keys - drop_sink
+            normalised = torch.where((count > drop_sink) & (left > 1), entropy / left.clamp_min(2).log(), 0.0)
+            place = slice(block_rows.start - first, block_rows.stop - first)
+            found[:, sequence, place] = torch.stack((normalised, torch.where(count > 0, sink, 0.0), count))
+    return RowStatistics(*found)
+
+
+@torch.no_grad()
+def head_entropies(
+    query: Float[Tensor, "batch heads queries dim"],
+    key: Float[Tensor, "batch key_heads keys dim"],
+    visibility: Visibility,
+    *,
+    scale: float,
+    rows: slice = slice(None),
+    softcap: float | None = None,
+) -> Float[Tensor, "batch heads row"]:
+    """Entropy of every head's rows in nats, not divided: lse − E[score]; 0 where nothing is visible."""
+    batch, query_heads, queries, _ = query.shape
+    first, stop, _ = rows.indices(queries)
+    found = torch.zeros(batch, query_heads, max(stop - first, 0), device=query.device)
+    share = query_heads // key.shape[1]
+    for sequence in range(batch):
+        for block_rows in _blocks(first, stop, key.shape[2], share):
+            place = slice(block_rows.start - first, block_rows.stop - first)
+            blocks = _head_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
+            for index, block in enumerate(blocks):
+                probs = torch.softmax(block.scores, dim=-1)
+                entropy = _entropy_of_scores(block.scores, probs)
+                seen = _counts(block) > 0
+                found[sequence, index * share : (index + 1) * share, place] = torch.where(seen, entropy, 0.0)
+    return found
+
+
+def _blocks(first: int, stop: int, keys: int, share: int) -> Iterator[slice]:
+    step = max(8, min(BLOCK, SCORES // max(keys * share, 1)))
+    return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
+
+
+def _head_blocks(
+    query: Float[Tensor, "heads queries dim"],
+    key: Float[Tensor, "key_heads keys dim"],
+    visibility: Visibility,
+    sequence: int,
+    rows: slice,
+    scale: float,
+    softcap: float | None,
+) -> Iterator[Block]:
+    """One block per key head; all see the same keys, cut to the range that any row of the block sees."""
+    key_heads, keys, dim = key.shape
+    share, count, offset = query.shape[0] // key_heads, rows.stop - rows.start, keys - query.shape[1]
+    visible, bias = None, None
+    low, high = 0, rows.stop + offset
+    if visibility.mask is not None:
+        visible = visibility.mask(sequence, rows)
+        live = visible.any(0).nonzero()
+        low, high = (int(live[0]), int(live[-1]) + 1) if live.numel() else (0, 1)
+        visible = visible[:, low:high]
+        bias = None if visibility.bias is None else visibility.bias(sequence, rows)[:, low:high].float()
+    hidden = _unseen(visible, count, high - low, query.device)
+    for head in range(key_heads):
+        left = query[head * share : (head + 1) * share, rows].reshape(share * count, dim).float() * scale
+        scores = product_nt(left, key[head, low:high].float()).view(share, count, high - low)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        if bias is not None:
+            scores.add_(bias)
+        tail = hidden.shape[1]  # of a causal block only the last columns can be unseen
+        scores[..., -tail:].masked_fill_(hidden, OUT)
+        yield Block(scores, visible, rows.start + offset, low)
+
+
+def _unseen(visible: Tensor | None, rows: int, keys: int, device: torch.device) -> Bool[Tensor, "row tail"]:
+    if visible is not None:
+        return ~visible
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)[:, -min(rows, keys) :]
+
+
+def _counts(block: Block) -> Float[Tensor, " row"]:
+    """Number of visible keys of each row."""
+    if block.visible is not None:
+        return block.visible.sum(-1).float()
+    count = block.scores.shape[1]
+    return torch.arange(block.first_row + 1, block.first_row + count + 1, device=block.scores.device).float()
+
+
+def _sinks(block: Block, drop: int) -> Bool[Tensor, "row key"]:
+    """The first `drop` visible keys of each row."""
+    keys = block.scores.shape[-1]
+    if block.visible is None:
+        return torch.arange(keys, device=block.scores.device).expand(block.scores.shape[1], keys) < drop
+    return block.visible & (block.visible.cumsum(-1) <= drop)
+
+
+def _entropy_of_scores(scores: Tensor, probs: Tensor) -> Tensor:
+    """lse − E[score]: no second transcendental pass."""
+    return scores.amax(-1) - probs.amax(-1).log() - torch.linalg.vecdot(probs, scores)
+
+
+def _entropy_of_probs(probs: Tensor) -> Tensor:
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def _without(probs: Tensor, sinks: Tensor) -> Tensor:
+    kept = probs.masked_fill(sinks, 0.0)
+    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
+
+
+def _head_sum(block: Block, heads: Heads, drop: int) -> tuple[Tensor, ...]:
+    """What is summed over the heads: rows, or entropies and the mass on the sink."""
+    probs = torch.softmax(block.scores, dim=-1)
+    if heads == "mean_rows":
+        return (probs.sum(0) if probs.shape[0] > 1 else probs[0],)
+    mass = probs.masked_fill(~_sinks(block, 1), 0.0).sum((0, -1))
+    if drop == 0:
+        return _entropy_of_scores(block.scores, probs).sum(0), mass
+    return _entropy_of_probs(_without(probs, _sinks(block, drop))).sum(0), mass
+
+
+def _finish(
+    total: tuple[Tensor, ...] | None, block: Block, count: Tensor, query_heads: int, heads: Heads, drop: int
+) -> tuple[Tensor, Tensor]:
+    """Entropy in nats and sink mass of the rows of a block."""
+    assert total is not None  # there is at least one key head
+    if heads == "mean_entropy":
+        return total[0] / query_heads, total[1] / query_heads
+    mean = total[0].div_(query_heads)
+    sink = mean.masked_fill(~_sinks(block, 1), 0.0).sum(-1)
+    return _entropy_of_probs(_without(mean, _sinks(block, drop)) if drop else mean), sink
