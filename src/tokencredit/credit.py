@@ -150,7 +150,7 @@ class Pipeline:
         name = " → ".join((self.name, *(step.name for step in more)))
         return Pipeline(tuple(replace(chain, transforms=chain.transforms + more) for chain in self.chains), name)
 
-    def __mul__(self, weight: float) -> "Pipeline":
+    def __mul__(self, weight: int | float) -> "Pipeline":
         return Pipeline(
             tuple(replace(chain, weight=chain.weight * weight) for chain in self.chains), f"{weight:g} * {self.name}"
         )
