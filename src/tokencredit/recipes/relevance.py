@@ -1,0 +1,91 @@
+"""Relevance of samples to query sets, by cosine of features or overlap of sparse activations; and leaks refused."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float32
+from scipy.sparse import csr_matrix
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.ingest import normalise
+from tokencredit.seeds import derive
+
+QUERIES = 128  # per task
+
+
+def max_cosine(
+    features: Float[np.ndarray, "samples width"], queries: Float[np.ndarray, "queries width"]
+) -> Float32[np.ndarray, " samples"]:
+    """max over queries of cos(sample, query); rows without features are NaN."""
+    norms = np.linalg.norm(features, axis=1)
+    unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    best = np.full(len(features), np.nan, np.float32)
+    for start in range(0, len(features), 8192):
+        rows = slice(start, start + 8192)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            best[rows] = ((features[rows] @ unit.T).max(1) / norms[rows]).astype(np.float32)
+    return np.where(norms > 0, best, np.float32(np.nan))
+
+
+def overlap(activations: csr_matrix, target: Float[np.ndarray, " width"]) -> Float32[np.ndarray, " samples"]:
+    """s(x) = Σ_j min(a_j, t_j) / Σ_j max(a_j, t_j) for non-negative activations a and the mean t of the queries.
+
+    Only the active features of a sample are visited: Σ_j max = Σ_A max(a, t) + Σ_j t_j − Σ_A t_j.
+    """
+    a = activations.tocsr()
+    t = target[a.indices]
+    starts = a.indptr[:-1]
+    used = np.diff(a.indptr) > 0
+
+    def row_sums(values: np.ndarray) -> np.ndarray:
+        sums = np.zeros(a.shape[0])
+        if used.any():
+            sums[used] = np.add.reduceat(values, starts[used])
+        return sums
+
+    smaller, larger = row_sums(np.minimum(a.data, t)), row_sums(np.maximum(a.data, t))
+    return (smaller / np.maximum(larger + target.sum() - row_sums(t), 1e-12)).astype(np.float32)
+
+
+def read_queries(path: Path, task: str) -> list[list[dict[str, str]]]:
+    """At most 128 conversations of a query file: any format of the pool, or lines with `text`."""
+    from tokencredit.recipes.ingest import _records, _Refusal, to_sample
+
+    queries = []
+    for line, record in _records(path):
+        if isinstance(record, dict) and isinstance(record.get("text"), str):
+            queries.append([{"role": "user", "content": record["text"]}])
+            continue
+        try:
+            queries.append(to_sample(record, path.stem)["messages"])
+        except _Refusal as refusal:
+            raise TokenCreditError(f"{path}:{line}: {refusal}", hint="mend the query file") from refusal
+    if not queries:
+        raise TokenCreditError(f"{path} holds no query for task {task!r}")
+    if len(queries) > QUERIES:
+        rng = np.random.default_rng(derive("queries", task))
+        queries = [queries[index] for index in np.sort(rng.choice(len(queries), QUERIES, replace=False))]
+    return queries
+
+
+def refuse_leaks(queries: Sequence[list[dict[str, str]]], source: Path, splits: Sequence[Path]) -> None:
+    """A query that is also a problem of an evaluation split is an error: it would select for the test."""
+    asked = {normalise(message["content"]) for query in queries for message in query if message["role"] == "user"}
+    for path in splits:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            problem = json.loads(line)
+            text = normalise(str(problem.get("prompt", problem.get("question", ""))))
+            if text in asked:
+                raise TokenCreditError(
+                    f"{source} shares a problem with {path}:{number}: {text[:60]!r}",
+                    hint="take queries from a train or dev split, never from what the search is judged on",
+                )
+
+
+def sparse_activations(hidden_means: Float[np.ndarray, "samples width"], threshold: float = 0.0) -> csr_matrix:
+    """Non-negative activations above a threshold as CSR."""
+    return csr_matrix(np.where(hidden_means > threshold, hidden_means, 0.0).astype(np.float32))

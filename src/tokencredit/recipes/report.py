@@ -1,0 +1,206 @@
+"""A run as a table and as one HTML page that opens offline; text of recipes and reasons is escaped."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokencredit.recipes.confirm import expected_maximum, shrunken
+from tokencredit.recipes.history import Evaluation, usable
+from tokencredit.recipes.policies import transitions_of
+from tokencredit.recipes.propose import credits
+from tokencredit.recipes.search import Search
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def build_report(search: Search) -> dict[str, Any]:
+    """Gather the numbers of a run, write `report.json` and `report.html`, and return the numbers."""
+    content = report_content(search)
+    (search.folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    (search.folder / "report.html").write_text(render(content), encoding="utf-8")
+    return content
+
+
+def report_content(search: Search) -> dict[str, Any]:
+    """Everything that the page shows, as plain JSON."""
+    good = usable(search.history)
+    noise = search.config.noise_sd
+    content: dict[str, Any] = {
+        "pool": {"hash": search.materials.pool.hash, "samples": len(search.materials.pool)},
+        "policy": search.config.search.policy,
+        "seed": search.config.search.seed,
+        "noise_sd": noise,
+        "evaluations": [_row(evaluation) for evaluation in search.history],
+        "failed": len(search.history) - len(good),
+        "expected_maximum_of_noise": expected_maximum(len(good)) * noise if good else 0.0,
+    }
+    if good:
+        finalist = search.finalists(1)[0]
+        means = search.chooser.posterior(good) if len(good) > 1 else np.array([good[0].score])
+        content["search"] = asdict(shrunken(search.history, noise))
+        content["posterior"] = {str(e.slot): float(mean) for e, mean in zip(good, means, strict=True)}
+        content["finalist"] = _row(finalist)
+        content["funnel"] = [asdict(step) for step in search.chooser.executor.run(finalist.recipe).trace]
+        found = credits(transitions_of(good))
+        content["credits"] = [{"operator": op, "position": place, "credit": c} for (op, place), c in found.items()]
+    if search.adviser is not None:
+        content["llm"] = search.adviser.counts
+    confirmed = search.folder / "confirm.json"
+    if confirmed.is_file():
+        content["confirm"] = json.loads(confirmed.read_text(encoding="utf-8"))
+    return content
+
+
+def _row(e: Evaluation) -> dict[str, Any]:
+    fields = ("slot", "kind", "status", "reason", "score", "samples", "tokens", "mean", "sd", "seconds", "below_floor")
+    row = {name: getattr(e, name) for name in fields}
+    failures = {task: scores.get("parse_fail", 0) for task, scores in e.tasks.items()}
+    return row | {"recipe": str(e.recipe), "points": e.points, "parse_fail": failures, "state": e.state}
+
+
+def report_lines(content: Mapping[str, Any]) -> list[str]:
+    """The table on stdout."""
+    lines = [f"{'slot':>4} {'kind':8} {'score':>8} {'expected':>15} {'samples':>8}  recipe"]
+    for row in content["evaluations"]:
+        score = f"{row['score']:8.2f}" if row["score"] is not None else "  failed"
+        expected = f"{row['mean']:8.2f} ± {row['sd']:4.2f}" if row["mean"] is not None else ""
+        lines.append(f"{row['slot']:4d} {row['kind']:8} {score} {expected:>15} {row['samples']:8d}  {row['recipe']}")
+    if "search" in content:
+        found = content["search"]
+        lines.append("")
+        lines.append(
+            f"best observed {found['best']:.2f}, mean {found['mean']:.2f}; noise alone would put the best "
+            f"{content['expected_maximum_of_noise']:.2f} above the mean"
+        )
+        lines.append(f"shrunken estimate {found['estimate']:.2f}, that is {found['gain']:+.2f} over the mean")
+        lines.append(f"finalist: slot {content['finalist']['slot']}, {content['finalist']['recipe']}")
+    return lines + ([""] + confirm_lines(content["confirm"]) if "confirm" in content else [])
+
+
+def confirm_lines(content: Mapping[str, Any]) -> list[str]:
+    """The confirmation as text, headline last."""
+    found, shrunk = content["finalist"], content["search"]
+    lines = [
+        f"best observed {shrunk['best']:.2f} · shrunken {shrunk['estimate']:.2f} · confirmed mean {found['mean']:.2f} "
+        f"[{found['low']:.2f}, {found['high']:.2f}] over {found['seeds']} seeds"
+    ]
+    for row in content["differences"]:
+        lines.append(
+            f"finalist − {row['control']}: {row['mean']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] "
+            f"({row['method']}) {row['verdict']}"
+        )
+    return lines
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The page; pictures are inline SVG, nothing is loaded from anywhere."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
+    pictures = {name: Markup(svg) for name, svg in draw(content).items()}
+    return environment.get_template("report.html").render(content=content, pictures=pictures)
+
+
+def draw(content: Mapping[str, Any]) -> dict[str, str]:
+    """Search path, size against score, funnel, and the forest plot where a confirmation exists."""
+    pictures = {}
+    done = [row for row in content["evaluations"] if row["score"] is not None]
+    if done:
+        pictures["path"] = _svg(_draw_path, done, content)
+        pictures["size"] = _svg(_draw_size, done, content)
+        pictures["funnel"] = _svg(_draw_funnel, content["funnel"], content)
+    if content.get("confirm", {}).get("differences"):
+        pictures["forest"] = _svg(_draw_forest, content["confirm"]["differences"], content)
+    return pictures
+
+
+KINDS = {"warm-up": ("#8a8f98", "s"), "control": ("#b5651d", "D"), "search": ("#1f5fa8", "o")}
+
+
+def _svg(paint: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+    from io import StringIO
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    # "none" keeps text as text (small, searchable); a fixed salt keeps the file the same for the same run.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recipes", "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        paint(axes, rows, content)
+        buffer = StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw_path(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    noise = content["noise_sd"]
+    slots, scores = [row["slot"] for row in rows], [row["score"] for row in rows]
+    level = float(np.median(scores))
+    axes.axhspan(level - 2 * noise, level + 2 * noise, color="#e8edf4", label="median ± 2 sd of noise")
+    axes.step(slots, np.maximum.accumulate(scores), where="post", color="#c0c6d0", label="best so far")
+    for kind, (colour, marker) in KINDS.items():
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            axes.errorbar(
+                [row["slot"] for row in chosen],
+                [row["score"] for row in chosen],
+                yerr=noise,
+                fmt=marker,
+                color=colour,
+                label=kind,
+                capsize=2,
+                linewidth=1,
+            )
+    forecast = [row for row in rows if row["mean"] is not None]
+    axes.plot([r["slot"] for r in forecast], [r["mean"] for r in forecast], "_", color="#111", ms=11, label="forecast")
+    axes.set_xlabel("evaluation")
+    axes.set_ylabel("score, points")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+
+
+def _draw_size(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    for kind, (colour, marker) in KINDS.items():
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            axes.plot([r["samples"] for r in chosen], [r["score"] for r in chosen], marker, color=colour, label=kind)
+    finalist = content["finalist"]
+    axes.annotate("finalist", (finalist["samples"], finalist["score"]), xytext=(6, 8), textcoords="offset points")
+    axes.set_xlim(0, content["pool"]["samples"] * 1.02)
+    axes.set_xlabel("samples in the subset")
+    axes.set_ylabel("score, points")
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_funnel(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    names = ["pool"] + [f"{number}. {row['op']}" for number, row in enumerate(rows, start=1)]
+    counts = [content["pool"]["samples"]] + [row["samples"] for row in rows]
+    places = np.arange(len(names))
+    axes.barh(places, counts, color=["#c0c6d0"] + ["#1f5fa8"] * len(rows), height=0.62)
+    for place, count in zip(places, counts, strict=True):
+        axes.text(count, place, f" {count:,} ({count / counts[0]:.0%})", va="center", fontsize=9)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, counts[0] * 1.2)
+    axes.set_xlabel("samples kept")
+
+
+def _draw_forest(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
+    places = np.arange(len(rows))
+    for place, row in zip(places, rows, strict=True):
+        colour = "#2b7a4b" if row["low"] > 0 else "#8a8f98"
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
+        axes.plot([row["mean"]], [place], "o", color=colour)
+    axes.axvline(0, color="#111", linewidth=1)
+    axes.set_yticks(places, [f"− {row['control']}" for row in rows])
+    axes.invert_yaxis()
+    axes.margins(y=0.15)
+    axes.set_xlabel("finalist minus control, points, 95 % interval")

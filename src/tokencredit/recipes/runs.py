@@ -1,0 +1,80 @@
+"""Run folders: the resolved configuration beside the history, and a search opened from either."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.config import SearchConfig, load_config
+from tokencredit.recipes.evaluate import make_evaluator
+from tokencredit.recipes.llm import Adviser
+from tokencredit.recipes.policies import warm_up
+from tokencredit.recipes.search import Search
+from tokencredit.recipes.store import load_materials
+
+CONFIG = "search.yaml"
+
+
+def as_yaml(config: SearchConfig) -> str:
+    import yaml
+
+    content = {key: value for key, value in asdict(config).items() if value is not None}
+    return yaml.safe_dump(_plain(content), sort_keys=False, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def save_config(config: SearchConfig, folder: Path) -> None:
+    """Write the resolved configuration; a folder that was started with another one is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / CONFIG, as_yaml(config)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        before = load_config(path)
+        if (
+            replace(before, search=config.search, confirm=config.confirm) != config
+            or replace(before.search, budget=config.search.budget) != config.search
+        ):
+            raise TokenCreditError(
+                f"{folder} was started with another configuration than this one",
+                hint=f"compare {path}; only budget and confirm may change, or take another folder",
+            )
+    path.write_text(text, encoding="utf-8")
+
+
+def make_search(config: SearchConfig, folder: Path) -> Search:
+    """A search with its pool, signals, evaluator and adviser loaded."""
+    materials = load_materials(config.pool)
+    evaluator = make_evaluator(config.evaluator, materials.pool)
+    adviser = Adviser(settings=config.llm, folder=folder) if config.llm is not None else None
+    return Search(config=config, materials=materials, evaluator=evaluator, folder=folder, adviser=adviser)
+
+
+def open_run(folder: Path, confirm: Mapping[str, Any] | None = None) -> Search:
+    """A search as a run folder has it, history loaded; `confirm` replaces settings of the confirmation."""
+    if not (folder / CONFIG).is_file():
+        raise TokenCreditError(f"{folder} is not a run folder ({CONFIG} is missing)")
+    config = load_config(folder / CONFIG)
+    if confirm:
+        config = replace(config, confirm=replace(config.confirm, **confirm))
+    search = make_search(config, folder)
+    search.load()
+    if not search.history:
+        raise TokenCreditError(f"{folder} holds no evaluation yet", hint="run `tokencredit recipes search` first")
+    return search
+
+
+def dry_run(config: SearchConfig, folder: Path) -> list[dict[str, Any]]:
+    """The warm-up recipes and their sizes, without an evaluation."""
+    search = make_search(config, folder)
+    rows = []
+    for slot in range(1, config.search.warmup + 1):
+        candidate, _ = warm_up(search.chooser, slot)
+        assert candidate.subset is not None
+        state = candidate.state
+        rows.append({"slot": slot, "recipe": str(candidate.recipe), "samples": len(candidate.subset), **state})
+    return rows
