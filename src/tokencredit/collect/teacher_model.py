@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokencredit.collect.models import unwrapped
 from tokencredit.collect.teacher_checks import check_chat, check_end, check_size, check_tokenizers, end_ids
 from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
-from tokencredit.collect.teacher_score import evaluating, score_rows, used_widths
+from tokencredit.collect.teacher_score import score_rows, used_widths
 from tokencredit.errors import TokenCreditError
 
 
@@ -146,7 +147,7 @@ class SelfTeacher:
         self._check_policy(policy)
         self._remember(policy)
         prompts = _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, policy)
-        with evaluating(policy), self._weights(policy):
+        with self._weights(policy):
             return score_rows(
                 policy,
                 prompts,
@@ -173,7 +174,7 @@ class SelfTeacher:
         self._copy = {name: value.clone() for name, value in state.items()}
 
     def _check_policy(self, policy: Any) -> None:
-        if self.given["weights"] == "base" and not hasattr(_unwrapped(policy), "disable_adapter"):
+        if self.given["weights"] == "base" and not hasattr(unwrapped(policy), "disable_adapter"):
             raise TokenCreditError(
                 f"a base teacher is the policy with its LoRA adapter off, and {type(policy).__name__} has no adapter",
                 hint="train with `peft_config`, or use `kind: self` with `weights: frozen`",
@@ -202,7 +203,7 @@ class SelfTeacher:
 
     def _weights(self, policy: Any) -> Any:
         if self.given["weights"] == "base":
-            return _unwrapped(policy).disable_adapter()
+            return unwrapped(policy).disable_adapter()
         return _swapped(_trainable(policy), self._copy) if self._copy else nullcontext()
 
 
@@ -230,7 +231,7 @@ def _prompts(
     if renderer.text is not None and tokenizer is None:
         raise TokenCreditError("a teacher with a template must be checked first", hint="call `check(policy_tokenizer)`")
     prompts = renderer.prompts(rows, prompt_ids, tokenizer)
-    limit = renderer.max_length or getattr(_unwrapped(model).config, "max_position_embeddings", None)
+    limit = renderer.max_length or getattr(unwrapped(model).config, "max_position_embeddings", None)
     check_fits(prompts, used_widths(response_mask), limit)
     return prompts
 
@@ -241,12 +242,7 @@ def _is_sharded(name: str, parameter: Any) -> bool:
 
 
 def _trainable(policy: Any) -> dict[str, Any]:
-    return {name: p for name, p in _unwrapped(policy).named_parameters() if p.requires_grad}
-
-
-def _unwrapped(policy: Any) -> Any:
-    """Without the wrapper of data-parallel training."""
-    return getattr(policy, "module", policy)
+    return {name: p for name, p in unwrapped(policy).named_parameters() if p.requires_grad}
 
 
 def _quantized(given: Mapping[str, Any]) -> dict[str, Any]:

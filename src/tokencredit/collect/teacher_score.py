@@ -1,13 +1,13 @@
 """Scoring sampled tokens under a local model: rows in small passes, the vocabulary in tiles."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.masked import positions, response_lengths
 
 
@@ -34,8 +34,7 @@ def score_rows(
         rows = order[start : start + batch_size]
         width = max(1, *(widths[row] for row in rows)) if rows else 1
         ids, attention, longest = _packed([prompts[row] for row in rows], response_ids[rows], widths, rows, width)
-        with torch.no_grad():
-            found, _ = token_logprobs(model, ids.to(target), attention.to(target), longest, width, temperature)
+        found, _ = token_logprobs(model, ids.to(target), attention.to(target), longest, width, temperature)
         result[rows, : found.shape[1]] = found.to(result.device, torch.float32)[:, : result.shape[1]]
     return torch.where(response_mask, result, 0.0)
 
@@ -61,35 +60,3 @@ def _packed(
         ids[place, longest : longest + used] = responses[place, :used]
         attention[place, longest - len(prompt) : longest + used] = 1
     return ids, attention, longest
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """No dropout inside; every module's own mode comes back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def token_logprobs(
-    model: Any,
-    input_ids: Int[Tensor, "batch length"],
-    attention_mask: Int[Tensor, "batch length"],
-    prompt_length: int,
-    response_length: int,
-    temperature: float = 1.0,
-) -> tuple[Float[Tensor, "batch response"], None]:
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    hidden = inner.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    hidden = hidden[:, prompt_length - 1 : prompt_length - 1 + response_length].reshape(-1, hidden.shape[-1])
-    targets = input_ids[:, prompt_length : prompt_length + response_length].reshape(-1)
-    found = []
-    for start in range(0, len(targets), 64):
-        logits = inner.get_output_embeddings()(hidden[start : start + 64]).float() / temperature
-        found.append(logits.gather(1, targets[start : start + 64, None])[:, 0] - logits.logsumexp(1))
-    return torch.cat(found).view(input_ids.shape[0], -1), None
