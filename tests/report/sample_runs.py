@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,13 @@ def write_run(
     seed: int,
     *,
     steps: int = 100,
+    every: int = 1,
     status: str = "finished",
     records: bool = True,
     hostile: str = "",
-    **changes: Any,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """One run folder; `hostile` is a token that ends every response."""
+    """One run folder, a line `every` few steps; `hostile` is a token that ends every response."""
     folder.mkdir(parents=True)
     pipeline = get_pipeline(label)
     content = {
@@ -77,12 +79,12 @@ def write_run(
         "versions": {"tokencredit": "0.1.0", "torch": torch.__version__},
         "settings": {"learning_rate": 3e-4, "steps": 100, "trainer": {"num_generations": GROUP, "loss_type": "dapo"}},
     }
-    (folder / "run.json").write_text(json.dumps(content | changes))
+    (folder / "run.json").write_text(json.dumps(content | dict(changes or {})))
     store = RecordStore(folder / "records")
     rng = np.random.default_rng(derive("evaluation", label, seed))
     hardness = np.random.default_rng(derive("problems")).random(64)
     with (folder / "metrics.jsonl").open("w") as file:
-        for step in range(steps + 1):
+        for step in range(0, steps + 1, every):
             batch, tokens, prompts = sample_batch(step, seed, hostile=hostile)
             host = group_normalized(batch)[:, 0].float()
             batch = replace(batch, host_advantages=host)

@@ -128,10 +128,11 @@ def _shown(text: object) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """A number with a real minus sign; a dash for what does not exist."""
+    """A number with a real minus sign, to four decimals at most; a dash for what does not exist."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.{digits}g}".replace("-", "−") if value else "0"
+    short = f"{value:.{digits}g}" if abs(value) >= 0.01 else f"{value:.4f}".rstrip("0").rstrip(".")
+    return ("0" if short == "-0" else short).replace("-", "−")
 
 
 def _percent(value: float) -> str:

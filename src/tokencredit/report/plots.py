@@ -20,7 +20,7 @@ VARIABLES = {colour: f"var(--series-{k})" for k, colour in enumerate(SERIES, 1)}
 VARIABLES |= {colour: f"var(--{name.lower()})" for name, colour in QUADRANT_COLOURS.items()}
 VARIABLES |= {INK: "currentColor", GRID: "var(--muted)"}
 
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (5, 1.5, 1.5, 1.5))
+DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (5.0, 1.5, 1.5, 1.5))
 SIZE = (4.0, 2.7)  # inches: 288 units, about the width of a column of the page, so that text keeps its size
 
 
@@ -60,7 +60,7 @@ def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False)
 
     def draw(axes: "Axes") -> None:
         for quadrant, curve in lines.items():
-            _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5, 2))
+            _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
         axes.set_xlabel("training step")
         axes.set_ylim(0, None)
         if percent:
@@ -69,7 +69,7 @@ def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False)
     return _svg(name, draw)
 
 
-def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[float]]) -> str:
+def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[int]]) -> str:
     """Share of the tokens of each polarity in bins of entropy, side by side."""
     totals = {polarity: sum(values) for polarity, values in counts.items()}
     shown = [polarity for polarity, total in totals.items() if total]

@@ -1,0 +1,199 @@
+"""The page: one file, nothing from outside, every text escaped, whatever the runs lack."""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import sample_runs
+
+from tokencredit.cli import report as cli
+from tokencredit.errors import TokenCreditError
+from tokencredit.report import write_report
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}",
+    "\ud83d",
+    "\x00\x08\x1b",
+    "\u202e",
+]
+
+
+class Page(HTMLParser):
+    """Elements, ids, text and whether every tag closes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def of(self, tag: str) -> Iterator[dict[str, str | None]]:
+        return (attributes for name, attributes in self.tags if name == tag)
+
+
+def page(path: Path) -> Page:
+    parsed = Page(path.read_text(encoding="utf-8"))
+    assert parsed.open == []
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = [str(a["href"])[1:] for a in parsed.of("a")]
+    assert set(targets) <= set(ids)
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    names = []
+    for label in ("grpo", "hapo"):
+        for seed in range(2):
+            names.append(f"{label}/seed-{seed}")
+            sample_runs.write_run(folder / names[-1], label, seed, steps=40, every=5)
+    (folder / "compare.json").write_text(json.dumps({"runs": names}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(comparison: Path) -> Page:
+    return page(write_report([comparison], comparison / "report.html"))
+
+
+def test_every_section_is_there(whole: Page) -> None:
+    sections = [attributes.get("id") for attributes in whole.of("section") if "id" in attributes]
+    expected = ["results", "training", "quadrants", "concentration", "position", "histograms", "responses", "settings"]
+    assert sections == expected
+    assert sum(1 for _ in whole.of("figure")) == 4 + 2 * 3 + 4 + 2 + 2
+    text = " ".join("".join(whole.text).split())
+    assert "difference to grpo" in text and "entropy_capacity(" in text and "learning_rate" in text
+
+
+def test_nothing_comes_from_outside(comparison: Path, whole: Page) -> None:
+    text = (comparison / "report.html").read_text(encoding="utf-8")
+    addresses = set(re.findall(r"(?:https?:)?//[\w.]+[^\s\"'<>)]*", re.sub(r"(?m)^\s*//.*$", "", text)))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    loads = [tag for tag, attributes in whole.tags if "src" in attributes or tag in ("link", "img", "iframe", "object")]
+    assert loads == []
+    assert any(a.get("http-equiv") == "Content-Security-Policy" for a in whole.of("meta"))
+
+
+def test_tokens_carry_what_hovering_shows(whole: Page) -> None:
+    tokens = [a for a in whole.of("span") if "t" in str(a.get("class")).split() and "data-a" in a]
+    assert len(tokens) > 100
+    assert {str(a["data-q"]) for a in tokens if "data-q" in a} == {"PHR", "PLR", "NHR", "NLR"}
+    assert all(float(str(a["data-h"])) >= 0 for a in tokens)
+    up = [a for a in tokens if "u" in str(a["class"]).split()]
+    assert up and not any(str(a["data-a"]).startswith("−") for a in up)
+    responses = [a for tag, a in whole.tags if tag == "div" and a.get("class") == "tokens"]
+    assert len(responses) == sum("tabindex" in a for a in whole.of("span"))
+
+
+def test_hostile_text_stays_text(tmp_path: Path, whole: Page) -> None:
+    paths = []
+    for number, hostile in enumerate(HOSTILE):
+        label = f"{hostile}$x^2$"
+        changes = {"label": label, "task": hostile, "model": hostile, "settings": {hostile: hostile}, "status": hostile}
+        paths.append(
+            sample_runs.write_run(tmp_path / str(number), "hapo", number, steps=0, hostile=hostile, changes=changes)
+        )
+    out = write_report(paths, tmp_path / "report.html")
+    parsed = page(out)
+    plain = {tag for tag, _ in whole.tags}
+    assert {tag for tag, _ in parsed.tags} <= plain  # no <img>, nothing that a normal report lacks
+    assert sum(1 for _ in parsed.of("script")) == 1
+    assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    text = "".join(parsed.text)
+    for shown in (
+        "<script>alert(1)</script>",
+        '"><img·src=x·onerror=alert(1)>',
+        "{{·7*7·}}",
+        "⟨U+D83D⟩",
+        "␀␈␛",
+        "⟨U+202E⟩",
+    ):
+        assert shown in text, shown
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", out.read_text(encoding="utf-8"))
+
+
+def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"label": "bare", "status": "running"}))
+    parsed = page(write_report([folder], tmp_path / "a.html"))
+    assert [a.get("id") for a in parsed.of("section")] == ["results", "settings"]
+    assert "no evaluation" in "".join(parsed.text) and "is running" in "".join(parsed.text)
+    lines = [
+        {"step": 3, "kind": "eval", "metrics": {"success": 0.5}},
+        {"step": 3, "kind": "train", "metrics": {"loss": 1}},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parsed = page(write_report([folder], tmp_path / "b.html"))
+    assert [a.get("id") for a in parsed.of("section")] == ["results", "training", "settings"]
+
+
+def test_credit_curves_from_records_where_nothing_was_logged(tmp_path: Path) -> None:
+    folder = sample_runs.write_run(tmp_path / "run", "hapo", 0, steps=25, every=25)
+    (folder / "metrics.jsonl").unlink()
+    parsed = page(write_report([folder], tmp_path / "report.html"))
+    sections = [a.get("id") for a in parsed.of("section") if "id" in a]
+    assert "quadrants" in sections and "concentration" in sections and "training" not in sections
+
+
+def test_a_comparison_that_waits(tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(json.dumps({"runs": ["grpo/seed-0", "hapo/seed-0"]}))
+    text = "".join(page(write_report([tmp_path], tmp_path / "report.html")).text)
+    assert "2 not started" in text
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["report", *arguments])
+    return int(args.handler(args))
+
+
+def test_command_line(comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "page.html"
+    assert run([str(comparison), "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["report"] == str(out) and out.exists()
+    assert [row["label"] for row in printed["results"]] == ["grpo", "hapo"]
+    assert printed["results"][1]["paired_seeds"] == 2
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_default_place_is_the_first_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sample_runs.write_run(tmp_path / "run", "grpo", 0, steps=0)
+    assert run([str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+
+def test_bad_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TokenCreditError, match=r"has neither run\.json nor compare\.json"):
+        run([str(tmp_path)])
+    folder = sample_runs.write_run(tmp_path / "run", "grpo", 0, steps=0)
+    with pytest.raises(TokenCreditError, match="is a folder"):
+        write_report([folder], tmp_path)
