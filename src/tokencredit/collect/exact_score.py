@@ -5,11 +5,11 @@ attends to its own ancestors alone (a 4-D attention mask, positions by depth). A
 than on plain rows is scored on plain rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,13 @@ TILE_TOKENS = 4096  # tokens in one forward, padding included
 TILE_LOGITS = 1 << 26  # logits in one forward, one row at least: 256 MiB in float32
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class NodeScores(NamedTuple):
+    """ln π(token | parent), 0 at roots; H of the policy at the node, 0 at leaves."""
+
+    logprobs: Float[Tensor, " node"]
+    entropies: Float[Tensor, " node"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,9 +70,17 @@ def pack(trie: Trie, prompt: int, prompt_ids: TokenIds) -> Packed:
     )
 
 
-def packed_logits(model: Any, packs: Sequence[Packed]) -> Float[Tensor, "pack length vocab"]:
-    """Output of the model on several packed tries; padding sees itself alone."""
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+class _Stacked(NamedTuple):
+    """Inputs of one forward over several packed tries."""
+
+    ids: Int[Tensor, "pack length"]
+    positions: Int[Tensor, "pack length"]
+    mask: Float[Tensor, "pack 1 length length"]
+
+
+def _stacked(model: Any, packs: Sequence[Packed]) -> _Stacked:
+    """Packs of unlike length as one batch; padding sees itself alone."""
+    like = next(model.parameters())
     length = max(item.input_ids.numel() for item in packs)
     ids = torch.zeros(len(packs), length, dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -73,9 +88,13 @@ def packed_logits(model: Any, packs: Sequence[Packed]) -> Float[Tensor, "pack le
     for row, item in enumerate(packs):
         n = item.input_ids.numel()
         ids[row, :n], positions[row, :n], visible[row, :n, :n] = item.input_ids, item.position_ids, item.visible
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, torch.finfo(like.dtype).min)[:, None]
+    return _Stacked(ids.to(like.device), positions.to(like.device), mask.to(like.device))
+
+
+def _packed_logits(model: Any, stacked: _Stacked) -> Float[Tensor, "pack length vocab"]:
     return model(
-        input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device), use_cache=False
+        input_ids=stacked.ids, position_ids=stacked.positions, attention_mask=stacked.mask, use_cache=False
     ).logits
 
 
@@ -84,7 +103,7 @@ def row_logits(model: Any, prompts: Sequence[TokenIds], responses: Sequence[Toke
 
     Right padding needs no attention mask: no token of a causal model looks at what comes after it.
     """
-    device = next(model.parameters()).device
+    device = _device(model)
     joined = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     longest = max(map(len, joined))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in joined])
@@ -103,14 +122,13 @@ def node_logprobs(
     tokens = trie.token[span.start : span.stop]
     if can_pack(model):
         item = pack(trie, prompt, prompt_ids)
-        logits = packed_logits(model, [item])[0, item.state_at.to(next(model.parameters()).device)]
+        logits = _packed_logits(model, _stacked(model, [item]))[0, item.state_at.to(_device(model))]
     else:
         rows, steps = _first_through(trie, prompt)
         logits = row_logits(model, [prompt_ids] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
     return (logits / temperature).log_softmax(-1).gather(-1, tokens.to(logits.device)[:, None]).squeeze(-1)
 
 
-@torch.no_grad()
 def score_trie(
     model: Any,
     prompts: Sequence[TokenIds],
@@ -118,27 +136,71 @@ def score_trie(
     *,
     temperature: float = 1.0,
     tile_tokens: int = TILE_TOKENS,
-) -> tuple[Float[Tensor, " node"], Float[Tensor, " node"]]:
+) -> NodeScores:
     """ln π(token | parent) and H of the policy at every node, nats; float64 on the CPU."""
-    logprobs = torch.zeros(trie.parent.numel(), dtype=torch.float64)
-    entropies = torch.zeros_like(logprobs)
-    packing = can_pack(model)
-    for group in _tiles(prompts, trie, tile_tokens, _vocabulary_size(model), packing):
-        packs = [pack(trie, prompt, prompts[prompt]) for prompt in group] if packing else []
-        tables = _tables(packed_logits(model, packs) / temperature) if packing else None
-        for row, prompt in enumerate(group):
-            span = slice(trie.spans[prompt].start, trie.spans[prompt].stop)
-            if tables is not None:
-                before, at = tables[row, packs[row].state_at], tables[row, packs[row].node_at]
-                root = tables[row, len(prompts[prompt]) - 1]
-            else:
-                rows, steps = _first_through(trie, prompt)
-                table = _tables(row_logits(model, [prompts[prompt]] * len(rows), rows) / temperature)
-                before, at, root = table[steps[:, 0], steps[:, 1] - 1], table[steps[:, 0], steps[:, 1]], table[0, 0]
-            logprobs[span] = before.gather(-1, trie.token[span][:, None]).squeeze(-1)
-            entropies[span] = _entropy(at)
-            entropies[prompt] = _entropy(root)
-    return logprobs, torch.where(trie.is_leaf, 0.0, entropies)
+    return trie_scorer(model, prompts, trie, temperature=temperature, tile_tokens=tile_tokens)()
+
+
+def trie_scorer(
+    model: Any,
+    prompts: Sequence[TokenIds],
+    trie: Trie,
+    *,
+    temperature: float = 1.0,
+    tile_tokens: int = TILE_TOKENS,
+) -> Callable[[], NodeScores]:
+    """`score_trie` with everything prepared that does not depend on the weights of the model, for calling it again."""
+    budget = min(tile_tokens, max(1, TILE_LOGITS // _vocabulary_size(model)))
+    prepare = _prepare_packed if can_pack(model) else _prepare_rows
+    tiles = [
+        (group, *prepare(model, [prompts[prompt] for prompt in group], trie, group))
+        for group in _tiles(prompts, trie, budget if can_pack(model) else 0)
+    ]
+    leaf = trie.is_leaf
+
+    @torch.no_grad()
+    def score() -> NodeScores:
+        logprobs = torch.zeros(trie.parent.numel(), dtype=torch.float64)
+        entropies = torch.zeros_like(logprobs)
+        for group, forward, places in tiles:
+            table = _tables(forward() / temperature)
+            entropy = torch.special.entr(table.exp()).sum(-1).double()
+            for prompt, (before, at, root) in zip(group, places, strict=True):
+                span = slice(trie.spans[prompt].start, trie.spans[prompt].stop)
+                logprobs[span] = table[before.unbind(1)].gather(-1, trie.token[span][:, None]).squeeze(-1).double()
+                entropies[span], entropies[prompt] = entropy[at.unbind(1)], entropy[root]
+        return NodeScores(logprobs, torch.where(leaf, 0.0, entropies))
+
+    return score
+
+
+class _Places(NamedTuple):
+    """Where the output stands for the parents of a prompt's nodes, for the nodes, and for its root: (row, column)."""
+
+    before: Int[Tensor, "node 2"]
+    at: Int[Tensor, "node 2"]
+    root: tuple[int, int]
+
+
+def _prepare_packed(
+    model: Any, prompts: Sequence[TokenIds], trie: Trie, group: Sequence[int]
+) -> tuple[Callable[[], Tensor], list[_Places]]:
+    packs = [pack(trie, prompt, ids) for prompt, ids in zip(group, prompts, strict=True)]
+    stacked = _stacked(model, packs)
+    places = []
+    for row, (item, ids) in enumerate(zip(packs, prompts, strict=True)):
+        line = torch.full_like(item.state_at, row)
+        at = torch.stack((line, item.node_at.clamp_min(0)), 1)
+        places.append(_Places(torch.stack((line, item.state_at), 1), at, (row, len(ids) - 1)))
+    return lambda: _packed_logits(model, stacked), places
+
+
+def _prepare_rows(
+    model: Any, prompts: Sequence[TokenIds], trie: Trie, group: Sequence[int]
+) -> tuple[Callable[[], Tensor], list[_Places]]:
+    rows, steps = _first_through(trie, group[0])
+    before = steps - torch.tensor([0, 1])
+    return lambda: row_logits(model, list(prompts) * len(rows), rows), [_Places(before, steps, (0, 0))]
 
 
 def can_pack(model: Any) -> bool:
@@ -151,7 +213,7 @@ def can_pack(model: Any) -> bool:
         with torch.no_grad():
             plain = row_logits(model, [tokens[5:]] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
             try:
-                packed = packed_logits(model, [item])[0, item.state_at.to(plain.device)]
+                packed = _packed_logits(model, _stacked(model, [item]))[0, item.state_at.to(plain.device)]
             except (TypeError, ValueError, RuntimeError):  # no position ids, or no 4-D masks
                 packed = torch.full_like(plain, torch.inf)
         # Many models compute norms in float32 whatever their dtype, so float64 logits agree to float32 only.
@@ -210,16 +272,9 @@ def _tables(logits: Tensor) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1).cpu()
 
 
-def _entropy(table: Float[Tensor, "*state vocab"]) -> Float[Tensor, "*state"]:
-    return torch.special.entr(table.exp()).sum(-1).double()
-
-
-def _tiles(
-    prompts: Sequence[TokenIds], trie: Trie, tile_tokens: int, vocabulary: int, packing: bool
-) -> Iterator[list[int]]:
-    """Prompts that have nodes, those of like size together, within the budget of one forward."""
+def _tiles(prompts: Sequence[TokenIds], trie: Trie, budget: int) -> Iterator[list[int]]:
+    """Prompts that have nodes, those of like size together, within so many tokens; 0 gives them one by one."""
     sizes = [len(ids) + len(span) for ids, span in zip(prompts, trie.spans, strict=True)]
-    budget = min(tile_tokens, max(1, TILE_LOGITS // vocabulary)) if packing else 0
     tile: list[int] = []
     for prompt in sorted((p for p, span in enumerate(trie.spans) if len(span)), key=sizes.__getitem__):
         # Sorted, so the newest is the longest of its tile.
@@ -229,6 +284,10 @@ def _tiles(
         tile.append(prompt)
     if tile:
         yield tile
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _vocabulary_size(model: Any) -> int:

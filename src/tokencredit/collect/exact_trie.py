@@ -19,7 +19,8 @@ class Trie:
 
     Node p is the root (the empty prefix) of prompt p; the other nodes of prompt p are the range `spans[p]`.
 
-    * `paths`: the nodes that response c passes, root first; −1 behind its end. `owners`: the prompt of response c.
+    * `paths`: the nodes that response c passes, root first; −1 behind its end.
+    * `owners`: the prompt of response c, ascending.
     * `parent`, `token`: the node before, and the token that leads here; −1 at roots.
     * `depth`: length of the prefix. `children`: from token to node, for every node.
     """

@@ -1,0 +1,153 @@
+"""One cell of the benchmark, a task at a stage: sampled, measured in parts that survive a kill, summarised."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from tokencredit.bench import figures, show
+from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
+from tokencredit.bench.pipelines import Entry, FieldCollector, entries, fill
+from tokencredit.bench.world import Sampled, World, draw, load_world
+from tokencredit.collect.exact_gradient import trainable
+from tokencredit.credit import assign_credit
+from tokencredit.diagnostics.stats import resample_weights
+from tokencredit.methods.exact import exact_advantage
+from tokencredit.progress import bar
+from tokencredit.seeds import generator
+
+Advantages = list[list[Float[Tensor, "batch response"]]]  # [replicate][pipeline]
+
+
+def run_cell(
+    config: BenchConfig, task: str, stage: str, folder: Path, collectors: Mapping[str, FieldCollector]
+) -> dict[str, Any]:
+    """All figures of one cell as JSON-like data; parts that are already in `folder` are not measured again."""
+    start = time.monotonic()
+    world = load_world(config, task, stage)
+    samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
+    found, left_out = entries(config.pipelines, controls=config.controls, collectors=collectors)
+    advantages = [assign_all(found, sampled, config, collectors) for sampled in samples]
+    with bar(f"bench {task} {stage}", None) as advance:
+        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance)
+    return {
+        "task": task,
+        "stage": "given" if config.model else stage,
+        "model": {"parameters": sum(item.numel() for item in trainable(world.model)), "dtype": config.dtype},
+        **show.summary(world, samples, config),
+        "methods": _methods(samples, found, advantages, target, measured, steps, config),
+        "left_out": left_out,
+        "concentration_of_exact": _exact_concentration(samples, target, config),
+        "examples": show.examples(world, samples[0], found, advantages[0]),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def assign_all(
+    found: Sequence[Entry], sampled: Sampled, config: BenchConfig, collectors: Mapping[str, FieldCollector]
+) -> list[Float[Tensor, "batch response"]]:
+    """Advantages of every pipeline; random ones draw from a stream that their name and the replicate decide."""
+    needed = frozenset().union(*(entry.pipeline.requires for entry in found))
+    batch = fill(sampled, needed, collectors)
+    return [
+        assign_credit(
+            entry.pipeline, batch, generator=generator("bench draw", config.seed, sampled.replicate, entry.name)
+        )
+        for entry in found
+    ]
+
+
+def _measured(
+    world: World,
+    samples: Sequence[Sampled],
+    found: Sequence[Entry],
+    advantages: Advantages,
+    config: BenchConfig,
+    folder: Path,
+    advance: Any,
+) -> tuple[Target, Measured, dict[str, Float[np.ndarray, " probe"]]]:
+    """The exact target and the parts of all pipelines, put together; the steps are V before, and after the best."""
+    target = exact_target(world, config, advance)
+    units = target.gradients.shape[1]
+    at_once = pipelines_at_once(world, config, units)
+    parts = []
+    for first in range(0, len(found), at_once):
+        chunk = found[first : first + at_once]
+        path = folder / f"part-{first:03d}.safetensors"
+        names = json.dumps([[entry.name, entry.matched] for entry in chunk])
+        part = _load_part(path, names)
+        if part is None:
+            given = [item[first : first + at_once] for item in advantages]
+            part = measure(world, samples, given, target, advance)
+            _save_part(path, names, part)
+        parts.append(part)
+    best = target.gradients[0].sum(0)
+    steps = {
+        "before": target.success_after(torch.zeros_like(best)),
+        "best": target.success_after(best * (target.step / max(float(best.norm()), 1e-12))),
+    }
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("own", "cross", "after")}
+    return target, Measured(**joined), steps
+
+
+def _load_part(path: Path, names: str) -> Measured | None:
+    if not path.is_file() or path.with_suffix(".json").read_text() != names:
+        return None
+    return Measured(**load_file(path))
+
+
+def _save_part(path: Path, names: str, part: Measured) -> None:
+    """Names first, then the tensors by one rename: a part is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(names)
+    unfinished = path.with_suffix(".unfinished")
+    save_file({name: np.ascontiguousarray(getattr(part, name)) for name in ("own", "cross", "after")}, unfinished)
+    unfinished.replace(path)
+
+
+def _methods(
+    samples: Sequence[Sampled],
+    found: Sequence[Entry],
+    advantages: Advantages,
+    target: Target,
+    measured: Measured,
+    steps: Mapping[str, Float[np.ndarray, " probe"]],
+    config: BenchConfig,
+) -> list[dict[str, Any]]:
+    weights = resample_weights(target.gradients.shape[1], config.resamples, "bench", config.seed)
+    exact = [exact_advantage(sampled.batch) for sampled in samples]
+    grpo = next((row for row, entry in enumerate(found) if entry.name == "grpo"), None)
+    baseline = None if grpo is None else figures.grams_of(measured, grpo, target.grams)[0]
+    rows = []
+    for row, entry in enumerate(found):
+        grams = figures.grams_of(measured, row, target.grams)
+        estimates = figures.gradient_figures(grams, baseline, weights, config.level)
+        estimates |= figures.token_figures(
+            samples, [item[row] for item in advantages], exact, target.units, weights, config.level
+        )
+        estimates["progress"] = figures.progress_figure(
+            measured.after[row], steps["before"], steps["best"], target.units, weights, config.level
+        )
+        rows.append(
+            {
+                "name": entry.name,
+                "matched": entry.matched,
+                "pipeline": entry.pipeline.to_config(),
+                "figures": figures.as_json(estimates),
+            }
+        )
+    return rows
+
+
+def _exact_concentration(samples: Sequence[Sampled], target: Target, config: BenchConfig) -> dict[str, Any]:
+    weights = resample_weights(target.gradients.shape[1], config.resamples, "bench", config.seed)
+    exact = [exact_advantage(sampled.batch) for sampled in samples]
+    return figures.as_json(figures.concentration_figures(samples, exact, target.units, weights, config.level))

@@ -1,0 +1,132 @@
+"""From what was measured to the figures of the table, each with its interval over prompts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokencredit.bench.measure import TARGETS
+from tokencredit.bench.world import Sampled
+from tokencredit.diagnostics import fidelity, gradients
+from tokencredit.diagnostics.concentration import effective_token_ratio, gini
+from tokencredit.diagnostics.stats import Estimate, Statistic, bootstrap, ratio_of_sums
+
+# Key, what it is, and its unit: the one list that the table, the page and the documentation read.
+FIGURES: dict[str, str] = {
+    "direction": "cosine of one batch's gradient estimate with the exact gradient ∇ΣV, mean over replicate batches",
+    "direction_over_grpo": "difference of `direction` to that of grpo, paired by prompt",
+    "direction_standardized": "the same against Σ ∇V/√(V(1−V)), which GRPO aims at",
+    "average_direction": "cosine of the average over the replicate batches with ∇ΣV",
+    "expected_direction": "cosine of the expected estimate with ∇ΣV, sampling noise removed; 1 is unbiased",
+    "signal_to_noise": "‖E ĝ‖² / tr Var ĝ of one batch",
+    "progress": "exact ΔV after a step of the common length, as a share of the exact gradient's",
+    "rank_correlation": "Spearman correlation of the advantages with A* over all tokens",
+    "sign_agreement": "share of Σ|A*| on credited tokens whose sign is right",
+    "captured": "share of Σ|A*| on the fifth of the tokens with the largest |Â|",
+    "gini": "Gini coefficient of |Â| over a response, mean over responses",
+    "effective_tokens": "(Σ|Â|)² / (n ΣÂ²) of a response, mean over responses",
+}
+
+
+def gradient_figures(
+    grams: Sequence[gradients.Grams],
+    grpo: gradients.Grams | None,
+    weights: Float[np.ndarray, "resample unit"],
+    level: float,
+) -> dict[str, Estimate]:
+    """Figures of one pipeline from its inner products with each target; `grpo` those of the baseline with the first."""
+    success, standardized = grams
+    statistics: dict[str, Statistic] = {
+        "direction": gradients.direction(success),
+        "direction_standardized": gradients.direction(standardized),
+        "average_direction": gradients.average_direction(success),
+        "expected_direction": gradients.expected_direction(success),
+        "signal_to_noise": gradients.signal_to_noise(success),
+    }
+    if grpo is not None:
+        statistics["direction_over_grpo"] = _difference(gradients.direction(success), gradients.direction(grpo))
+    return {name: bootstrap(statistic, weights, level) for name, statistic in statistics.items()}
+
+
+def _difference(first: Statistic, second: Statistic) -> Statistic:
+    return lambda weights: first(weights) - second(weights)
+
+
+def token_figures(
+    samples: Sequence[Sampled],
+    advantages: Sequence[Float[Tensor, "batch response"]],
+    exact: Sequence[Float[Tensor, "batch response"]],
+    units: Int[np.ndarray, " prompt"],
+    weights: Float[np.ndarray, "resample unit"],
+    level: float,
+) -> dict[str, Estimate]:
+    """Fidelity and concentration of one pipeline over the tokens of all replicate batches."""
+    pairs = list(zip(samples, advantages, strict=True))
+    credit = np.concatenate([item[sampled.batch.response_mask].double().numpy() for sampled, item in pairs])
+    truth = np.concatenate([item[s.batch.response_mask].numpy() for s, item in zip(samples, exact, strict=True)])
+    token_units = np.concatenate([units[_owners_of_tokens(sampled)] for sampled in samples])
+    sums = fidelity.fidelity_sums(credit, truth, token_units)
+    return {
+        "rank_correlation": bootstrap(fidelity.rank_correlation(sums), weights, level),
+        "sign_agreement": bootstrap(fidelity.sign_agreement(sums), weights, level),
+        "captured": bootstrap(fidelity.captured_share(sums), weights, level),
+        **concentration_figures(samples, advantages, units, weights, level),
+    }
+
+
+def concentration_figures(
+    samples: Sequence[Sampled],
+    advantages: Sequence[Float[Tensor, "batch response"]],
+    units: Int[np.ndarray, " prompt"],
+    weights: Float[np.ndarray, "resample unit"],
+    level: float,
+) -> dict[str, Estimate]:
+    """Mean Gini coefficient and effective-token ratio over the responses that have any credit."""
+    found = {}
+    for name, measure in (("gini", gini), ("effective_tokens", effective_token_ratio)):
+        pairs = zip(samples, advantages, strict=True)
+        values = torch.cat([measure(item, sampled.batch.response_mask) for sampled, item in pairs]).numpy()
+        owners = units[torch.cat([sampled.batch.group_ids for sampled in samples]).numpy()]
+        defined, count = np.isfinite(values), int(units.max()) + 1
+        total = np.bincount(owners[defined], weights=values[defined], minlength=count)
+        number = np.bincount(owners[defined], minlength=count).astype(np.float64)
+        found[name] = bootstrap(ratio_of_sums(total, number), weights, level)
+    return found
+
+
+def progress_figure(
+    after: Float[np.ndarray, " probe"],
+    before: Float[np.ndarray, " probe"],
+    best: Float[np.ndarray, " probe"],
+    units: Int[np.ndarray, " prompt"],
+    weights: Float[np.ndarray, "resample unit"],
+    level: float,
+) -> Estimate:
+    """ΔV of a step as a share of that of the exact gradient's step, over the probe prompts."""
+    owners, count = units[: len(before)], weights.shape[1]
+    gained = np.bincount(owners, weights=after - before, minlength=count)
+    possible = np.bincount(owners, weights=best - before, minlength=count)
+    return bootstrap(ratio_of_sums(gained, possible), weights, level)
+
+
+def grams_of(measured: Any, row: int, target_grams: Float[np.ndarray, "target unit unit"]) -> list[gradients.Grams]:
+    """The inner products of one pipeline with each target."""
+    return [
+        gradients.Grams(own=measured.own[row], cross=measured.cross[row, index], target=target_grams[index])
+        for index in range(len(TARGETS))
+    ]
+
+
+def as_json(figures: Mapping[str, Estimate]) -> dict[str, list[float | None]]:
+    """Estimates as [value, low, high], null where undefined."""
+    return {
+        name: [float(x) if np.isfinite(x) else None for x in estimate] for name, estimate in sorted(figures.items())
+    }
+
+
+def _owners_of_tokens(sampled: Sampled) -> Int[np.ndarray, " token"]:
+    mask = sampled.batch.response_mask
+    return sampled.batch.group_ids[:, None].expand(mask.shape)[mask].numpy()

@@ -1,0 +1,61 @@
+"""All cells of a benchmark, each kept as soon as it is done."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.pipelines import FIELD_COLLECTORS, FieldCollector
+from tokencredit.errors import TokenCreditError
+
+SCHEMA = 1
+
+
+def run_bench(
+    config: BenchConfig, folder: Path, collectors: Mapping[str, FieldCollector] | None = None
+) -> dict[str, Any]:
+    """Run or resume a benchmark in `folder`; the results, which are also written to `results.json` there.
+
+    `collectors` adds functions that fill batch fields (`field name -> Sampled -> [batch, response]`), so that pipelines
+    that need them take part. A folder that holds another config is refused.
+    """
+    from tokencredit.bench.cell import run_cell  # needs torch models and transformers: only when something runs
+
+    _claim(folder, config)
+    cells = []
+    for task in config.tasks:
+        for stage in config.stages if config.model is None else ("given",):
+            path = folder / f"{task.replace(':', '.')}-{stage}"
+            done = path / "cell.json"
+            if not done.is_file():
+                cell = run_cell(config, task, stage, path, FIELD_COLLECTORS | dict(collectors or {}))
+                _write(done, cell)
+            cells.append(json.loads(done.read_text()))
+    results = {"schema": SCHEMA, "config": config.to_mapping(), "cells": cells}
+    _write(folder / "results.json", results)
+    return results
+
+
+def _claim(folder: Path, config: BenchConfig) -> None:
+    """Write the config into a fresh folder, or check that the folder belongs to it."""
+    path = folder / "config.json"
+    given = json.loads(json.dumps(config.to_mapping()))
+    if not path.is_file():
+        _write(path, given)
+        return
+    kept = json.loads(path.read_text())
+    if kept != given:
+        other = next(key for key in sorted(kept | given) if kept.get(key) != given.get(key))
+        raise TokenCreditError(
+            f"{str(folder)!r} holds a benchmark with {other} = {kept.get(other)!r}, asked for is {given.get(other)!r}",
+            hint="choose another `--out`, or delete the folder",
+        )
+
+
+def _write(path: Path, data: Any) -> None:
+    """JSON by one rename, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(data, ensure_ascii=False, allow_nan=True, indent=1) + "\n")
+    unfinished.replace(path)
