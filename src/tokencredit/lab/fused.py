@@ -36,7 +36,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def _forward(self: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != torch.float32:  # the original computes in float32 and rounds at places of its own
-        return type(self).__mro__[1].forward(self, hidden_states)
+        original: Any = type(self).__mro__[1]
+        return original.forward(self, hidden_states)
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -242,7 +243,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Ten
     return mixed.view(rows, heads, n, head_dim).transpose(1, 2).reshape(rows, n, heads * head_dim)
 
 
-def _read_weights(base: nn.Module, length: int) -> _Weights:
+def _read_weights(base: Any, length: int) -> _Weights:
     """The weights as they are now, adapters included."""
     config, body = base.config, base.model
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -264,7 +265,7 @@ def _read_weights(base: nn.Module, length: int) -> _Weights:
     )
 
 
-def _read_layer(layer: nn.Module, rope: tuple[Tensor, Tensor], heads: int, kv_heads: int) -> _Layer:
+def _read_layer(layer: Any, rope: tuple[Tensor, Tensor], heads: int, kv_heads: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     cos, sin = rope
     # rope(g ⊙ x) = x ⊙ (g ⊙ cos) + roll(x) ⊙ (roll(g) ⊙ ±sin): the weights g of the q and k norms go into the tables.
@@ -286,12 +287,12 @@ def _read_layer(layer: nn.Module, rope: tuple[Tensor, Tensor], heads: int, kv_he
     )
 
 
-def _stack(*modules: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _stack(*modules: Any) -> tuple[Tensor, Tensor | None]:
     weights, biases = zip(*(_effective(module) for module in modules), strict=True)
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
-def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _effective(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer, with its active LoRA adapters added."""
     if isinstance(module, nn.Linear):
         return module.weight, module.bias
@@ -302,19 +303,19 @@ def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return base.weight + sum(module.get_delta_weight(name) for name in active), base.bias
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: Any) -> bool:
     if type(module) is nn.Linear:
         return True
     lora = type(getattr(module, "base_layer", None)) is nn.Linear and hasattr(module, "get_delta_weight")
     return lora and not getattr(module, "lora_variant", None) and not any(getattr(module, "lora_bias", {}).values())
 
 
-def _projections(block: nn.Module) -> list[nn.Module]:
+def _projections(block: Any) -> list[Any]:
     return [module for name, module in block.named_children() if name.endswith("_proj")]
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """The causal language model inside a PEFT wrapper."""
+def _base(model: Any) -> Any:
+    """The causal language model inside a PEFT wrapper; untyped, as its parts are."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
