@@ -42,7 +42,7 @@ def _row(kind: str, name: str, spec: MethodSpec) -> dict[str, Any]:
         "name": name,
         "requires": sorted(spec.required(spec.defaults)),
         "hyperparameters": spec.defaults,
-        "scope": spec.scope,
+        "scope": spec.scope_at(spec.defaults),
         "paper": spec.paper,
         "summary": summary,
     }

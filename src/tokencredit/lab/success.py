@@ -2,8 +2,8 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from tokencredit.lab.supervised import collate
 from tokencredit.lab.tasks import Problem, Task
@@ -13,7 +13,7 @@ ROWS = 256  # responses per forward pass
 
 @torch.no_grad()
 def success_probability(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, problems: list[Problem]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, problems: list[Problem]
 ) -> Float[Tensor, " problems"]:
     """What sampling at temperature 1 would earn, without sampling.
 

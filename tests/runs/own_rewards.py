@@ -1,0 +1,9 @@
+"""Reward functions that a config names as module:function."""
+
+
+def constant(completions, **columns):
+    return [0.5] * len(completions)
+
+
+def not_a_number(completions, **columns):
+    return [float("nan")] * len(completions)

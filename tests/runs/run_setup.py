@@ -1,0 +1,42 @@
+"""Small real runs: a fresh tiny model on countdown, a few steps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokencredit.lab.model import build_model, build_tokenizer
+from tokencredit.lab.tasks import get_task
+
+
+def save_model(folder: Path) -> Path:
+    tokenizer = build_tokenizer(get_task("countdown").alphabet)
+    build_model(tokenizer, layers=1, width=16, heads=2, seed=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_config(model: Path, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "task": "countdown",
+        "model": str(model),
+        "credit": "hapo",
+        "steps": 4,
+        "prompts_per_step": 2,
+        "dataset": {"count": 16},
+        "evaluation": {"every": 2, "problems": 3},
+        "records": {"every": 1},
+        "trainer": {"num_generations": 4, "save_steps": 2, "learning_rate": 1e-3, "max_completion_length": 6},
+    }
+    return base | changes
+
+
+def write_yaml(path: Path, config: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))

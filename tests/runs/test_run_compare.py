@@ -1,0 +1,77 @@
+"""Methods side by side: paired seeds, results, resume, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_setup import model_folder, small_config, write_yaml  # noqa: F401
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.runs import folders
+from tokencredit.runs.compare import plan_runs, results
+from tokencredit.runs.config import load_config
+
+
+def test_plans_pair_methods_within_a_seed() -> None:
+    plans = plan_runs(load_config({"task": "countdown"}), ["grpo", {"hapo": {"alpha": 1.0}}], range(2))
+    assert [plan.path for plan in plans] == [
+        "grpo/seed-0",
+        "hapo_alpha_1.0_/seed-0",
+        "grpo/seed-1",
+        "hapo_alpha_1.0_/seed-1",
+    ]
+    assert all(plan.config["steps"] == plans[0].config["steps"] for plan in plans)
+    with pytest.raises(TokenCreditError, match="'grpo' is named twice"):
+        plan_runs(load_config({"task": "countdown"}), ["grpo", "grpo"], range(1))
+    with pytest.raises(TokenCreditError, match="did you mean 'grpo'"):
+        plan_runs(load_config({"task": "countdown"}), ["grpoo"], range(1))
+
+
+def test_results_by_hand(tmp_path: Path) -> None:
+    plans = plan_runs(load_config({"task": "countdown"}), ["grpo", "hapo"], range(2))
+    # end success: grpo .2 .4 | .4 .6 -> mean .4; hapo .1 higher everywhere -> difference exactly .1, no spread
+    ends = {("grpo", 0): [0.2, 0.4], ("grpo", 1): [0.4, 0.6], ("hapo", 0): [0.3, 0.5], ("hapo", 1): [0.5, 0.7]}
+    for plan in plans:
+        folder = tmp_path / plan.path
+        folder.mkdir(parents=True)
+        folders.append_metrics(folder, 0, "eval", {"success": 0.1, "per_problem": [0.1, 0.1]})
+        folders.append_metrics(folder, 1, "train", {"reward": 0.25})
+        end = ends[plan.label, plan.seed]
+        folders.append_metrics(folder, 1, "eval", {"success": sum(end) / 2, "per_problem": end})
+    grpo, hapo = results(plans, tmp_path)
+    assert grpo["start"]["mean"] == pytest.approx(0.1)
+    assert grpo["end"]["mean"] == pytest.approx(0.4)
+    assert grpo["difference"] is None
+    assert grpo["reward"] == 0.25
+    assert hapo["difference"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1})
+    assert grpo["end"]["low"] < 0.4 < grpo["end"]["high"]
+
+
+def command(config: Path, out: Path) -> list[str]:
+    credit = ["--credit", "grpo", "hapo", "--seeds", "1", "--jobs", "1", "--json"]
+    return [sys.executable, "-m", "tokencredit.cli.main", "compare", str(config), *credit, "--out", str(out)]
+
+
+def values(folder: Path) -> list[dict]:
+    return [line["metrics"] for line in folders.read_metrics(folder) if line["kind"] == "eval"]
+
+
+def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=6))
+    whole = subprocess.run(command(config, tmp_path / "whole"), capture_output=True, text=True, check=True)
+    assert '"label": "hapo"' in whole.stdout
+    cut = subprocess.Popen(command(config, tmp_path / "cut"), stdout=subprocess.DEVNULL, start_new_session=True)
+    first = tmp_path / "cut" / "grpo" / "seed-0"
+    deadline = time.monotonic() + 120
+    while len(values(first)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.wait()
+    subprocess.run(command(config, tmp_path / "cut"), capture_output=True, check=True)
+    for path in ("grpo/seed-0", "hapo/seed-0"):
+        assert values(tmp_path / "cut" / path) == values(tmp_path / "whole" / path)
+    assert (tmp_path / "cut" / "report.html").stat().st_size > 10_000
