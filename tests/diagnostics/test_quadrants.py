@@ -1,7 +1,9 @@
 """Quadrant statistics, weights and the numbers that a trainer logs, on one group worked by hand."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,18 @@ def test_credit_metrics_of_hapo_by_hand() -> None:
         "credit/NLR/net": -2.25 / 8,
     }
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_logged_key_is_explained_once() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    batch = group()
+    keys = {
+        re.sub("PHR|PLR|NHR|NLR", "QUADRANT", key) for key in credit_metrics(batch, assign_credit("hapo", batch), BASE)
+    }
+    table = text.partition("## Logged keys")[2].partition("\n##")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    documented = re.findall("`([^`]+)`", " ".join(rows))
+    assert sorted(documented) == sorted(keys)
 
 
 def test_credit_metrics_with_fields_missing() -> None:

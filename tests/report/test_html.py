@@ -15,14 +15,8 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.report import write_report
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '"><img src=x onerror=alert(1)>',
-    "{{ 7*7 }}",
-    "\ud83d",
-    "\x00\x08\x1b",
-    "\u202e",
-]
+# Each is one token, and the label, task, model, status and settings of its run.
+HOSTILE = ("<script>alert(1)</script>{{ 7*7 }}\ud83d", '"><img src=x onerror=alert(1)>\x00\x08\x1b\u202e')
 
 
 class Page(HTMLParser):
