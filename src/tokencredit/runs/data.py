@@ -38,7 +38,8 @@ def load_material(config: Mapping[str, Any]) -> Material:
     if config["task"] is not None:
         task = get_task(config["task"])
         dataset = lab_data.prompt_dataset(task, "train", config["dataset"]["count"], config["seed"])
-        found = Material(model, tokenizer, dataset, lab_data.reward_function(task), task, task.max_response)
+        response = int(config["trainer"].get("max_completion_length") or task.max_response)
+        found = Material(model, tokenizer, dataset, lab_data.reward_function(task), task, response)
     else:
         dataset = load_dataset_section(config["dataset"])
         response = int(config["trainer"].get("max_completion_length") or 256)

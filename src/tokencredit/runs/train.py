@@ -26,7 +26,7 @@ def train_run(config: Mapping[str, Any], folder: Path, progress: Progress | None
     if finished is not None:
         return finished
     torch.set_num_threads(int(config["threads"]))
-    _quiet()
+    quiet()
     material, arguments = check_run(config, folder)
     start = folders.prepare(folder, config)
     from transformers import PrinterCallback
@@ -47,7 +47,7 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     from tokencredit.adapters import trl_checks
     from tokencredit.runs.data import load_material
 
-    _quiet()
+    quiet()
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
@@ -134,7 +134,7 @@ def _callback(config: Mapping[str, Any], folder: Path, material: Any, progress: 
     return RunCallback(folder, config, evaluator(config, material), progress)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep hosts' chatter off the terminal: progress and results are ours to show."""
     import logging
 
