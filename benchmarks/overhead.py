@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py [--rounds 8] [--steps 4] [--json]
 
-The learning rate is 0, so every variant samples and trains on the same rollouts: the work is the same but for the credit.
-Variants take turns; a step is compared with the stock trainer's step on the same rollouts. Time is CPU time of one thread.
+The learning rate is 0, so every variant samples and trains on the same rollouts: the work is the same but for the
+credit. Variants take turns; a step is compared with the stock trainer's step on the same rollouts. Time is CPU time of
+one thread.
 """
 
 import argparse
@@ -128,9 +129,8 @@ def main() -> None:
         return
     print(f"{'variant':<24} {'step, s':>8} {'ratio to stock':>15}   middle half    ({rows[0]['steps']} steps each)")
     for row in rows:
-        print(
-            f"{row['variant']:<24} {row['step_seconds']:>8.3f} {row['ratio']:>15.3f}   {row['low']:.3f}–{row['high']:.3f}"
-        )
+        spread = f"{row['low']:.3f}–{row['high']:.3f}"
+        print(f"{row['variant']:<24} {row['step_seconds']:>8.3f} {row['ratio']:>15.3f}   {spread}")
 
 
 if __name__ == "__main__":

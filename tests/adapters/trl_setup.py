@@ -42,11 +42,19 @@ def config(folder: Path, **changes: Any) -> GRPOConfig:
     return GRPOConfig(**settings | changes)
 
 
+def saved_model(folder: Path) -> str:
+    tokenizer = build_tokenizer(ALPHABET)
+    build_model(tokenizer, layers=2, width=32, heads=2, seed=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def trainer(kind: type, arguments: GRPOConfig, **extra: Any) -> Any:
     tokenizer = build_tokenizer(ALPHABET)
-    model = build_model(tokenizer, layers=2, width=32, heads=2, seed=1)
     settings = {"reward_funcs": reward, "train_dataset": dataset(), "processing_class": tokenizer} | extra
-    return kind(model=model, args=arguments, **settings)
+    if "model" not in settings:
+        settings["model"] = build_model(tokenizer, layers=2, width=32, heads=2, seed=1)
+    return kind(args=arguments, **settings)
 
 
 def outcome(trained: Any) -> dict[str, Any]:

@@ -93,11 +93,9 @@ class CreditGRPOTrainer(GRPOTrainer):
         output.update(self._row_keys(output))
         self._collect(output, inputs)
         if self.timing == "rollout" and not self.pipeline.is_identity:
-            output |= {
-                f"{RowKeys.FIELD}{name}": value for name, value in self._measure_old_policy(output, scored).items()
-            }
-            batch = self._token_batch(output, {})
-            output["advantages"] = self._assign(batch)
+            measured = self._measure_old_policy(output, scored or self._sampled(output, inputs))
+            output |= {f"{RowKeys.FIELD}{name}": value for name, value in measured.items()}
+            output["advantages"] = self._assign(self._token_batch(output, {}))
         return output
 
     def _row_keys(self, output: dict[str, Any]) -> dict[str, Tensor]:
@@ -132,6 +130,18 @@ class CreditGRPOTrainer(GRPOTrainer):
             )
             with torch.no_grad():
                 output[f"{RowKeys.FIELD}{name}"] = self.collectors[name](rollout)
+
+    @staticmethod
+    def _sampled(output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """What a `rollout_func` knows already: its log-probs, and `entropies` if it returned them for every token."""
+        logprobs = output.get("sampling_per_token_logps")
+        rows = [row.get("entropies") for row in inputs]
+        if logprobs is None or any(row is None for row in rows):
+            return {}
+        entropies = torch.zeros_like(logprobs)
+        for index, row in enumerate(rows):
+            entropies[index, : len(row)] = torch.tensor(row)
+        return {"old_logprobs": logprobs, "entropies": entropies}
 
     def _measure_old_policy(self, output: dict[str, Any], scored: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-probs and entropies of the policy that sampled: TRL's own pass, or one more without gradient."""

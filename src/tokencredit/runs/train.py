@@ -118,8 +118,8 @@ def _fast_sampler(config: Mapping[str, Any], model: Any, arguments: Any) -> Any:
         for name, off in UNUSED.items()
         if getattr(arguments, name, off[0]) not in off
     ]
-    if config["lora"] is not None:
-        reasons.append("lora")
+    if (config["lora"] or {}).get("use_dora"):
+        reasons.append("lora.use_dora")
     refused = unsupported(model)
     reasons += [refused] if refused else []
     if reasons and config["sampler"] == "fast":
