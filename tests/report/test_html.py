@@ -125,7 +125,7 @@ def test_hostile_text_stays_text(tmp_path: Path, whole: Page) -> None:
         '"><img·src=x·onerror=alert(1)>',
         "{{·7*7·}}",
         "⟨U+D83D⟩",
-        "␀␈␛",
+        "⟨U+0000⟩⟨U+0008⟩⟨U+001B⟩",
         "⟨U+202E⟩",
     ):
         assert shown in text, shown

@@ -17,8 +17,8 @@ from tokencredit.store import RecordStore
     ("text", "expected"),
     [
         ("a b", "a·b"),
-        ("\n\t\r", "⏎⇥␍"),
-        ("\x00\x1b[31m\x7f\x85", "␀␛[31m␡⟨U+0085⟩"),
+        ("\n\t\r", "⏎⇥⟨U+000D⟩"),
+        ("\x00\x1b[31m\x7f\x85", "⟨U+0000⟩⟨U+001B⟩[31m⟨U+007F⟩⟨U+0085⟩"),
         ("\ud800", "⟨U+D800⟩"),
         ("\u202eevil\u200b\u2028\ufeff\u00a0", "⟨U+202E⟩evil⟨U+200B⟩⟨U+2028⟩⟨U+FEFF⟩⟨U+00A0⟩"),
         ("ünïcödé 数学 🎲", "ünïcödé·数学·🎲"),

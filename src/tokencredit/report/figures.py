@@ -22,11 +22,12 @@ TRAINING = (
     ("Entropy", ("entropy", "credit/entropy"), "nats a token"),
     ("Length", ("completions/mean_length", "response_length", "length"), "tokens a response"),
 )
+# title, logged name, unit, whether it lies in [0, 1] by definition
 CONCENTRATION = (
-    ("Gini coefficient of |Â|", "credit/gini", "0: all tokens of a response alike · 1: one token"),
-    ("Effective-token ratio", "credit/effective_token_ratio", "1: all tokens alike · 1/n: one token"),
-    ("Net advantage of a group", "credit/group_net_abs", "mean over groups of |Σ Â| a token · 0: no net push"),
-    ("Mean weight Â / base", "credit/weight/mean", "1: the size that the estimator gave"),
+    ("Gini coefficient of |Â|", "credit/gini", "0: all tokens of a response alike · 1: one token", True),
+    ("Effective-token ratio", "credit/effective_token_ratio", "1: all tokens alike · 1/n: one token", True),
+    ("Net advantage of a group", "credit/group_net_abs", "mean over groups of |Σ Â| a token · 0: no net push", False),
+    ("Mean weight Â / base", "credit/weight/mean", "1: the size that the estimator gave", False),
 )
 QUADRANT = (
     ("tokens", "share of all tokens", True),
@@ -88,7 +89,7 @@ def _training(runs: Sequence[Run], styles: Styles) -> list[Picture]:
     success = success_curves(runs)
     if success:
         svg = plots.curves("success", success, styles, percent=True)
-        found.append(Picture("training", "Success", "held-out problems solved", svg))
+        found.append(Picture("training", "Success", "on held-out problems", svg))
     for title, names, unit in TRAINING:
         lines = metric_curves(runs, lambda run, names=names: run.series("train", *names))
         if lines:
@@ -118,10 +119,10 @@ def _per_quadrant(group: Sequence[Run], credit: Credit, key: str) -> dict[str, C
 
 def _concentration(runs: Sequence[Run], styles: Styles, credit: Credit) -> list[Picture]:
     found = []
-    for title, name, unit in CONCENTRATION:
+    for title, name, unit, share in CONCENTRATION:
         lines = metric_curves(runs, lambda run, name=name: credit[id(run)].get(name, {}))
         if lines:
-            svg = plots.curves(name.replace("/", "-"), lines, styles)
+            svg = plots.curves(name.replace("/", "-"), lines, styles, unit_interval=share)
             found.append(Picture("concentration", title, unit, svg))
     return found
 

@@ -45,7 +45,7 @@ def render(runs: Sequence[Run]) -> str:
     styles = {label: plots.style(number) for number, label in enumerate(labels)}
     sections: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for picture in pictures(runs, styles):
-        # Our own drawing of numbers and labels; matplotlib escapes the labels. The only text that is not escaped here.
+        # Our own drawing of numbers: no text of a run is in it. The only thing that is not escaped here.
         sections[picture.section].append({**picture._asdict(), "svg": Markup(picture.svg)})
     environment = Environment(
         loader=PackageLoader("tokencredit.report"),

@@ -22,6 +22,7 @@ VARIABLES |= {INK: "currentColor", GRID: "var(--muted)"}
 
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (5.0, 1.5, 1.5, 1.5))
 SIZE = (4.0, 2.7)  # inches: 288 units, about the width of a column of the page, so that text keeps its size
+STEP = "training step"
 
 
 class Style(NamedTuple):
@@ -41,14 +42,18 @@ def style(number: int) -> Style:
     return Style(SERIES[number % len(SERIES)], DASHES[(number + number // len(SERIES)) % len(DASHES)])
 
 
-def curves(name: str, curves: Sequence[Curve], styles: dict[str, Style], *, percent: bool = False) -> str:
+def curves(
+    name: str, curves: Sequence[Curve], styles: dict[str, Style], *, percent: bool = False, unit_interval: bool = False
+) -> str:
     """Lines with bands over training steps."""
 
     def draw(axes: "Axes") -> None:
         for curve in curves:
             of = styles[curve.label]
             _line(axes, curve, of.colour, of.dashes)
-        axes.set_xlabel("training step")
+        axes.set_xlabel(STEP)
+        if unit_interval:
+            axes.set_ylim(-0.03, 1.03)
         if percent:
             _percent(axes)
 
@@ -61,7 +66,7 @@ def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False)
     def draw(axes: "Axes") -> None:
         for quadrant, curve in lines.items():
             _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
-        axes.set_xlabel("training step")
+        axes.set_xlabel(STEP)
         axes.set_ylim(0, None)
         if percent:
             _percent(axes)
@@ -119,11 +124,11 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
     """One picture as an `<svg>` element whose ids start with `name`, so that many fit on one page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     settings = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": name,
-        "text.parse_math": False,  # a "$" in a name is a "$"
         "font.size": 10,
         "lines.linewidth": 1.6,
         "axes.spines.top": False,
@@ -138,6 +143,8 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
         # Fixed margins: a layout engine draws everything twice.
         axes = figure.add_axes((0.16, bottom, 0.81, 0.97 - bottom))
         draw(axes)
+        if axes.get_xlabel() == STEP:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -59,20 +59,18 @@ class PromptView(NamedTuple):
 def visible(text: str, *, keep_lines: bool = False) -> str:
     """`text` with everything that would not show, or would change how its neighbours show, written out.
 
-    Control characters become their pictures (␀), newlines ⏎ (kept where `keep_lines`), spaces ·, lone surrogates and
-    format characters (such as those that reverse the writing direction) their code point ⟨U+202E⟩.
+    Newlines become ⏎ and spaces · (both kept where `keep_lines`), tabs ⇥; control characters, lone surrogates and
+    format characters (such as those that reverse the writing direction) become their code point ⟨U+202E⟩.
     """
     return "".join(_visible(character, keep_lines) for character in text)
 
 
 def _visible(character: str, keep_lines: bool) -> str:
-    special = {"\n": "\n" if keep_lines else "⏎", "\t": "⇥", " ": " " if keep_lines else "·", "\x7f": "␡"}
+    special = {"\n": "\n" if keep_lines else "⏎", "\t": "⇥", " ": " " if keep_lines else "·"}
     if character in special:
         return special[character]
-    if character < " ":
-        return chr(0x2400 + ord(character))
     category = unicodedata.category(character)
-    # Cc C1 controls, Cf format, Cs surrogate, Cn unassigned, Zl Zp line separators, Zs other spaces
+    # Cc control, Cf format, Cs surrogate, Cn unassigned, Zl Zp line separators, Zs other spaces; fonts have Co
     return f"⟨U+{ord(character):04X}⟩" if category[0] in "CZ" and category != "Co" else character
 
 
