@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
+import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from tokencredit.seeds import derive
 
 PAD, EOS = "<pad>", "<eos>"
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 
 
 class Size(NamedTuple):
@@ -128,11 +130,20 @@ def warm_start(
     task = tasks.get_task(task) if isinstance(task, str) else task
     settings = _settings(task, size, stage, seed=seed, solved_share=solved_share, steps=steps, batch=batch)
     folder = cache_root(cache_dir) / f"{task.name}-{size}-{stage}-{fingerprint(settings)}"
-    same = {"size": size, "seed": seed, "solved_share": solved_share, "steps": steps, "batch": batch}
+    again = partial(
+        warm_start,
+        task,
+        size=size,
+        seed=seed,
+        solved_share=solved_share,
+        steps=steps,
+        batch=batch,
+        cache_dir=cache_dir,
+    )
 
     def build(path: Path) -> dict[str, Any]:
         after = STAGES[stage].after
-        earlier = None if after is None else warm_start(task, stage=after, cache_dir=cache_dir, **same)
+        earlier = None if after is None else again(stage=after)
         return _build(path, task, settings, earlier)
 
     return cached_folder(folder, settings, build)
@@ -171,16 +182,18 @@ def _build(path: Path, task: tasks.Task, settings: dict[str, Any], earlier: Path
         model = build_model(tokenizer, **shape, seed=settings["seed"])
     else:
         model = Qwen3ForCausalLM.from_pretrained(earlier, dtype=torch.float32, local_files_only=True)
-    loss = supervised.fit(
-        model,
-        tokenizer,
-        task,
-        solved_share=settings["solved_share"] if stage.solved_share is None else stage.solved_share,
-        steps=max(1, round(stage.length * settings["steps"])),
-        batch=settings["batch"],
-        learning_rate=settings["learning_rate"],
-        seed=settings["seed"],
-    )
+    loss = math.nan
+    for version, steps, batch in _plan(task, settings["steps"], settings["batch"], settings["stage"]):
+        loss = supervised.fit(
+            model,
+            tokenizer,
+            version,
+            solved_share=settings["solved_share"] if stage.solved_share is None else stage.solved_share,
+            steps=steps,
+            batch=batch,
+            learning_rate=settings["learning_rate"],
+            seed=settings["seed"],
+        )
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     success = success_probability(model, tokenizer, task, task.problems("test", 64))
@@ -191,6 +204,19 @@ def _build(path: Path, task: tasks.Task, settings: dict[str, Any], earlier: Path
         "seconds": time.monotonic() - start,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _plan(task: tasks.Task, steps: int, batch: int, stage: str) -> list[tuple[tasks.Task, int, int]]:
+    """What a stage trains on: task, steps and rows a step.
+
+    A task with an easier version has long rows: the first stage learns the format on the easier one, then goes on with
+    two thirds of the steps and half of the rows.
+    """
+    total = max(1, round(STAGES[stage].length * steps))
+    if task.easier is None:
+        return [(task, total, batch)]
+    long = (task, max(1, total * 2 // 3), max(1, batch // 2))
+    return [long] if STAGES[stage].after else [(task.easier, total, batch), long]
 
 
 def _code_version(task: tasks.Task) -> str:

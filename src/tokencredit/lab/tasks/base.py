@@ -43,7 +43,8 @@ class Task:
     Invariant: `verify(problem, text)` is true exactly for the members of `accepted(problem)`. Texts come without EOS;
     a response is accepted only if EOS follows. `max_prompt` and `max_response` count tokens (one per character), EOS
     included. `draw(seed)` makes a problem; `random_trace(problem, rng, solved)` writes a response in the task's format
-    that is accepted (True), is not (False), or either way (None).
+    that is accepted (True), is not (False), or either way (None). `easier` is a shorter version of the task, on which a
+    warm start begins.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Task:
     verify: Callable[[Problem, str], bool]
     accepted: Callable[[Problem], list[str]]
     random_trace: Callable[[Problem, random.Random, bool | None], str]
+    easier: "Task | None" = None
 
     def problems(self, split: str, count: int, seed: int = 0) -> list[Problem]:
         """`count` independent problems of `split`; the first n of them do not depend on `count`.

@@ -17,8 +17,8 @@ _STEP = re.compile(rf"([a-z]){_NUMBER}([+-]){_NUMBER}={_NUMBER}")
 LABELS = "abcdefghij"
 
 
-def chain_task(*, terms: int = 10, sums: int = 5) -> Task:
-    """A chain of `terms` one-digit terms, at most `sums` of them added, no running total below zero.
+def chain_task(*, terms: int = 10, sums: int = 5, highest: int = 19) -> Task:
+    """A chain of `terms` one-digit terms, at most `sums` of them added, with running totals from 0 to `highest`.
 
     Prompt `4a+9b-3:`, response `a4+9=13,b13-3=10`: step b takes the running total and the term behind the label b. A
     sum may be written in either order (`a9+4=13`), so up to 2^sums responses are accepted; which order is chosen makes
@@ -26,25 +26,29 @@ def chain_task(*, terms: int = 10, sums: int = 5) -> Task:
     """
     if not 2 <= terms <= len(LABELS) + 1:
         raise TokenCreditError(f"`terms` must be in [2, {len(LABELS) + 1}], got {terms}")
-    digits = len(str(9 * (sums + 1)))
+    if highest < 9:
+        raise TokenCreditError(f"`highest` must be at least 9, the largest term, got {highest}")
+    digits = len(str(highest + 10 * terms))  # room for traces with a slip
     return Task(
-        name="chain" if (terms, sums) == (10, 5) else f"chain-{terms}-{sums}",
+        name="chain" if (terms, sums, highest) == (10, 5, 19) else f"chain-{terms}-{sums}-{highest}",
         alphabet=ALPHABET,
         max_prompt=3 * terms - 1,
         max_response=(terms - 1) * (2 * digits + 5) + 1,
-        draw=partial(_draw, terms, sums),
+        draw=partial(_draw, terms, sums, highest),
         verify=verify,
         accepted=accepted,
         random_trace=random_trace,
+        easier=chain_task(terms=3, sums=sums, highest=highest) if terms > 3 else None,
     )
 
 
-def _draw(terms: int, sums: int, seed: int) -> Problem:
+def _draw(terms: int, sums: int, highest: int, seed: int) -> Problem:
     rng = random.Random(seed)
     while True:
         entry = gym.item(GENERATOR, rng.getrandbits(63), min_terms=terms, max_terms=terms, min_digits=1, max_digits=1)
         expression = entry["metadata"]["expression"].replace(" ", "")
-        if expression.count("+") <= sums and min(_totals(expression)) >= 0:
+        totals = _totals(expression)
+        if expression.count("+") <= sums and min(totals) >= 0 and max(totals) <= highest:
             return problem_of(expression)
 
 
