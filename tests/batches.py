@@ -69,8 +69,8 @@ def _token_field(name: str, shape: tuple[int, int], rng: torch.Generator) -> Ten
     return torch.rand(shape, generator=rng) * 0.9 + 0.05 if name == "values" else exponential
 
 
-def fill_outside(batch: TokenBatch, value: float) -> TokenBatch:
-    """`batch` with `value` in every token field outside the mask, and with other ids there."""
+def fill_outside(batch: TokenBatch, value: float | Tensor) -> TokenBatch:
+    """`batch` with `value` (or one value a column) in every token field outside the mask, and with other ids there."""
     changed = {}
     for name, tensor in batch.tensors().items():
         if tensor.ndim == 2 and tensor.is_floating_point():

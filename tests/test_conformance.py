@@ -66,8 +66,8 @@ def test_credit_is_zero_outside_the_mask(case: Case) -> None:
 
 
 @every_row
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_values_outside_the_mask_change_nothing(case: Case, poison: float) -> None:
+def test_values_outside_the_mask_change_nothing(case: Case) -> None:
+    poison = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(WIDTH // 3)
     poisoned = fill_outside(BATCH, poison)
     advantages = token_advantages(BATCH)
     dirty = torch.where(BATCH.response_mask, advantages, poison)
@@ -183,7 +183,8 @@ def test_degenerate_batches_pass_the_door(case: Case) -> None:
 @every_case
 def test_requires_is_sufficient(case: Case) -> None:
     required = case.spec.required(case.hyperparameters)
-    batch = make_batch(without=[name for name in (*OPTIONAL_FIELDS, "step_ids", "progress") if name not in required])
+    absent = {name for name in (*OPTIONAL_FIELDS, "step_ids", "progress") if name not in required}
+    batch = replace(BATCH, **dict.fromkeys(absent))
     assert batch.carried == required
     assert bool(torch.isfinite(case.raw(batch)).all())
 
@@ -192,7 +193,7 @@ def test_requires_is_sufficient(case: Case) -> None:
 def test_a_missing_input_is_named_with_its_collector(case: Case) -> None:
     pipeline = Pipeline.of(*case.steps)
     for name in case.spec.required(case.hyperparameters):
-        batch = make_batch(without=[name])
+        batch = replace(BATCH, **{name: None})
         with pytest.raises(TokenCreditError, match=f"needs `{name}`") as caught:
             case.raw(batch)
         assert caught.value.hint
@@ -250,10 +251,12 @@ def test_declared_limits_hold(case: Case) -> None:
             torch.testing.assert_close(door(at, batch), assign_credit(other, batch), rtol=1e-6, atol=1e-7)
 
 
+DRAWN = [make_batch(seed=seed, groups=(8, 8, 8), response=30) for seed in range(5)]
+
+
 @every_row
 def test_limits_hold_on_drawn_batches(case: Case) -> None:
-    for seed in range(5):
-        batch = make_batch(seed=seed, groups=(8, 8, 8), response=30)
+    for batch in DRAWN:
         advantages = torch.where(batch.response_mask, token_advantages(batch), 0.0)
         for limit in case.spec.limits:
             if limit.equals == "identity":
@@ -261,10 +264,12 @@ def test_limits_hold_on_drawn_batches(case: Case) -> None:
                 torch.testing.assert_close(at.raw(batch, advantages), advantages, rtol=0.0, atol=1e-12)
 
 
+MIXED = [make_batch(seed=seed, groups=(5, 4, 6), response=20) for seed in range(3)]
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.spec.keeps_sign], ids=repr)
 def test_sign_is_kept_where_declared(case: Case) -> None:
-    for seed in range(3):
-        batch = make_batch(seed=seed, groups=(5, 4, 6), response=20)
+    for batch in MIXED:
         advantages = torch.where(batch.response_mask, token_advantages(batch), 0.0)
         credit = case.raw(batch, advantages)
         assert bool((credit * advantages >= 0).all())
@@ -273,7 +278,7 @@ def test_sign_is_kept_where_declared(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.spec.conserves], ids=repr)
 def test_what_is_declared_conserved_is_conserved(case: Case) -> None:
-    batch = make_batch(seed=1, groups=(5, 4, 6), response=20)
+    batch = MIXED[1]
     advantages = torch.where(batch.response_mask, token_advantages(batch), 0.0)
     credit = case.raw(batch, advantages)
     if case.spec.conserves == "multiset":
@@ -298,7 +303,7 @@ def test_randomness_comes_from_the_generator_alone(case: Case) -> None:
         assign_credit(Pipeline.of(*case.steps), batch)
 
 
-SCOPED = [make_batch(seed=seed, groups=(5, 4, 1), response=9) for seed in range(4)]
+SCOPED = [make_batch(seed=seed, groups=(5, 4, 1), response=9) for seed in range(3)]
 
 
 @every_case
@@ -340,7 +345,7 @@ def test_every_preset_parses_round_trips_and_runs(name: str) -> None:
     again = Pipeline.parse(written)
     assert json.loads(json.dumps(again.to_config())) == written
     assert again.requires == pipeline.requires <= frozenset(OPTIONAL_FIELDS)
-    batch = make_batch()
+    batch = BATCH
     credit = assign_credit(pipeline, batch, generator=generator("tests"))
     exact(assign_credit(again, batch, generator=generator("tests")), credit)
     assert bool(torch.isfinite(credit).all()) and bool((credit != 0).any())
