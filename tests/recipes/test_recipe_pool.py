@@ -57,7 +57,7 @@ def test_repeats_are_numbered_and_sources_do_not_enter_the_id(tmp_path: Path) ->
     again = load_pool(tmp_path / "pool")
     assert again.hash == pool.hash
     assert again.source_names == ("a", "b", "raw")
-    sample = list(again.samples(np.array([2], np.int32)))[0]
+    sample = next(again.samples(np.array([2], np.int32)))
     assert sample["id"] == f"{base}~1" and sample["source"] == "b"
     assert again.positions_of([f"{base}~2", base]).tolist() == [3, 0]
     with pytest.raises(TokenCreditError, match="'nope' is not in the pool"):
@@ -93,7 +93,7 @@ BAD = [
 @pytest.mark.parametrize(("line", "reason"), BAD)
 def test_a_bad_line_is_named_or_counted(tmp_path: Path, line: str, reason: str) -> None:
     path = write_jsonl(tmp_path / "raw.jsonl", [PAIR, line, PAIR])
-    with pytest.raises(TokenCreditError, match="raw.jsonl:2: .*1 bad lines in all") as caught:
+    with pytest.raises(TokenCreditError, match=r"raw\.jsonl:2: .*1 bad lines in all") as caught:
         canonicalise([path], tmp_path / "strict")
     assert reason in str(caught.value)
     assert not (tmp_path / "strict" / "pool.jsonl").exists()

@@ -135,7 +135,8 @@ materials = synthetic_pool(800).materials
 space = make_space(materials, ("top", "top_union", "semdedup", "random_k"), 3, 1000, 5)
 rng = np.random.default_rng(1)
 executor = Executor(materials=materials)
-print([executor.run(random_program(space, rng)).hash[:16] for _ in range(6)], executor.recipe_hash(random_program(space, rng)))
+hashes = [executor.run(random_program(space, rng)).hash[:16] for _ in range(6)]
+print(hashes, executor.recipe_hash(random_program(space, rng)))
 """
 
 

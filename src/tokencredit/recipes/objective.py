@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.recipes.pool import Positions
@@ -38,6 +38,7 @@ class Request:
     recipe: str = ""
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Fine-tunes and evaluates. `key` names everything that moves a number besides subset, seed and split."""
 
@@ -55,9 +56,9 @@ class EvaluationFailed(Exception):
 class TaskGoal:
     """Weight of a task, the score of guessing, and a floor: a number of points, or control−x."""
 
-    weight: float = 1.0
-    chance: float = 0.0
-    floor: float | str | None = None
+    weight: float | int = 1.0
+    chance: float | int = 0.0
+    floor: float | int | str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.recipes import selectors
 from tokencredit.recipes.materials import DROP_MISSING, Column, Materials
 from tokencredit.recipes.minhash import keep_distinct
 from tokencredit.recipes.neardup import FLOOR, build_graph, edges_within, greedy_keep
@@ -208,6 +209,55 @@ def mix(materials: Materials, current: Positions, *, source: str) -> Positions:
     return np.concatenate([current, other[~inside[other]]])
 
 
+def k_center(materials: Materials, current: Positions, *, k: int) -> Positions:
+    """The k of a farthest-first traversal of the features, in input order."""
+    return current[np.sort(selectors.k_center(_dense(materials, current), k))]
+
+
+def facility_location(materials: Materials, current: Positions, *, k: int, neighbours: int = 32) -> Positions:
+    """The k that cover the features best, in input order."""
+    return current[np.sort(selectors.facility_location(_dense(materials, current), k, neighbours))]
+
+
+def diverse_top(
+    materials: Materials, current: Positions, *, signal: str, k: int, cosine: float | int = 0.9
+) -> Positions:
+    """The best by a signal, skipping what is above `cosine` to one chosen before (DEITA), in input order."""
+    scores, scored = _scores(materials, current, signal, None)
+    current = current[scored]
+    chosen = selectors.diverse_walk(scores[scored].astype(np.float64), _dense(materials, current), k, float(cosine))
+    return current[np.sort(chosen)]
+
+
+def round_robin(materials: Materials, current: Positions, *, signals: list[str], k: int) -> Positions:
+    """Signals take turns picking their best (RDS+), in input order."""
+    columns = [_scores(materials, current, signal, "error")[0] for signal in signals]
+    return current[np.sort(selectors.round_robin(columns, k))]
+
+
+def gumbel_k(materials: Materials, current: Positions, *, signal: str, k: int, seed: int) -> Positions:
+    """k drawn with probability proportional to e^signal (DSIR), in input order."""
+    scores = _scores(materials, current, signal, "error")[0]
+    return current[selectors.gumbel_top_k(scores.astype(np.float64), k, seed)]
+
+
+def trajectory_k(
+    materials: Materials, current: Positions, *, k: int, seed: int, prefix: str = "trajectory.", clusters: int = 100
+) -> Positions:
+    """Equal shares of clusters of the columns `trajectory.*`, losses at checkpoints (S2L), in input order."""
+    names = sorted(name for name in materials.signals if name.startswith(prefix))
+    if not names:
+        raise TokenCreditError(f"no signal starts with {prefix!r}", hint="add losses of checkpoints with --column")
+    rows = np.stack([materials.column(name)[current] for name in names], axis=1)
+    return current[np.sort(selectors.trajectory_k(rows, k, clusters, seed))]
+
+
+def _dense(materials: Materials, current: Positions) -> np.ndarray:
+    if not isinstance(materials.features, np.ndarray):
+        raise TokenCreditError("this step needs dense features", hint="compute rds, hashed or embed features")
+    return np.asarray(materials.features[current])
+
+
 def _scores(materials: Materials, current: Positions, signal: str, missing: str | None) -> tuple[Column, np.ndarray]:
     scores = materials.column(signal)[current]
     scored = ~np.isnan(scores)
@@ -267,4 +317,10 @@ OPERATORS: dict[str, OperatorSpec] = {
     "random_k": OperatorSpec(fn=random_k, search=(0.0, 1.0)),  # share of the pool
     "stratified_k": OperatorSpec(fn=stratified_k, search=(0.0, 1.0)),
     "mix": OperatorSpec(fn=mix),
+    "k_center": OperatorSpec(fn=k_center),
+    "facility_location": OperatorSpec(fn=facility_location),
+    "diverse_top": OperatorSpec(fn=diverse_top),
+    "round_robin": OperatorSpec(fn=round_robin),
+    "gumbel_k": OperatorSpec(fn=gumbel_k),
+    "trajectory_k": OperatorSpec(fn=trajectory_k),
 }

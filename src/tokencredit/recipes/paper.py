@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
-from scipy.optimize import minimize
+from scipy.linalg import cho_factor, cho_solve
 
 from tokencredit.recipes.history import Evaluation, usable
 from tokencredit.recipes.policies import (
@@ -107,34 +106,41 @@ def score_programs(chooser: Chooser, good: Sequence[Evaluation], candidates: Seq
     points = np.stack([operator_vector(candidate.recipe, order, ranges) for candidate in candidates])
     scores = np.array([evaluation.score for evaluation in good], dtype=np.float64)
     level, scale = float(scores.mean()), float(scores.std()) or 1.0
-    mean, sd = matern_posterior(known, (scores - level) / scale, points, chooser.rng("paper restarts", len(good)))
+    mean, sd = matern_posterior(known, (scores - level) / scale, points)
     return [
         replace(candidate, mean=level + scale * float(m), sd=scale * float(s))
         for candidate, m, s in zip(candidates, mean, sd, strict=True)
     ]
 
 
-def matern_posterior(
-    known: np.ndarray, scores: np.ndarray, points: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Maximum-likelihood constant and length scale in [.01, 100], from ten starts."""
+def matern_posterior(known: np.ndarray, scores: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Maximum-likelihood constant and length scale in [.01, 100], on a grid that is refined twice.
+
+    Two parameters need no restarts: the grid sees every basin, and is the same on every machine.
+    """
     squared = ((known[:, None] - known[None]) ** 2).sum(2)
-
-    def loss(hyper: np.ndarray) -> float:
-        factor, _ = cho_factor(_matern(squared, hyper) + ALPHA * np.eye(len(scores)), lower=True)
-        solved = solve_triangular(factor, scores, lower=True)
-        return float(0.5 * solved @ solved + np.log(np.diag(factor)).sum())
-
-    bounds = [(np.log(1e-3), np.log(1e3)), (np.log(0.01), np.log(100.0))]
-    starts = [np.zeros(2)] + [np.array([rng.uniform(*bound) for bound in bounds]) for _ in range(9)]
-    results = [minimize(loss, start, method="L-BFGS-B", bounds=bounds) for start in starts]
-    hyper = min(results, key=lambda result: float(result.fun)).x
-    factor = cho_factor(_matern(squared, hyper) + ALPHA * np.eye(len(scores)), lower=True)
-    cross = _matern(((points[:, None] - known[None]) ** 2).sum(2), hyper)
-    variance = np.exp(hyper[0]) - (cross * cho_solve(factor, cross.T).T).sum(1)
+    centre, reach = np.array([0.0, 0.0]), np.array([np.log(1e3), np.log(100.0)])
+    for _ in range(3):
+        axes = [np.linspace(c - r, c + r, 17) for c, r in zip(centre, reach, strict=True)]
+        grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+        centre = grid[np.argmin(_losses(squared, scores, grid))]
+        reach = reach / 8
+    factor = cho_factor(_matern(squared, centre) + ALPHA * np.eye(len(scores)), lower=True)
+    cross = _matern(((points[:, None] - known[None]) ** 2).sum(2), centre)
+    variance = np.exp(centre[0]) - (cross * cho_solve(factor, cross.T).T).sum(1)
     return cross @ cho_solve(factor, scores), np.sqrt(np.maximum(variance, 1e-12))
 
 
+def _losses(squared: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of each (log C, log ℓ), [grid]."""
+    factor = np.linalg.cholesky(_matern(squared, grid) + ALPHA * np.eye(len(scores)))
+    solved = np.linalg.solve(factor, np.broadcast_to(scores, (len(grid), len(scores)))[..., None])[..., 0]
+    return 0.5 * (solved**2).sum(1) + np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
+
+
 def _matern(squared: np.ndarray, hyper: np.ndarray) -> np.ndarray:
-    radius = np.sqrt(5 * squared) / np.exp(hyper[1])
-    return np.exp(hyper[0]) * (1 + radius + radius**2 / 3) * np.exp(-radius)
+    """C (1 + r + r²/3) e^{−r} with r = √5 d/ℓ, for one (log C, log ℓ) or a stack of them."""
+    constant, scale = np.exp(hyper[..., 0])[..., None, None], np.exp(hyper[..., 1])[..., None, None]
+    radius = np.sqrt(5 * squared) / scale
+    value = constant * (1 + radius + radius**2 / 3) * np.exp(-radius)
+    return value if hyper.ndim > 1 else value.reshape(squared.shape)

@@ -101,7 +101,7 @@ def _check_value(op: str, name: str, value: Any) -> None:
         if not above or value > high:
             bounds = f"{'(' if name == 'fraction' else '['}{low:g}, {high:g}]"
             raise TokenCreditError(f"{where} must be in {bounds}, got {value!r}")
-    elif name in {"k", "tokens", "clusters"} and (type(value) is not int or value < 1):
+    elif name in {"k", "tokens", "clusters", "neighbours"} and (type(value) is not int or value < 1):
         raise TokenCreditError(f"{where} must be a whole number of at least 1, got {value!r}")
     elif name == "seed" and type(value) is not int:
         raise TokenCreditError(f"{where} must be a whole number, got {value!r}")

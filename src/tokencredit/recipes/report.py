@@ -78,7 +78,7 @@ def report_lines(content: Mapping[str, Any]) -> list[str]:
         )
         lines.append(f"shrunken estimate {found['estimate']:.2f}, that is {found['gain']:+.2f} over the mean")
         lines.append(f"finalist: slot {content['finalist']['slot']}, {content['finalist']['recipe']}")
-    return lines + ([""] + confirm_lines(content["confirm"]) if "confirm" in content else [])
+    return lines + (["", *confirm_lines(content["confirm"])] if "confirm" in content else [])
 
 
 def confirm_lines(content: Mapping[str, Any]) -> list[str]:
