@@ -61,7 +61,7 @@ class _Weights:
 
 
 # One (keys [row, kv_head, head_dim, position], values [row, kv_head, position, head_dim]) for each layer.
-# Keys lie transposed: the batched product q·kᵀ then reads them in order, which halves its time on a CPU.
+# Keys lie transposed: the batched product q·kᵀ then reads them in order.
 _Cache = list[tuple[Tensor, Tensor]]
 
 
