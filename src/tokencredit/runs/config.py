@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "prompts_per_step": 32,
     "sampler": "auto",  # auto, fast (the lab's, for small models on the CPU), host (TRL's)
     "threads": 1,  # torch threads of a run; small models gain nothing from more
-    "dataset": {"path": None, "split": "train", "prompt": "prompt", "count": 2048, "evaluation": None},
+    "dataset": {"path": None, "split": "train", "prompt": "prompt", "count": None, "evaluation": None},
     "reward": None,  # module:function, as TRL wants it
     "lora": None,  # any field of peft's LoraConfig
     "teacher": None,  # see docs/teachers.md
@@ -154,13 +154,10 @@ def _check_source(config: Mapping[str, Any]) -> None:
 def _check_numbers(config: Mapping[str, Any]) -> None:
     for name in ("steps", "prompts_per_step", "threads"):
         _positive(name, config[name])
-    for section, name in (
-        ("evaluation", "every"),
-        ("evaluation", "problems"),
-        ("evaluation", "samples"),
-        ("dataset", "count"),
-    ):
-        _positive(f"{section}.{name}", config[section][name])
+    for name in ("every", "problems", "samples"):
+        _positive(f"evaluation.{name}", config["evaluation"][name])
+    if config["dataset"]["count"] is not None:
+        _positive("dataset.count", config["dataset"]["count"])
     if not isinstance(config["records"]["every"], int) or config["records"]["every"] < 0:
         raise TokenCreditError(
             f"`records.every` must be a whole number of steps, 0 for no records, got {config['records']['every']!r}"

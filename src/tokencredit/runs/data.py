@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
+from tokencredit.lab.fused import fuse_norms
 from tokencredit.lab.model import SIZES, warm_start
 from tokencredit.lab.tasks import Task, get_task
 
@@ -35,9 +37,14 @@ def load_material(config: Mapping[str, Any]) -> Material:
     """Load everything and refuse what cannot be trained."""
     path = model_folder(config)
     model, tokenizer = lab_data.load_model(path), lab_data.load_tokenizer(path)
+    if config["model"] in SIZES and not torch.cuda.is_available():  # what makes a tiny model fast on a CPU
+        model.set_attn_implementation("eager")
+        fuse_norms(model)
     if config["task"] is not None:
         task = get_task(config["task"])
-        dataset = lab_data.prompt_dataset(task, "train", config["dataset"]["count"], config["seed"])
+        # A prompt for every place in the run: the host repeats the order of the first epoch when it resumes in a later one.
+        count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
+        dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
         response = int(config["trainer"].get("max_completion_length") or task.max_response)
         found = Material(model, tokenizer, dataset, lab_data.reward_function(task), task, response)
     else:
