@@ -42,7 +42,7 @@ def load_material(config: Mapping[str, Any]) -> Material:
         fuse_norms(model)
     if config["task"] is not None:
         task = get_task(config["task"])
-        # A prompt for every place in the run: the host repeats the order of the first epoch when it resumes in a later one.
+        # A prompt for every place in the run: a host that resumes in a later epoch repeats the order of the first.
         count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
         dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
         response = int(config["trainer"].get("max_completion_length") or task.max_response)
