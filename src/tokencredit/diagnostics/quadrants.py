@@ -47,8 +47,8 @@ def quadrant_sums(
     mask = batch.response_mask
     a, h = chosen(advantages, mask), chosen(batch.require("entropies"), mask)
     members = quadrant_masks(advantages if polarity is None else polarity, batch, threshold=threshold)
-    columns = torch.stack((torch.ones_like(a), a.abs(), h, a))
-    return torch.stack([torch.where(members[name], columns, 0.0).sum((1, 2)) for name in QUADRANTS])
+    columns = torch.stack((torch.ones_like(a), a.abs(), h, a)).flatten(1)
+    return torch.stack([members[name] for name in QUADRANTS]).flatten(1).double() @ columns.T
 
 
 def quadrant_statistics(
