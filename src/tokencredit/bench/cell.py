@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.progress import bar
 from tokencredit.seeds import generator
+
+FIELDS = tuple(item.name for item in fields(Measured))
 
 Advantages = list[list[Float[Tensor, "batch response"]]]  # [replicate][pipeline]
 
@@ -76,8 +79,7 @@ def _measured(
 ) -> tuple[Target, Measured, dict[str, Float[np.ndarray, " probe"]]]:
     """The exact target and the parts of all pipelines, put together; the steps are V before, and after the best."""
     target = exact_target(world, config, advance)
-    units = target.gradients.shape[1]
-    at_once = pipelines_at_once(world, config, units)
+    at_once = pipelines_at_once(world, config)
     parts = []
     for first in range(0, len(found), at_once):
         chunk = found[first : first + at_once]
@@ -89,12 +91,12 @@ def _measured(
             part = measure(world, samples, given, target, advance)
             _save_part(path, names, part)
         parts.append(part)
-    best = target.gradients[0].sum(0)
+    best = target.total[0]
     steps = {
         "before": target.success_after(torch.zeros_like(best)),
         "best": target.success_after(best * (target.step / max(float(best.norm()), 1e-12))),
     }
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("own", "cross", "after")}
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS}
     return target, Measured(**joined), steps
 
 
@@ -109,7 +111,7 @@ def _save_part(path: Path, names: str, part: Measured) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(names)
     unfinished = path.with_suffix(".unfinished")
-    save_file({name: np.ascontiguousarray(getattr(part, name)) for name in ("own", "cross", "after")}, unfinished)
+    save_file({name: np.ascontiguousarray(getattr(part, name)) for name in FIELDS}, unfinished)
     unfinished.replace(path)
 
 
@@ -122,14 +124,14 @@ def _methods(
     steps: Mapping[str, Float[np.ndarray, " probe"]],
     config: BenchConfig,
 ) -> list[dict[str, Any]]:
-    weights = resample_weights(target.gradients.shape[1], config.resamples, "bench", config.seed)
+    weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
     exact = [exact_advantage(sampled.batch) for sampled in samples]
     grpo = next((row for row, entry in enumerate(found) if entry.name == "grpo"), None)
-    baseline = None if grpo is None else figures.grams_of(measured, grpo, target.grams)[0]
+    baseline = None if grpo is None else figures.products_of(measured, grpo, target, weights)[0]
     rows = []
     for row, entry in enumerate(found):
-        grams = figures.grams_of(measured, row, target.grams)
-        estimates = figures.gradient_figures(grams, baseline, weights, config.level)
+        products = figures.products_of(measured, row, target, weights)
+        estimates = figures.gradient_figures(products, baseline, config.level)
         estimates |= figures.token_figures(
             samples, [item[row] for item in advantages], exact, target.units, weights, config.level
         )
@@ -148,6 +150,6 @@ def _methods(
 
 
 def _exact_concentration(samples: Sequence[Sampled], target: Target, config: BenchConfig) -> dict[str, Any]:
-    weights = resample_weights(target.gradients.shape[1], config.resamples, "bench", config.seed)
+    weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
     exact = [exact_advantage(sampled.batch) for sampled in samples]
     return figures.as_json(figures.concentration_figures(samples, exact, target.units, weights, config.level))

@@ -23,7 +23,9 @@ class BenchConfig:
     * `resamples`, `level`: of the bootstrap over prompts. `blocks`: prompts are merged into at most so many units.
     * `gain`: the rise of the mean success that the exact gradient's step would give to first order; all steps of
       `progress` have that length.
-    * `memory_mib`: for gradients kept at a time. `progress_nodes`: prefixes on which a step is evaluated, at most.
+    * `sketch`: numbers kept of each prompt's gradient, for the intervals alone.
+    * `memory_mib`: for gradients kept at a time; more pipelines than fit are measured in parts.
+    * `progress_nodes`: prefixes on which a step is evaluated, at most.
     """
 
     tasks: tuple[str, ...] = ("countdown",)
@@ -43,11 +45,21 @@ class BenchConfig:
     level: float = 0.95
     blocks: int = 64
     gain: float = 0.02
-    memory_mib: int = 1024
+    sketch: int = 4096
+    memory_mib: int = 768
     progress_nodes: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "replicates", "resamples", "blocks", "memory_mib", "progress_nodes", "samples"):
+        for name in (
+            "prompts",
+            "replicates",
+            "resamples",
+            "blocks",
+            "sketch",
+            "memory_mib",
+            "progress_nodes",
+            "samples",
+        ):
             if getattr(self, name) < 1:
                 raise TokenCreditError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.rollouts < 2:

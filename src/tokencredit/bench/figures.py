@@ -1,18 +1,27 @@
 """From what was measured to the figures of the table, each with its interval over prompts."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.bench.measure import TARGETS
+from tokencredit.bench.measure import TARGETS, Measured, Target
 from tokencredit.bench.world import Sampled
 from tokencredit.diagnostics import fidelity, gradients
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
-from tokencredit.diagnostics.stats import Estimate, Statistic, bootstrap, ratio_of_sums
+from tokencredit.diagnostics.stats import Estimate, bootstrap, estimate, ratio_of_sums
+
+
+class Resampled(NamedTuple):
+    """Products of the sums over all units: exactly, from the units' sketches, and of every resample from sketches."""
+
+    whole: gradients.Products
+    approximate: gradients.Products
+    draws: gradients.Products
+
 
 # Key, what it is, and its unit: the one list that the table, the page and the documentation read.
 FIGURES: dict[str, str] = {
@@ -31,28 +40,33 @@ FIGURES: dict[str, str] = {
 }
 
 
-def gradient_figures(
-    grams: Sequence[gradients.Grams],
-    grpo: gradients.Grams | None,
-    weights: Float[np.ndarray, "resample unit"],
-    level: float,
-) -> dict[str, Estimate]:
-    """Figures of one pipeline from its inner products with each target; `grpo` those of the baseline with the first."""
-    success, standardized = grams
-    statistics: dict[str, Statistic] = {
-        "direction": gradients.direction(success),
-        "direction_standardized": gradients.direction(standardized),
-        "average_direction": gradients.average_direction(success),
-        "expected_direction": gradients.expected_direction(success),
-        "signal_to_noise": gradients.signal_to_noise(success),
-    }
+GRADIENT_FIGURES = {
+    "direction": gradients.direction,
+    "average_direction": gradients.average_direction,
+    "expected_direction": gradients.expected_direction,
+    "signal_to_noise": gradients.signal_to_noise,
+}
+
+
+def gradient_figures(found: Sequence[Resampled], grpo: Resampled | None, level: float) -> dict[str, Estimate]:
+    """Figures of one pipeline from its products with each target; `grpo` those of the baseline with the first."""
+    success, standardized = found
+    estimates = {name: _moved(figure, success, level) for name, figure in GRADIENT_FIGURES.items()}
+    estimates["direction_standardized"] = _moved(gradients.direction, standardized, level)
     if grpo is not None:
-        statistics["direction_over_grpo"] = _difference(gradients.direction(success), gradients.direction(grpo))
-    return {name: bootstrap(statistic, weights, level) for name, statistic in statistics.items()}
+        whole, approximate, draws = (
+            gradients.direction(own) - gradients.direction(other) for own, other in zip(success, grpo, strict=True)
+        )
+        estimates["direction_over_grpo"] = estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
+    return estimates
 
 
-def _difference(first: Statistic, second: Statistic) -> Statistic:
-    return lambda weights: first(weights) - second(weights)
+def _moved(
+    figure: Callable[[gradients.Products], Float[np.ndarray, " resample"]], found: Resampled, level: float
+) -> Estimate:
+    """The exact value, and the interval from the sketched units, moved to where the value is."""
+    whole, approximate, draws = (figure(item) for item in found)
+    return estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
 
 
 def token_figures(
@@ -112,10 +126,19 @@ def progress_figure(
     return bootstrap(ratio_of_sums(gained, possible), weights, level)
 
 
-def grams_of(measured: Any, row: int, target_grams: Float[np.ndarray, "target unit unit"]) -> list[gradients.Grams]:
-    """The inner products of one pipeline with each target."""
+def products_of(
+    measured: Measured, row: int, target: Target, weights: Float[np.ndarray, "resample unit"]
+) -> list[Resampled]:
+    """The products of one pipeline with each target."""
+    grams, squares = target.grams, target.squares
+    once = np.ones((1, weights.shape[1]))
+    own_total = measured.own_total[row][None]
     return [
-        gradients.Grams(own=measured.own[row], cross=measured.cross[row, index], target=target_grams[index])
+        Resampled(
+            gradients.Products(own_total, measured.cross_total[row, index][None], squares[index : index + 1]),
+            gradients.products(measured.own[row], measured.cross[row, index], grams[index], once),
+            gradients.products(measured.own[row], measured.cross[row, index], grams[index], weights),
+        )
         for index in range(len(TARGETS))
     ]
 

@@ -1,7 +1,7 @@
-"""Gradients of the pipelines, a few at a time: inner products and the success after a step, then they are dropped."""
+"""Gradients of the pipelines: sums over the batch exactly, units by random projection, and the success after a step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -11,31 +11,50 @@ from torch import Tensor
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.world import Sampled, World
 from tokencredit.collect.exact import ExactCredit
-from tokencredit.collect.exact_gradient import advantage_weights, exact_weights, score_gradients, trainable
+from tokencredit.collect.exact_gradient import (
+    advantage_weights,
+    basis_gradients,
+    exact_weights,
+    score_gradients,
+    span_of,
+    trainable,
+)
 from tokencredit.collect.exact_score import trie_scorer
 from tokencredit.collect.exact_trie import build_trie
+from tokencredit.seeds import generator
 
 TARGETS = ("success", "standardized")  # ∇ Σ V(x), and Σ ∇V(x) / √(V(x)(1 − V(x))), which GRPO aims at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
-    """Exact gradients by target and unit, their inner products, and what a step is measured with."""
+    """Exact gradients: their sum by target, the sketches of their units, and what a step is measured with.
 
-    gradients: Float[Tensor, "target unit parameter"]
-    grams: Float[np.ndarray, "target unit unit"]
+    `grams` are inner products of the units, from sketches; `squares` are ‖e‖² of the sums, exactly.
+    """
+
+    total: Float[Tensor, "target parameter"]
+    sketches: Float[Tensor, "target unit sketch"]
     units: Int[np.ndarray, " prompt"]
+    signs: Float[Tensor, " parameter"]
     step: float
     success_after: Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]]
-    probes: int
+
+    grams: Float[np.ndarray, "target unit unit"]
+    squares: Float[np.ndarray, " target"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measured:
-    """What is kept of a few pipelines: inner products, and V of the probe prompts after a step along replicate 0."""
+    """What is kept of a few pipelines: inner products, and V of the probe prompts after a step along replicate 0.
+
+    `own` and `cross` are those of units, from sketches; `own_total` and `cross_total` those of the sums, exactly.
+    """
 
     own: Float[np.ndarray, "pipeline replicate replicate unit unit"]
     cross: Float[np.ndarray, "pipeline target replicate unit unit"]
+    own_total: Float[np.ndarray, "pipeline replicate replicate"]
+    cross_total: Float[np.ndarray, "pipeline target replicate"]
     after: Float[np.ndarray, "pipeline probe"]
 
 
@@ -44,38 +63,60 @@ def unit_of_prompts(prompts: int, blocks: int) -> Int[np.ndarray, " prompt"]:
     return np.arange(prompts) * min(blocks, prompts) // prompts
 
 
-def pipelines_at_once(world: World, config: BenchConfig, units: int) -> int:
-    """How many pipelines' gradients fit in the memory that the config allows."""
+def pipelines_at_once(world: World, config: BenchConfig) -> int:
+    """How many pipelines fit in the memory that the config allows."""
     parameters = trainable(world.model)
-    size = sum(item.numel() for item in parameters) * parameters[0].element_size()
-    return max(1, config.memory_mib * 2**20 // (size * units * (config.replicates + 1)))
+    size = sum(item.numel() for item in parameters)
+    units = min(config.blocks, config.prompts)
+    # For each: its sums, a basis vector's gradient and as much for the backward that finds it, and sketches.
+    floats = size * (config.replicates + 2) + config.replicates * units * min(config.sketch, size)
+    return max(1, config.memory_mib * 2**20 // (floats * parameters[0].element_size()))
+
+
+def sketched(
+    gradients: Float[Tensor, "row parameter"], signs: Float[Tensor, " parameter"], size: int
+) -> Float[Tensor, "row sketch"]:
+    """A random projection that keeps inner products up to ‖a‖‖b‖/√size, without bias.
+
+        s_j = Σ_{i ≡ j mod size} σ_i g_i,    σ_i = ±1 at random
+
+    The gradients themselves where they have no more entries than that.
+    """
+    if gradients.shape[1] <= size:
+        return gradients
+    signed = torch.nn.functional.pad(gradients * signs, (0, -gradients.shape[1] % size))
+    return signed.view(len(gradients), -1, size).sum(1)
 
 
 def exact_target(world: World, config: BenchConfig, advance: Callable[[], None]) -> Target:
     """Exact gradients of every prompt, one backward each."""
     credit = listed(world)
     units = unit_of_prompts(len(world.prompts), config.blocks)
+    like = trainable(world.model)[0]
     size = sum(item.numel() for item in trainable(world.model))
-    gradients = torch.zeros(len(TARGETS), int(units.max()) + 1, size, dtype=trainable(world.model)[0].dtype)
+    signs = torch.randint(0, 2, (size,), generator=generator("sketch", config.seed)).to(like) * 2 - 1
+    total = like.new_zeros(len(TARGETS), size)
+    sketches = like.new_zeros(len(TARGETS), int(units.max()) + 1, min(config.sketch, size))
     weights = exact_weights(credit.trie, credit.nodes)
     for prompt, ids in enumerate(world.prompts):
         span = credit.trie.spans[prompt]
         if len(span):
             value = float(credit.prompt_values[prompt])
-            found = score_gradients(world.model, ids, credit.trie, prompt, weights[None, span.start : span.stop])[0]
-            gradients[0, units[prompt]] += found
-            gradients[1, units[prompt]] += found / max(value * (1.0 - value), 1e-12) ** 0.5
+            found = score_gradients(world.model, ids, credit.trie, prompt, weights[None, span.start : span.stop])
+            both = found * torch.tensor([[1.0], [max(value * (1.0 - value), 1e-12) ** -0.5]]).to(like)
+            total += both
+            sketches[:, units[prompt]] += sketched(both, signs, config.sketch)
         advance()
-    total = gradients[0].sum(0)
-    success_after, probes = _probe(world, config)
     return Target(
-        gradients=gradients,
-        grams=np.stack([_gram(item, item) for item in gradients]),
+        total=total.detach(),
+        sketches=sketches,
         units=units,
+        signs=signs,
         # First order: moving by `step` along ∇ΣV / ‖·‖ raises ΣV by step · ‖∇ΣV‖.
-        step=config.gain * len(world.prompts) / max(float(total.norm()), 1e-12),
-        success_after=success_after,
-        probes=probes,
+        step=config.gain * len(world.prompts) / max(float(total[0].norm()), 1e-12),
+        success_after=_probe(world, config),
+        grams=np.stack([_inner(item, item) for item in sketches]),
+        squares=total.double().square().sum(1).numpy(),
     )
 
 
@@ -85,9 +126,7 @@ def listed(world: World) -> ExactCredit:
     return world.credit
 
 
-def _probe(
-    world: World, config: BenchConfig
-) -> tuple[Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]], int]:
+def _probe(world: World, config: BenchConfig) -> Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]]:
     """A function from a shift of the weights to V of the first prompts, as many as `progress_nodes` allows."""
     trie = listed(world).trie
     sizes = np.cumsum([len(ids) + len(span) for ids, span in zip(world.prompts, trie.spans, strict=True)])
@@ -115,7 +154,7 @@ def _probe(
         whole = torch.where(reached >= 0, logprobs[reached.clamp_min(0)], 0.0).sum(1).exp()
         return logprobs.new_zeros(probes).index_add(0, small.owners, whole).numpy()
 
-    return success_after, probes
+    return success_after
 
 
 def measure(
@@ -126,25 +165,53 @@ def measure(
     advance: Callable[[], None],
 ) -> Measured:
     """Inner products and steps of a few pipelines; `advantages[k][m]` is pipeline m on replicate k."""
-    pipelines, units = len(advantages[0]), target.gradients.shape[1]
-    shape = (pipelines, len(samples), units, target.gradients.shape[2])
-    gradients = torch.zeros(shape, dtype=target.gradients.dtype)
+    replicates = len(samples)
+    distinct, place = _distinct(advantages)
+    advantages = [[item[m] for m in distinct] for item in advantages]
+    pipelines = len(distinct)
+    total = target.total.new_zeros(replicates, pipelines, target.total.shape[1])
+    sketches = target.sketches.new_zeros(pipelines, replicates, *target.sketches.shape[1:])
+    size = target.sketches.shape[2]
     for k, sampled in enumerate(samples):
         for prompt, ids in enumerate(world.prompts):
             weights = advantage_weights(sampled.trie, advantages[k], prompt)
-            gradients[:, k, target.units[prompt]] += score_gradients(world.model, ids, sampled.trie, prompt, weights)
+            coordinates, basis = span_of(weights)
+            coordinates = coordinates.to(total)
+            gradients = basis_gradients(world.model, ids, sampled.trie, prompt, basis)
+            total[k].addmm_(coordinates, gradients)
+            sketches[:, k, target.units[prompt]] += coordinates @ sketched(gradients, target.signs, size)
             advance()
-    after = []
-    for m in range(pipelines):
-        direction = gradients[m, 0].sum(0)
-        norm = float(direction.norm())
-        after.append(target.success_after(direction * (target.step / norm if norm > 0 else 0.0)))
-    return Measured(
-        own=np.stack([[[_gram(a, b) for b in item] for a in item] for item in gradients]),
-        cross=np.stack([[[_gram(a, e) for a in item] for e in target.gradients] for item in gradients]),
-        after=np.stack(after),
+    found = Measured(
+        own=np.stack([[[_inner(a, b) for b in item] for a in item] for item in sketches]),
+        cross=np.stack([[[_inner(a, e) for a in item] for e in target.sketches] for item in sketches]),
+        own_total=np.stack([_inner(item, item) for item in total.unbind(1)]),
+        cross_total=np.stack([_inner(target.total, item) for item in total.unbind(1)]),
+        after=_after_steps(total[0], target),
     )
+    return Measured(**{item.name: getattr(found, item.name)[place] for item in fields(Measured)})
 
 
-def _gram(a: Float[Tensor, "unit parameter"], b: Float[Tensor, "unit parameter"]) -> Float[np.ndarray, "unit unit"]:
+def _distinct(advantages: Sequence[Sequence[Float[Tensor, "batch response"]]]) -> tuple[list[int], list[int]]:
+    """The pipelines that differ from all before them, and for each pipeline the place of its equal among those.
+
+    On the policy that sampled, several methods coincide: ratios are 1, and some transforms keep the mass.
+    """
+    distinct: list[int] = []
+    place: list[int] = []
+    for m in range(len(advantages[0])):
+        twin = (at for at, n in enumerate(distinct) if all(torch.equal(item[m], item[n]) for item in advantages))
+        place.append(next(twin, len(distinct)))
+        if place[-1] == len(distinct):
+            distinct.append(m)
+    return distinct, place
+
+
+def _after_steps(total: Float[Tensor, "pipeline parameter"], target: Target) -> Float[np.ndarray, "pipeline probe"]:
+    """V of the probe prompts after a step of the common length along each gradient; where it is 0, without a step."""
+    norms = total.norm(dim=1)
+    steps = torch.where(norms > 0, target.step / torch.where(norms > 0, norms, 1.0), 0.0)
+    return np.stack([target.success_after(direction * step) for direction, step in zip(total, steps, strict=True)])
+
+
+def _inner(a: Float[Tensor, "unit number"], b: Float[Tensor, "other number"]) -> Float[np.ndarray, "unit other"]:
     return (a @ b.T).double().numpy()

@@ -31,30 +31,50 @@ def score_gradients(
 ) -> Float[Tensor, "method parameter"]:
     """g_m = Σ_n w_mn ∇ ln π(token_n | parent_n) over the nodes of one prompt, for all methods at once.
 
-    One forward; then one backward for each dimension of the span of the weights, batched: methods that are linear
-    combinations of others (the quadrants and their sum, GRPO and RLOO) cost nothing. Parameters without gradient are
-    left out; a tied parameter counts once.
+    Parameters without gradient are left out; a tied parameter counts once.
     """
+    coordinates, basis = span_of(weights)
+    return coordinates.to(trainable(model)[0]) @ basis_gradients(
+        model, prompt_ids, trie, prompt, basis, temperature=temperature
+    )
+
+
+def basis_gradients(
+    model: Any,
+    prompt_ids: TokenIds,
+    trie: Trie,
+    prompt: int,
+    basis: Float[Tensor, "rank node"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Tensor, "rank parameter"]:
+    """The score gradients of a few vectors of node weights: one forward, and one backward batched over the vectors."""
     parameters = trainable(model)
-    size = sum(parameter.numel() for parameter in parameters)
-    coordinates, basis = span_of(weights.to(parameters[0]))
     if len(basis) == 0:
-        return coordinates.new_zeros(len(weights), size)
+        return parameters[0].new_zeros(0, sum(parameter.numel() for parameter in parameters))
     logprobs = node_logprobs(model, prompt_ids, trie, prompt, temperature=temperature)
     parts = torch.autograd.grad(
-        logprobs, parameters, grad_outputs=basis, is_grads_batched=True, allow_unused=True, materialize_grads=True
+        logprobs,
+        parameters,
+        grad_outputs=basis.to(logprobs),
+        is_grads_batched=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
-    return torch.cat([coordinates @ part.reshape(len(basis), -1) for part in parts], dim=1)
+    return torch.cat([part.reshape(len(basis), -1) for part in parts], dim=1)
 
 
 def span_of(
     weights: Float[Tensor, "method node"],
 ) -> tuple[Float[Tensor, "method rank"], Float[Tensor, "rank node"]]:
-    """`coordinates @ basis` = `weights`, with as few rows in the basis as the methods span."""
+    """`coordinates @ basis` = `weights`, with as few rows in the basis as the methods span, in float64.
+
+    Methods that are linear combinations of others (the quadrants and their sum, GRPO and RLOO) then cost no backward.
+    """
     norms = weights.double().norm(dim=1, keepdim=True)
     u, s, vh = torch.linalg.svd(weights.double() / torch.where(norms > 0, norms, 1.0), full_matrices=False)
     rank = int((s > RANK_TOLERANCE * s.amax().clamp_min(torch.finfo(s.dtype).tiny)).sum()) if s.numel() else 0
-    return (norms * u[:, :rank] * s[:rank]).to(weights), vh[:rank].to(weights)
+    return norms * u[:, :rank] * s[:rank], vh[:rank]
 
 
 def exact_weights(trie: Trie, nodes: NodeValues) -> Float[Tensor, " node"]:

@@ -2,88 +2,76 @@
 
 A gradient is a sum over units (prompts). With ĝ_kp the estimate of unit p in replicate batch k and e_q the exact
 gradient of unit q, the inner products ⟨ĝ_kp, ĝ_k'q⟩, ⟨ĝ_kp, e_q⟩ and ⟨e_p, e_q⟩ give every figure, and every bootstrap
-resample of it, without the gradients themselves.
+resample of it, without the gradients themselves. Each figure is a function of `Products`, the inner products of sums.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from tokencredit.diagnostics.stats import Statistic, divided, resampled_inner
+from tokencredit.diagnostics.stats import divided, resampled_inner
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Grams:
-    """Inner products of one method's gradient estimates, per replicate batch and unit, and of one target."""
+class Products(NamedTuple):
+    """⟨ĝ_k, ĝ_k'⟩, ⟨ĝ_k, e⟩ and ⟨e, e⟩ of the sums over the units of each resample."""
 
-    own: Float[np.ndarray, "replicate replicate unit unit"]
-    cross: Float[np.ndarray, "replicate unit unit"]
-    target: Float[np.ndarray, "unit unit"]
-
-    @property
-    def replicates(self) -> int:
-        return self.cross.shape[0]
+    own: Float[np.ndarray, "resample replicate replicate"]
+    cross: Float[np.ndarray, "resample replicate"]
+    target: Float[np.ndarray, " resample"]
 
 
-def direction(grams: Grams) -> Statistic:
+def products(
+    own: Float[np.ndarray, "replicate replicate unit unit"],
+    cross: Float[np.ndarray, "replicate unit unit"],
+    target: Float[np.ndarray, "unit unit"],
+    weights: Float[np.ndarray, "resample unit"],
+) -> Products:
+    """The products of each resample, from those of the units."""
+    return Products(*(resampled_inner(gram, weights) for gram in (own, cross, target)))
+
+
+def direction(given: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of one batch's estimate with the target, averaged over the replicate batches.
 
     mean_k ⟨ĝ_k, e⟩ / (‖ĝ_k‖ ‖e‖)
     """
-
-    def statistic(weights: Float[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        norm = resampled_inner(grams.target, weights)
-        cosines = [
-            divided(
-                resampled_inner(grams.cross[k], weights),
-                np.sqrt(np.maximum(resampled_inner(grams.own[k, k], weights) * norm, 0.0)),
-            )
-            for k in range(grams.replicates)
-        ]
-        return np.mean(cosines, axis=0)
-
-    return statistic
+    squares = np.diagonal(given.own, axis1=1, axis2=2)  # [resample, replicate]
+    return _cosine(given.cross, squares, given.target[:, None]).mean(1)
 
 
-def average_direction(grams: Grams) -> Statistic:
+def average_direction(given: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of the average over the replicate batches with the target."""
-
-    def statistic(weights: Float[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        norm = resampled_inner(grams.target, weights) * resampled_inner(grams.own.mean((0, 1)), weights)
-        return divided(resampled_inner(grams.cross.mean(0), weights), np.sqrt(np.maximum(norm, 0.0)))
-
-    return statistic
+    return _cosine(given.cross.mean(1), given.own.mean((1, 2)), given.target)
 
 
-def expected_direction(grams: Grams) -> Statistic:
+def expected_direction(given: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of the expected estimate with the target: what is left of the error without sampling noise.
 
         ⟨ḡ, e⟩ / (‖e‖ √S),     S = mean_{k ≠ k'} ⟨ĝ_k, ĝ_k'⟩, an unbiased estimate of ‖E ĝ‖²
 
     An unbiased method has 1 up to the error of S, so it may exceed 1. NaN with one replicate or S ≤ 0.
     """
-
-    def statistic(weights: Float[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        norm = resampled_inner(grams.target, weights) * _signal(grams, weights)
-        return divided(resampled_inner(grams.cross.mean(0), weights), np.sqrt(np.maximum(norm, 0.0)))
-
-    return statistic
+    return _cosine(given.cross.mean(1), _signal(given), given.target)
 
 
-def signal_to_noise(grams: Grams) -> Statistic:
+def signal_to_noise(given: Products) -> Float[np.ndarray, " resample"]:
     """‖E ĝ‖² / tr Var ĝ of one batch, prompts fixed; both estimated without bias. NaN with one replicate."""
-
-    def statistic(weights: Float[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-        signal = _signal(grams, weights)
-        square = np.mean([resampled_inner(grams.own[k, k], weights) for k in range(grams.replicates)], axis=0)
-        return divided(np.maximum(signal, 0.0), square - signal)
-
-    return statistic
+    signal = _signal(given)
+    square = np.trace(given.own, axis1=1, axis2=2) / given.own.shape[1]
+    return divided(np.maximum(signal, 0.0), square - signal)
 
 
-def _signal(grams: Grams, weights: Float[np.ndarray, "resample unit"]) -> Float[np.ndarray, " resample"]:
-    pairs = [(k, other) for k in range(grams.replicates) for other in range(grams.replicates) if k != other]
-    if not pairs:
-        return np.full(len(weights), np.nan)
-    return np.mean([resampled_inner(grams.own[k, other], weights) for k, other in pairs], axis=0)
+def _signal(given: Products) -> Float[np.ndarray, " resample"]:
+    replicates = given.own.shape[1]
+    if replicates == 1:
+        return np.full(len(given.own), np.nan)
+    between = given.own.sum((1, 2)) - np.trace(given.own, axis1=1, axis2=2)
+    return between / (replicates * (replicates - 1))
+
+
+def _cosine(
+    inner: Float[np.ndarray, "*shape"], first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]
+) -> Float[np.ndarray, "*shape"]:
+    """⟨a, b⟩ / √(‖a‖² ‖b‖²), NaN where a square is not positive."""
+    return divided(inner, np.sqrt(np.maximum(first, 0.0) * np.maximum(second, 0.0)))

@@ -30,22 +30,25 @@ def resample_weights(units: int, resamples: int, *stream: str | int) -> Float[np
 
 
 def bootstrap(statistic: Statistic, weights: Float[np.ndarray, "resample unit"], level: float = 0.95) -> Estimate:
-    """The statistic with every unit once, and the percentile interval over resamples.
+    """The statistic with every unit once, and the percentile interval over resamples."""
+    return estimate(float(statistic(np.ones((1, weights.shape[1])))[0]), statistic(weights), level)
 
-    Resamples in which it is not defined are left out. One unit gives no interval.
+
+def estimate(value: float, draws: Float[np.ndarray, " resample"], level: float = 0.95) -> Estimate:
+    """A value and the percentile interval of its resamples; those that are not defined are left out.
+
+    NaN limits where none is defined.
     """
-    value = float(statistic(np.ones((1, weights.shape[1])))[0])
-    if weights.shape[1] == 1 or not np.isfinite(value):
-        return Estimate(value, float("nan"), float("nan"))
-    draws = statistic(weights)
     draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if draws.size else (np.nan, np.nan)
+    if not np.isfinite(value) or draws.size == 0:
+        return Estimate(value, float("nan"), float("nan"))
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))
 
 
 def resampled_inner(
-    gram: Float[np.ndarray, "unit other"], weights: Float[np.ndarray, "resample unit"]
-) -> Float[np.ndarray, " resample"]:
+    gram: Float[np.ndarray, "*stack unit unit"], weights: Float[np.ndarray, "resample unit"]
+) -> Float[np.ndarray, "resample *stack"]:
     """⟨Σ_p g_p, Σ_q h_q⟩ over the units of a resample, from the inner products ⟨g_p, h_q⟩ of the units.
 
         Σ_{p ≠ q} w_p w_q ⟨g_p, h_q⟩ + Σ_p w_p ⟨g_p, h_p⟩
@@ -53,8 +56,9 @@ def resampled_inner(
     A unit that is drawn twice stands for two units that are alike in distribution, not for one with twice the noise;
     with w_p² on the diagonal, the noise in ‖Σ g‖² would be counted double and every cosine would come out too small.
     """
-    diagonal = np.diagonal(gram)
-    return np.einsum("rp,pq,rq->r", weights, gram, weights, optimize=True) - (weights**2 - weights) @ diagonal
+    whole = ((weights @ gram) * weights).sum(-1)  # [*stack, resample]
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1) @ (weights**2 - weights).T
+    return np.moveaxis(whole - diagonal, -1, 0)
 
 
 def ratio_of_sums(numerators: Float[np.ndarray, " unit"], denominators: Float[np.ndarray, " unit"]) -> Statistic:

@@ -1,0 +1,148 @@
+"""`tokencredit bench`: every credit method against the exact credit and the exact gradient."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokencredit.errors import TokenCreditError
+
+FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples")
+COLUMNS = ("direction", "expected_direction", "signal_to_noise", "progress", "rank_correlation", "captured")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the verb."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="every method against the exact credit and the exact gradient",
+        description="Sample from a model on tasks whose accepted responses can be listed, and measure how each "
+        "method's credit and gradient compare with the exact ones. A killed benchmark goes on where it was.",
+    )
+    parser.add_argument("config", nargs="?", type=Path, help="YAML with the keys of the benchmark's config; optional")
+    parser.add_argument("--task", nargs="+", metavar="TASK", help="lab tasks, `all`, or `module:attribute` of your own")
+    parser.add_argument("--stage", nargs="+", metavar="STAGE", help="stages of the lab's model, or `all`")
+    parser.add_argument("--model", metavar="FOLDER", help="a model of your own instead of the lab's")
+    parser.add_argument("--credit", nargs="+", metavar="METHOD", help="presets or expressions; default: every preset")
+    parser.add_argument("--values", choices=("exact", "monte_carlo"), help="where values come from; default exact")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="precision of the model; default float32")
+    for name in FLAGS:
+        parser.add_argument(f"--{name}", type=int, metavar="N")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.set_defaults(handler=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Handle the verb."""
+    try:
+        from tokencredit.bench.run import run_bench
+        from tokencredit.report.bench_page import write_bench_page
+    except ImportError as error:
+        raise TokenCreditError(f"the benchmark needs {error.name}", hint="pip install 'tokencredit[trl]'") from error
+    results = run_bench(config_of(arguments), arguments.out)
+    page = write_bench_page(results, arguments.out / "bench.html")
+    if arguments.json:
+        print(json.dumps(results | {"report": str(page)}, ensure_ascii=False))
+        return 0
+    for cell in results["cells"]:
+        print_markdown(cell) if arguments.markdown else print_table(cell)
+    print(f"report: {page}")
+    return 0
+
+
+def config_of(arguments: argparse.Namespace) -> Any:
+    """The config file, with what the flags say in its place."""
+    from tokencredit.bench.config import BenchConfig
+    from tokencredit.lab.model import STAGES
+    from tokencredit.lab.tasks import TASKS
+
+    given: dict[str, Any] = read_yaml(arguments.config) if arguments.config is not None else {}
+    flags: dict[str, Any] = {
+        "tasks": _expanded(arguments.task, TASKS),
+        "stages": _expanded(arguments.stage, STAGES),
+        "pipelines": arguments.credit,
+        **{name: getattr(arguments, name) for name in ("model", "values", "dtype", *FLAGS)},
+    }
+    return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
+
+
+def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str] | None:
+    return list(known) if names == ["all"] else None if names is None else list(names)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenCreditError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TokenCreditError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise TokenCreditError(f"{path} must hold a mapping, got {type(content).__name__}")
+    return content
+
+
+def print_table(cell: Mapping[str, Any]) -> None:
+    """Methods from best to worst direction, and what was left out."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title(cell))
+    for number, name in enumerate(header()):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in table_rows(cell):
+        table.add_row(*row)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    if cell["left_out"]:
+        print(f"left out: {', '.join(sorted(cell['left_out']))} (reasons in results.json)")
+
+
+def print_markdown(cell: Mapping[str, Any]) -> None:
+    """The same table in markdown."""
+    rows = [header(), ["---"] * len(header()), *table_rows(cell)]
+    print(f"\n### {title(cell)}\n")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
+def title(cell: Mapping[str, Any]) -> str:
+    """What the cell measured, in one line."""
+    success, sizes = cell["success"], cell["sizes"]
+    return (
+        f"{cell['task']}, {cell['stage']}: success {success['exact']:.3f} exact, {success['sampled']:.3f} sampled; "
+        f"{sizes['prompts']} prompts, {sizes['accepted']} accepted responses"
+    )
+
+
+def header() -> list[str]:
+    """Names of the columns."""
+    return ["method", *(name.replace("_", " ") for name in COLUMNS), "direction, mass matched"]
+
+
+def table_rows(cell: Mapping[str, Any]) -> list[list[str]]:
+    """One row a method, best direction first; its mass-matched twin gives the last column."""
+    plain = [method for method in cell["methods"] if not method["matched"]]
+    matched = {method["name"]: method["figures"]["direction"] for method in cell["methods"] if method["matched"]}
+    ranked = sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
+    return [
+        [
+            method["name"],
+            *(show(method["figures"].get(name)) for name in COLUMNS),
+            show(matched[method["name"]]) if method["name"] in matched else "same",
+        ]
+        for method in ranked
+    ]
+
+
+def show(estimate: Sequence[float | None] | None) -> str:
+    """`0.55 [0.51, 0.59]`."""
+    if estimate is None or estimate[0] is None:
+        return "–"
+    value, low, high = estimate
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"

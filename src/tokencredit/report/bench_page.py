@@ -1,0 +1,148 @@
+"""The benchmark as one HTML page that opens offline: ranking, token view, capacity. What a model wrote is escaped."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK = "#010203"  # stand-in that becomes the page's text colour
+BLUE, RED, GREY = "#2a6f97", "#b23a48", "#8d99ae"
+SHOWN = 3  # methods laid over the exact credit in the token view, the best ones and grpo
+
+
+def write_bench_page(results: Mapping[str, Any], out: Path) -> Path:
+    """Write the page of the results of `run_bench` to `out` by one rename, and return its path."""
+    text = render_bench(results)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary.replace(out)
+    return out
+
+
+def render_bench(results: Mapping[str, Any]) -> str:
+    """The page as HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("tokencredit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["estimate"] = _estimate
+    cells = [_view(cell) for cell in results["cells"]]
+    return environment.get_template("bench.html").render(cells=cells, config=results["config"])
+
+
+def _view(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template shows of one cell; the pictures are our own drawings of numbers, with our own names."""
+    from markupsafe import Markup
+
+    ranked = _ranked(cell)
+    names = [method["name"] for method in ranked if "(" not in method["name"]]
+    compared = list(dict.fromkeys([*[name for name in names if name != "exact"][: SHOWN - 1], "grpo"]))
+    return {
+        **cell,
+        "ranked": ranked,
+        "matched": {item["name"]: item["figures"] for item in cell["methods"] if item["matched"]},
+        "ranking": Markup(_picture(lambda axes: _draw_ranking(axes, ranked), (7.0, 0.22 * len(ranked) + 0.8))),
+        "capacity_plot": Markup(_picture(lambda axes: _draw_capacity(axes, cell["states"]), (5.0, 3.6))),
+        "token_views": [_token_view(example, compared) for example in cell["examples"]],
+    }
+
+
+def _ranked(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    plain = [method for method in cell["methods"] if not method["matched"]]
+    return sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
+
+
+def _token_view(example: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
+    """Rows of coloured tokens: exact credit on top, the methods below, each scaled to its own largest credit."""
+    credits = {"exact": example["exact"]} | {
+        name: example["methods"][name] for name in compared if name in example["methods"]
+    }
+    rows = []
+    for name, values in credits.items():
+        largest = max((abs(value) for value in values), default=0.0)
+        cells = [
+            {
+                "token": token,
+                "value": value,
+                "entropy": entropy,
+                "sign": "plus" if value > 0 else "minus",
+                "strength": round(abs(value) / largest, 3) if largest else 0.0,
+            }
+            for token, value, entropy in zip(example["tokens"], values, example["entropy"], strict=True)
+        ]
+        rows.append({"name": name, "tokens": cells})
+    return {"prompt": example["prompt"], "reward": example["reward"], "rows": rows}
+
+
+def _draw_ranking(axes: "Axes", ranked: Sequence[Mapping[str, Any]]) -> None:
+    for place, method in enumerate(reversed(ranked)):
+        value, low, high = method["figures"]["direction"]
+        if value is None:
+            continue
+        colour = RED if method["name"] == "exact" else GREY if "(" in method["name"] else BLUE
+        if low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
+        axes.plot([value], [place], "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(ranked)), [method["name"] for method in reversed(ranked)])
+    axes.axvline(0.0, color=INK, linewidth=0.5)
+    axes.set_xlabel("cosine with the exact gradient, 95 % interval over prompts")
+    axes.set_ylim(-0.6, len(ranked) - 0.4)
+
+
+def _draw_capacity(axes: "Axes", states: Mapping[str, Sequence[float]]) -> None:
+    entropies, information = np.asarray(states["H"]), np.asarray(states["I"])
+    values = np.clip(np.asarray(states["V"]), 1e-12, 1.0 - 1e-12)
+    bound = -values * np.log(values) - (1 - values) * np.log1p(-values)
+    reach = np.linspace(0.0, max(float(entropies.max(initial=0.0)), 1.0), 50)
+    axes.plot(reach, reach, color=INK, linewidth=0.8, label="H, the entropy bound")
+    axes.axhline(np.log(2.0), color=INK, linewidth=0.8, linestyle="--", label="ln 2")
+    axes.plot(entropies, np.minimum(entropies, bound), ".", color=GREY, markersize=2.5, label="min(H, h(V)), per state")
+    axes.plot(entropies, information, ".", color=BLUE, markersize=2.5, label="I(token; outcome)")
+    axes.set_xlabel("entropy of the policy at the state, nats")
+    axes.set_ylabel("nats")
+    axes.set_ylim(-0.02, 0.8)
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _picture(draw: Callable[["Axes"], None], size: tuple[float, float]) -> str:
+    """One plot as an inline SVG element that takes the page's text colour."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    figure.patch.set_alpha(0.0)
+    axes.patch.set_alpha(0.0)
+    draw(axes)
+    axes.tick_params(colors=INK, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+    legend = axes.get_legend()
+    for text in (axes.xaxis.label, axes.yaxis.label, *(legend.get_texts() if legend is not None else ())):
+        text.set_color(INK)
+        text.set_fontsize(8)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return re.sub(re.escape(INK), "currentColor", svg[svg.index("<svg") :])
+
+
+def _estimate(value: Sequence[float | None] | None) -> str:
+    if value is None or value[0] is None:
+        return "–"
+    if value[1] is None or value[2] is None:
+        return f"{value[0]:.2f}"
+    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
