@@ -1,4 +1,4 @@
-"""The tiled head against float64 logits: values, gradients, digits of confident tokens, row compaction, every engine."""
+"""The tiled head against float64 logits: values, gradients, digits of confident tokens, row compaction, engines."""
 
 import math
 from collections.abc import Callable

@@ -48,7 +48,7 @@ class AttentionProbe:
 _ACTIVE: ContextVar[AttentionProbe | None] = ContextVar("tokencredit_attention_probe", default=None)
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Raised inside the forward pass once the last wanted layer has answered."""
 
 
@@ -87,7 +87,7 @@ def attention_entropies(  # noqa: PLR0913 - the open points of one definition
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        with suppress(_EnoughError):
+        with suppress(EnoughError):
             backbone(**inputs)
     return torch.stack([answers[0].entropies for answers in probe.found.values()]).mean(0)
 
@@ -157,9 +157,7 @@ def _layers(model: nn.Module, layer: int | Sequence[int] | None) -> tuple[int, .
 
 
 def _measure(options: dict[str, Any]) -> Measure:
-    def measure(
-        query: Tensor, key: Tensor, visibility: Visibility, scale: float, softcap: float | None
-    ) -> RowStatistics:
+    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> RowStatistics:
         return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options)
 
     return measure
@@ -179,7 +177,7 @@ def _attend(
         answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
         probe.found.setdefault(layer, []).append(answer)
         if probe.stop_early and probe.complete:
-            raise _EnoughError
+            raise EnoughError
     return _original(module, probe.original)(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -194,9 +192,7 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
 
 
-def visibility_of(
-    mask: Tensor | None, queries: int, keys: int, implementation: str, kwargs: dict[str, Any]
-) -> Visibility:
+def visibility_of(mask: Any, queries: int, keys: int, implementation: str, kwargs: dict[str, Any]) -> Visibility:
     """Reads the model's mask: None, [batch, keys] (flash), or [batch, 1, queries, keys], bool or additive."""
     flash = "flash" in implementation
     window = kwargs.get("sliding_window") if flash else None

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.collect.head_gemm import product_nt
+from tokencredit.collect.head_gemm import product_into
 from tokencredit.collect.head_tiles import OUT
 
 Heads = Literal["mean_rows", "mean_entropy"]
 Context = Literal["visible", "total"]
 SCORES = 1 << 19  # scores of one block, 2 MiB
-BLOCK = 128  # rows of one block at most
+BLOCK, LEAST = 128, 8  # rows of one block at most, and at least
 
 
 class Visibility(NamedTuple):
@@ -72,9 +72,9 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
     first, stop, _ = rows.indices(queries)
     found = torch.zeros(3, batch, max(stop - first, 0), device=query.device)
     for sequence in range(batch):
-        for block_rows in _blocks(first, stop, key.shape[2], query_heads // key.shape[1]):
+        for block_rows in row_blocks(first, stop, key.shape[2], query_heads // key.shape[1]):
             total = None
-            for block in _head_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
+            for block in score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
                 part = _head_sum(block, heads, drop_sink)
                 total = part if total is None else tuple(a.add_(b) for a, b in zip(total, part, strict=True))
                 seen = block
@@ -104,9 +104,9 @@ def head_entropies(
     found = torch.zeros(batch, query_heads, max(stop - first, 0), device=query.device)
     share = query_heads // key.shape[1]
     for sequence in range(batch):
-        for block_rows in _blocks(first, stop, key.shape[2], share):
+        for block_rows in row_blocks(first, stop, key.shape[2], share):
             place = slice(block_rows.start - first, block_rows.stop - first)
-            blocks = _head_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
+            blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
             for index, block in enumerate(blocks):
                 probs = torch.softmax(block.scores, dim=-1)
                 entropy = _entropy_of_scores(block.scores, probs)
@@ -115,12 +115,12 @@ def head_entropies(
     return found
 
 
-def _blocks(first: int, stop: int, keys: int, share: int) -> Iterator[slice]:
-    step = max(8, min(BLOCK, SCORES // max(keys * share, 1)))
+def row_blocks(first: int, stop: int, keys: int, share: int) -> Iterator[slice]:
+    step = max(LEAST, min(BLOCK, SCORES // max(keys * share, 1)))
     return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
 
 
-def _head_blocks(
+def score_blocks(
     query: Float[Tensor, "heads queries dim"],
     key: Float[Tensor, "key_heads keys dim"],
     visibility: Visibility,
@@ -129,7 +129,10 @@ def _head_blocks(
     scale: float,
     softcap: float | None,
 ) -> Iterator[Block]:
-    """One block per key head; all see the same keys, cut to the range that any row of the block sees."""
+    """One block per key head; all see the same keys, cut to the range that any row of the block sees.
+
+    The scores of a block live until the next one: they share their memory.
+    """
     key_heads, keys, dim = key.shape
     share, count, offset = query.shape[0] // key_heads, rows.stop - rows.start, keys - query.shape[1]
     visible, bias = None, None
@@ -141,9 +144,11 @@ def _head_blocks(
         visible = visible[:, low:high]
         bias = None if visibility.bias is None else visibility.bias(sequence, rows)[:, low:high].float()
     hidden = _unseen(visible, count, high - low, query.device)
+    shape = (share * count, high - low)
+    room = torch.empty(shape, device=query.device)
     for head in range(key_heads):
         left = query[head * share : (head + 1) * share, rows].reshape(share * count, dim).float() * scale
-        scores = product_nt(left, key[head, low:high].float()).view(share, count, high - low)
+        scores = product_into(left, key[head, low:high], room).view(share, count, high - low)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
@@ -181,7 +186,12 @@ def _entropy_of_scores(scores: Tensor, probs: Tensor) -> Tensor:
 
 
 def _entropy_of_probs(probs: Tensor) -> Tensor:
-    return -torch.special.xlogy(probs, probs).sum(-1)
+    """−Σ p ln p; with p at least the least normal number, 0 · ln 0 is 0 (and three times as fast as `xlogy`)."""
+    return -torch.linalg.vecdot(probs, probs.clamp_min(torch.finfo(probs.dtype).tiny).log_())
+
+
+def _softmax_in_place(scores: Tensor) -> Tensor:
+    return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
 
 
 def _without(probs: Tensor, sinks: Tensor) -> Tensor:
@@ -191,9 +201,9 @@ def _without(probs: Tensor, sinks: Tensor) -> Tensor:
 
 def _head_sum(block: Block, heads: Heads, drop: int) -> tuple[Tensor, ...]:
     """What is summed over the heads: rows, or entropies and the mass on the sink."""
-    probs = torch.softmax(block.scores, dim=-1)
     if heads == "mean_rows":
-        return (probs.sum(0) if probs.shape[0] > 1 else probs[0],)
+        return (_softmax_in_place(block.scores).sum(0),)
+    probs = torch.softmax(block.scores, dim=-1)
     mass = probs.masked_fill(~_sinks(block, 1), 0.0).sum((0, -1))
     if drop == 0:
         return _entropy_of_scores(block.scores, probs).sum(0), mass

@@ -53,6 +53,16 @@ def product_tn(
     return _product(left.T, right.to(left.dtype).T, onednn)
 
 
+def product_into(
+    left: Float[Tensor, "m k"], right: Float[Tensor, "n k"], out: Float[Tensor, "m n"]
+) -> Float[Tensor, "m n"]:
+    """left · rightᵀ in float32, written into `out` where the product can: fresh pages are not free."""
+    left, right = left.float(), right.float()
+    if left.device.type == "cpu" and onednn_available() and min(out.shape) > 0:
+        return _onednn(left, right)
+    return torch.mm(left, right.T, out=out)
+
+
 def _product(left: Tensor, right: Tensor, onednn: bool | None) -> Tensor:
     wanted = onednn_available() if onednn is None else onednn
     if wanted and left.dtype == torch.float32 and left.device.type == "cpu" and min(left.shape[0], right.shape[0]) > 0:
