@@ -5,7 +5,7 @@ credit stays fixed over inner updates. *Update*: inside `_compute_loss`, from th
 that the loss runs anyway, so it costs no forward. With an identity pipeline the host's tensor is handed on untouched.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from trl import GRPOConfig, GRPOTrainer
 from tokencredit import seeds
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
+from tokencredit.adapters.trl_collectors import Collector, TeacherCallback, as_teacher, built_in, restore_teacher
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.store import RecordStore
-
-Collector = Callable[[Rollout], Tensor]
 
 
 class CreditGRPOTrainer(GRPOTrainer):
@@ -38,7 +37,9 @@ class CreditGRPOTrainer(GRPOTrainer):
       batch and keeps them over inner updates (one no-grad forward, unless TRL computes old log-probs anyway), "auto"
       takes "update" where it is exact and "rollout" elsewhere.
     * `records`: a folder; every `record_every` steps a `CreditRecord` is stored there; training is identical.
-    * `collectors`: functions `Rollout -> [batch, response]` by the `TokenBatch` field they fill.
+    * `collectors`: functions `Rollout -> [batch, response]` by the `TokenBatch` field they fill; adapter residuals and
+      attention entropies have theirs already.
+    * `teacher`: a `Teacher`, or the mapping that describes one; asked only where the pipeline needs it.
 
     Raises `TokenCreditError` before training where a setting would erase or distort token credit.
     """
@@ -51,10 +52,12 @@ class CreditGRPOTrainer(GRPOTrainer):
         records: str | Path | None = None,
         record_every: int = 1,
         collectors: Mapping[str, Collector] | None = None,
+        teacher: Any = None,
         **kwargs: Any,
     ) -> None:
         self.pipeline = Pipeline.parse(credit)
-        self.collectors = dict(collectors or {})
+        self.teacher = as_teacher(teacher) if "teacher_logprobs" in self.pipeline.requires else None
+        self.collectors = built_in(self.teacher) | dict(collectors or {})
         config = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config)
         self._guard_reward_functions(args, kwargs)
@@ -66,6 +69,15 @@ class CreditGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
+        if self.teacher is not None:
+            rows = self.train_dataset
+            self.teacher.check(self.processing_class, policy=self.model, rows=rows, temperature=self.temperature)
+            self.add_callback(TeacherCallback(self.teacher))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher is not None:
+            restore_teacher(self.teacher, resume_from_checkpoint)
 
     @staticmethod
     def _guard_reward_functions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,6 +137,8 @@ class CreditGRPOTrainer(GRPOTrainer):
                 prompt_mask=output["prompt_mask"].bool(),
                 response_ids=output["completion_ids"],
                 response_mask=output["completion_mask"].bool(),
+                rewards=output[RowKeys.REWARD],
+                group_ids=output[RowKeys.GROUP],
                 columns=inputs,
                 temperature=self.temperature,
             )
@@ -135,8 +149,8 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _sampled(output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
         """What a `rollout_func` knows already: its log-probs, and `entropies` if it returned them for every token."""
         logprobs = output.get("sampling_per_token_logps")
-        rows = [row.get("entropies") for row in inputs]
-        if logprobs is None or any(row is None for row in rows):
+        rows = [row["entropies"] for row in inputs if row.get("entropies") is not None]
+        if logprobs is None or len(rows) < len(inputs):
             return {}
         entropies = torch.zeros_like(logprobs)
         for index, row in enumerate(rows):

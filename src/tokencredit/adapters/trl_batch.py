@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.records import TOKEN_FIELDS, CreditRecord, TokenBatch
@@ -35,8 +35,16 @@ class Rollout:
     prompt_mask: Bool[Tensor, "batch prompt"]
     response_ids: Int[Tensor, "batch response"]
     response_mask: Bool[Tensor, "batch response"]
+    rewards: Float[Tensor, " batch"]
+    group_ids: Int[Tensor, " batch"]
     columns: Sequence[Mapping[str, Any]]
     temperature: float
+
+    def sequences(self) -> tuple[Int[Tensor, "batch sequence"], Bool[Tensor, "batch sequence"], int, int]:
+        """Prompts and responses as one sequence, its mask, and the lengths of the two parts."""
+        ids = torch.cat((self.prompt_ids, self.response_ids), dim=1)
+        mask = torch.cat((self.prompt_mask, self.response_mask), dim=1)
+        return ids, mask, self.prompt_ids.shape[1], self.response_ids.shape[1]
 
 
 def to_token_batch(

@@ -145,10 +145,15 @@ def _check_source(config: Mapping[str, Any]) -> None:
         )
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
-    if task is None and reward is None:
+    if task is None and reward is None and not _ignores_reward(config["credit"]):
         raise TokenCreditError("`dataset` needs `reward`", hint="`reward: module:function`, a TRL reward function")
     if task is None and config["model"] in ("tiny", "small"):
         raise TokenCreditError(f"`dataset` needs `model`: a folder or a model name, got {config['model']!r}")
+
+
+def _ignores_reward(credit: Any) -> bool:
+    """Whether a pipeline learns from a teacher alone, so that a reward would only be logged."""
+    return all(chain.estimator.name == "teacher_log_ratio" for chain in Pipeline.parse(credit).chains)
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ class Material(NamedTuple):
     reward: Callable[..., Any]
     task: Task | None
     max_response: int
+    teacher: dict[str, Any] | None = None
 
 
 def model_folder(config: Mapping[str, Any]) -> str:
@@ -50,9 +51,21 @@ def load_material(config: Mapping[str, Any]) -> Material:
     else:
         dataset = load_dataset_section(config["dataset"])
         response = int(config["trainer"].get("max_completion_length") or 256)
-        found = Material(model, tokenizer, dataset, _load_function(config["reward"]), None, response)
+        reward = no_reward if config["reward"] is None else _load_function(config["reward"])
+        found = Material(model, tokenizer, dataset, reward, None, response)
     _check_prompts(found)
-    return found
+    return found._replace(teacher=_teacher(config))
+
+
+def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `teacher:` section; `model: tiny` or `small` with a `stage` means a model of the lab."""
+    if config["teacher"] is None:
+        return None
+    section = dict(config["teacher"])
+    if section.get("model") in SIZES and config["task"] is not None:
+        stage = section.pop("stage", "late")
+        section["model"] = str(warm_start(config["task"], size=section["model"], stage=stage))
+    return section
 
 
 def load_dataset_section(section: Mapping[str, Any]) -> Dataset:
@@ -92,6 +105,11 @@ def _checked_dataset(dataset: Dataset, section: Mapping[str, Any]) -> Dataset:
             hint="name the column of the prompts: `dataset: {prompt: …}`",
         )
     return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+
+
+def no_reward(completions: list[Any], **columns: Any) -> list[float]:
+    """For pipelines that learn from a teacher alone: TRL wants a reward, credit does not read it."""
+    return [0.0] * len(completions)
 
 
 def _load_function(name: str) -> Callable[..., Any]:

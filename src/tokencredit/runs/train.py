@@ -51,7 +51,8 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
-    trl_checks.check_all(pipeline, config["timing"], frozenset(), arguments)
+    collected = {"adapter_residuals", "attention_entropies"} | ({"teacher_logprobs"} if config["teacher"] else set())
+    trl_checks.check_all(pipeline, config["timing"], collected, arguments)
     return material, arguments
 
 
@@ -101,6 +102,7 @@ def _build_trainer(config: Mapping[str, Any], folder: Path, material: Any, argum
         timing=config["timing"],
         records=folder / "records" if config["records"]["every"] else None,
         record_every=config["records"]["every"] or 1,
+        teacher=material.teacher,
         rollout_func=_fast_sampler(config, material.model, arguments),
         **extra,
     )
