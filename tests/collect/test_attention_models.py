@@ -109,7 +109,7 @@ def test_equals_eager_attention(name: str, side: str) -> None:
         found = attention_entropies(model, ids, mask, PROMPT, TOTAL - PROMPT, layer=layer)
         wanted = entropy_of(maps.mean(1), seen)[:, PROMPT - 1 : -1]
         real = slice(None) if mask is None else mask[:, PROMPT - 1 : -1].bool()
-        assert 0.05 < float(wanted.mean()) < 0.97
+        assert 0.05 < float(wanted.mean()) < 0.995  # soft-caps and windows keep rows flat
         assert float((found - wanted)[real].abs().max()) < 2e-6
         heads = attention_entropies(model, ids, mask, PROMPT, TOTAL - PROMPT, layer=layer, heads="mean_entropy")
         wanted = entropy_of(maps, seen[:, None]).mean(1)[:, PROMPT - 1 : -1]
