@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tokencredit.errors import TokenCreditError
 
-VERBS = ("train", "compare", "report", "methods", "doctor")
+VERBS = ("train", "compare", "bench", "report", "recipes", "methods", "doctor")
 
 
 def build_parser() -> argparse.ArgumentParser:
