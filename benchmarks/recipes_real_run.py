@@ -34,7 +34,7 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 TASKS = ("sum", "reverse", "sort")
 SIZES = {"clean": 9600, "wrong": 4400, "copies": 3000, "off-task": 3000}
 OFF_TASK = ("caesar_cipher", "leg_counting", "simple_equations")
-STEPS, BATCH = 100, 32
+STEPS, BATCH = 80, 16
 SELECTORS: dict[str, dict] = {
     "low perplexity": {"op": "top", "signal": "ppl", "descending": False},
     "IFD": {"op": "top", "signal": "ifd"},
@@ -142,7 +142,7 @@ def base_model(out: Path) -> Path:
     model = build_model(tokenizer, seed=1)
     model.save_pretrained(out / "fresh-model")
     tokenizer.save_pretrained(out / "fresh-model")
-    settings = SftSettings(model=str(out / "fresh-model"), splits={}, steps=600, batch_size=BATCH)
+    settings = SftSettings(model=str(out / "fresh-model"), splits={}, steps=600, batch_size=32)
     lines = [json.loads(line) for line in (out / "base.jsonl").read_text().splitlines()]
     chats = [
         [{"role": "user", "content": item["prompt"]}, {"role": "assistant", "content": item["response"]}]
@@ -193,7 +193,8 @@ def prepare(out: Path) -> SearchConfig:
                 "splits": {"search": str(out / "search.jsonl"), "confirm": str(out / "confirm.jsonl")},
                 "steps": STEPS,
                 "batch_size": BATCH,
-                "max_new_tokens": 40,
+                "max_new_tokens": 32,
+                "max_length": 96,
                 "learning_rate": 1e-3,
             },
             "objective": {"noise_sd": 1.0},
@@ -205,7 +206,7 @@ def prepare(out: Path) -> SearchConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes-real"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stop-after", choices=("data", "search"))
     options = parser.parse_args()
     started = time.perf_counter()

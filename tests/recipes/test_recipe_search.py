@@ -28,11 +28,11 @@ from tokencredit.recipes.search import Search
 from tokencredit.recipes.surrogate import fit, log_expected_improvement, standardise
 from tokencredit.recipes.synthetic import SURFACES, surface, synthetic_pool
 
-POOL = synthetic_pool(800)
+POOL = synthetic_pool(600)
 
 
 def config_of(**search):
-    block = {"seed": 1, "budget": 8, "candidates": 6, "min_samples": 50, **search}
+    block = {"seed": 1, "budget": 8, "candidates": 4, "min_samples": 50, **search}
     content = {"pool": "p", "evaluator": {"kind": "synthetic"}, "objective": {"scale": 1.0}, "search": block}
     return make_config(content)
 
@@ -94,7 +94,7 @@ def test_a_search_killed_anywhere_resumes_to_the_same_history(tmp_path: Path, po
 
 def test_resume_refuses_another_pool(tmp_path: Path) -> None:
     search_of(tmp_path, budget=4).run()
-    other = synthetic_pool(800, seed=9)
+    other = synthetic_pool(600, seed=9)
     search = Search(
         config=config_of(budget=5),
         materials=other.materials,
@@ -162,7 +162,7 @@ def test_failed_runs_cost_budget_and_teach_nothing(tmp_path: Path) -> None:
             self.calls += 1
             if self.calls in {2, 6}:
                 raise EvaluationFailed("out of memory")
-            return Metrics(tasks={"t": TaskScore(score=40.0 + len(request.positions) / 800)})
+            return Metrics(tasks={"t": TaskScore(score=40.0 + len(request.positions) / 600)})
 
     search = search_of(tmp_path, evaluator=Flaky())
     history = search.run()
@@ -178,12 +178,12 @@ def test_floor_and_chance() -> None:
     assert points == pytest.approx({"a": 50.0, "b": 20.0})  # (.4 − .25)/.75 = .2
     assert objective.total(points) == pytest.approx((3 * 50 + 20) / 4)
     assert objective.below_floor(points, None) == []
-    assert objective.below_floor(points, {"a": 50, "b": 21.5}) == ["b"]
-    assert objective.below_floor(points, {"a": 99, "b": 20.9}) == []
+    assert objective.below_floor(points, {"a": 50.0, "b": 21.5}) == ["b"]
+    assert objective.below_floor(points, {"a": 99.0, "b": 20.9}) == []
     with pytest.raises(TokenCreditError, match="must be a number or control-NUMBER"):
         make_objective({"tasks": {"a": {"floor": "best"}}})
     with pytest.raises(EvaluationFailed, match="lack task 'b'"):
-        objective.points(Metrics(tasks={"a": TaskScore(score=1)}))
+        objective.points(Metrics(tasks={"a": TaskScore(score=1.0)}))
 
 
 def test_the_finalist_is_above_the_floor(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_bootstrap_widens_what_few_items_cannot_tell(tmp_path: Path) -> None:
     search = search_of(tmp_path, evaluator=Items(), budget=4)
     search.run()
     arms = [
-        Arm(name="finalist", recipe=_recipe({"op": "random_k", "k": 700, "seed": 1})),
+        Arm(name="finalist", recipe=_recipe({"op": "random_k", "k": 550, "seed": 1})),
         Arm(name="small", recipe=_recipe({"op": "random_k", "k": 100, "seed": 1})),
     ]
     found = differences(confirm_arms(search, arms, 3))[0]

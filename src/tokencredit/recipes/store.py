@@ -77,6 +77,9 @@ class Columns(Mapping[str, Column]):
             self._held[name] = values
         return self._held[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
