@@ -1,5 +1,6 @@
 """Methods side by side: paired seeds, results, resume, refusals."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,6 +61,16 @@ def values(folder: Path) -> list[dict]:
     return [line["metrics"] for line in folders.read_metrics(folder) if line["kind"] == "eval"]
 
 
+def workers(session: int) -> list[int]:
+    """Living processes of a session; a zombie has nothing left to run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            state, _, _, owner = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [int(stat.parent.name)] if state != "Z" and int(owner) == session else []
+    return found
+
+
 def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=6))
     whole = subprocess.run(command(config, tmp_path / "whole"), capture_output=True, text=True, check=True)
@@ -69,8 +80,12 @@ def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp
     deadline = time.monotonic() + 120
     while len(values(first)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(cut.pid, signal.SIGKILL)
+    os.kill(cut.pid, signal.SIGKILL)  # the command alone: its workers must end by themselves
     cut.wait()
+    deadline = time.monotonic() + 30
+    while workers(cut.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers(cut.pid)
     subprocess.run(command(config, tmp_path / "cut"), capture_output=True, check=True)
     for path in ("grpo/seed-0", "hapo/seed-0"):
         assert values(tmp_path / "cut" / path) == values(tmp_path / "whole" / path)

@@ -1,8 +1,11 @@
 """Methods side by side: equal budgets, paired seeds, intervals; a killed comparison goes on where it was."""
 
 import copy
+import ctypes
 import math
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +19,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.progress import bar
 from tokencredit.runs import folders
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL = 1.0  # seconds between looks at the runs' metrics
 
 
@@ -96,11 +100,18 @@ def _run_all(plans: Sequence[Plan], folder: Path, jobs: int) -> None:
 
 
 def _run(config: dict[str, Any], folder: str) -> None:
-    """In a process of its own."""
+    """In a process of its own, which ends with the command that started it."""
+    _end_with_parent()
     os.environ.setdefault("OMP_NUM_THREADS", str(config["threads"]))
     from tokencredit.runs.train import train_run
 
     train_run(config, Path(folder))
+
+
+def _end_with_parent() -> None:
+    """On Linux the kernel ends this process when its parent is killed; elsewhere the run's callback notices."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _raise_first(futures: Sequence[Future[None]], plans: Sequence[Plan]) -> None:
