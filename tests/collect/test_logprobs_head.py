@@ -205,3 +205,14 @@ def test_divergence_equals_float64(direction: str, readout: Readout) -> None:
     found = gradients(ours, data, torch.float32, False)
     wanted = gradients(exact, data, torch.float64, False)
     assert all(relative(f, w) < 1e-5 for f, w in zip(found, wanted, strict=True))
+
+
+def test_bfloat16_gradients_are_rounded_once() -> None:
+    data = inputs()
+    data |= {name: data[name].bfloat16() for name in ("hidden", "weight")}
+    targets = data["targets"]
+    found = gradients(lambda h, w: head_logprobs(h, w, targets), data, torch.bfloat16, True)
+    wanted = gradients(lambda h, w: oracle(h, w, targets, PLAIN), data, torch.float64, True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert relative(ours, theirs) < 2**-8  # half a unit of bfloat16's last place, at the greatest entry

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.collect.head_frozen import FrozenHead
-from tokencredit.collect.head_gemm import TILE, TOKENS, product_nn, product_tn
+from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn
 from tokencredit.collect.head_tiles import (
     PLAIN,
     Readout,
@@ -102,6 +102,17 @@ class RecomputedHead(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+def empty_gradient(weight: Tensor, tokens: int) -> Tensor:
+    """Room for the gradient of the weight; zeros where no token will write to it."""
+    return torch.empty_like(weight) if tokens else torch.zeros_like(weight)
+
+
+def wide_tile(d_weight: Tensor, columns: slice, wide: torch.dtype) -> Tensor:
+    """A tile of the gradient itself, or a float32 one of the same shape where the weight has 16 bits."""
+    tile = d_weight[columns]
+    return tile if tile.dtype == wide else torch.zeros(tile.shape, dtype=wide, device=tile.device)
+
+
 class _Job(NamedTuple):
     """∂z_v = p_v (c − b z_v) for v ≠ t with c = −a + b (lse − H);   ∂z_t = a (1 − p_t) − b p_t (log p_t + H).
 
@@ -140,9 +151,9 @@ def _run(
     wide = job.tile_lse.dtype
     rows = folded(hidden, readout)
     d_rows = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wanted[0] else None
-    d_weight = torch.zeros_like(weight) if wanted[1] else None
+    d_weight = empty_gradient(weight, hidden.shape[0]) if wanted[1] else None
     for index, columns in enumerate(spans(weight.shape[0], TILE)):
-        d_tile = torch.zeros(weight[columns].shape, dtype=wide, device=hidden.device) if wanted[1] else None
+        d_tile = None if d_weight is None else wide_tile(d_weight, columns, wide)
         for block in spans(hidden.shape[0], TOKENS):
             logits = tile_logits(rows[block], weight[columns], readout, onednn)
             local = targets[block] - columns.start
@@ -153,9 +164,10 @@ def _run(
                 d_rows[block].index_add_(0, found, weight[columns][local[found]].to(wide) * at_target)
             if d_tile is not None:
                 left = rows[block].to(wide)
-                d_tile.add_(product_tn(grad, left if factor is None else left * factor, onednn=onednn))
+                scaled = left if factor is None else left * factor
+                accumulate_tn(d_tile, grad, scaled, fresh=block.start == 0, onednn=onednn)
                 d_tile.index_add_(0, local[found], left[found] * at_target)
-        if d_weight is not None and d_tile is not None:
+        if d_weight is not None and d_tile is not None and d_tile.dtype != d_weight.dtype:
             d_weight[columns] = d_tile.to(d_weight.dtype)
     return None if d_rows is None else d_rows.mul_(readout.fold), d_weight
 

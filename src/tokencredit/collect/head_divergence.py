@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.collect.head_gemm import TILE, TOKENS, product_nn, product_tn
+from tokencredit.collect.head import empty_gradient, wide_tile
+from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn
 from tokencredit.collect.head_tiles import PLAIN, Readout, folded, slope, softmax_tile, spans, tile_logits
 
 
@@ -79,16 +80,16 @@ def _backward(
     wide = stats[0].dtype
     rows = folded(hidden, readout).to(wide)
     d_rows = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wanted[0] else None
-    d_weight = torch.zeros_like(weight) if wanted[1] else None
+    d_weight = empty_gradient(weight, hidden.shape[0]) if wanted[1] else None
     for index, columns in enumerate(spans(weight.shape[0], TILE)):
-        d_tile = torch.zeros(weight[columns].shape, dtype=wide, device=hidden.device) if wanted[1] else None
+        d_tile = None if d_weight is None else wide_tile(d_weight, columns, wide)
         for block in spans(hidden.shape[0], TOKENS):
             grad = _tile_gradient(args, [stat[..., block] for stat in stats], incoming[block], index, columns, block)
             if d_rows is not None:
                 d_rows[block].add_(product_nn(grad, weight[columns], onednn=onednn))
             if d_tile is not None:
-                d_tile.add_(product_tn(grad, rows[block], onednn=onednn))
-        if d_weight is not None and d_tile is not None:
+                accumulate_tn(d_tile, grad, rows[block], fresh=block.start == 0, onednn=onednn)
+        if d_weight is not None and d_tile is not None and d_tile.dtype != d_weight.dtype:
             d_weight[columns] = d_tile.to(d_weight.dtype)
     return None if d_rows is None else d_rows.mul_(readout.fold), d_weight
 

@@ -46,11 +46,21 @@ def product_nn(
     return _product(left, right.to(left.dtype).T, onednn)
 
 
-def product_tn(
-    left: Float[Tensor, "m n"], right: Float[Tensor, "m k"], *, onednn: bool | None = None
-) -> Float[Tensor, "n k"]:
-    """leftᵀ · right."""
-    return _product(left.T, right.to(left.dtype).T, onednn)
+def accumulate_tn(
+    out: Float[Tensor, "n k"],
+    left: Float[Tensor, "m n"],
+    right: Float[Tensor, "m k"],
+    *,
+    fresh: bool,
+    onednn: bool | None = None,
+) -> None:
+    """out = leftᵀ · right if `fresh` (what `out` held is ignored), else out += leftᵀ · right; in the type of `left`."""
+    right = right.to(left.dtype)
+    if _wants_onednn(left, onednn):
+        part = _product(left.T, right.T, onednn)
+        out.copy_(part) if fresh else out.add_(part)
+    else:
+        torch.addmm(out, left.T, right, beta=0.0 if fresh else 1.0, out=out)
 
 
 def product_into(
@@ -64,10 +74,14 @@ def product_into(
 
 
 def _product(left: Tensor, right: Tensor, onednn: bool | None) -> Tensor:
-    wanted = onednn_available() if onednn is None else onednn
-    if wanted and left.dtype == torch.float32 and left.device.type == "cpu" and min(left.shape[0], right.shape[0]) > 0:
+    if _wants_onednn(left, onednn) and min(left.shape[0], right.shape[0]) > 0:
         return _onednn(left, right)
     return left @ right.T
+
+
+def _wants_onednn(left: Tensor, onednn: bool | None) -> bool:
+    able = left.dtype == torch.float32 and left.device.type == "cpu"
+    return able and (onednn_available() if onednn is None else onednn)
 
 
 def _onednn(left: Tensor, right: Tensor) -> Tensor:
