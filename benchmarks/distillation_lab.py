@@ -27,13 +27,12 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import Qwen3ForCausalLM, TrainerCallback
+from transformers import PrinterCallback, Qwen3ForCausalLM, TrainerCallback
+from transformers.utils import logging as hf_logging
 from trl import GRPOConfig
 
 from tokencredit.adapters.trl import CreditGRPOTrainer
 from tokencredit.collect.exact import encode_accepted, exact_credit
-from tokencredit.collect.teacher import Teacher, build_teacher
 from tokencredit.collect.teacher_score import score_rows
 from tokencredit.diagnostics.bootstrap import paired_bootstrap
 from tokencredit.diagnostics.distillation import position_profile
@@ -68,6 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    hf_logging.disable_progress_bar()
     task = chain_task(terms=args.terms, sums=min(3, args.terms - 1))
     if args.what == "table":
         print(json.dumps(table(args.out), indent=1))
@@ -120,20 +120,6 @@ def with_answers(task: Task) -> Task:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-class Scored:
-    """A teacher as a collector of the trainer."""
-
-    provides = frozenset({"teacher_logprobs"})
-
-    def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
-
-    def __call__(self, rollout: Any) -> Tensor:
-        prompts = [row[mask].tolist() for row, mask in zip(rollout.prompt_ids, rollout.prompt_mask.bool(), strict=True)]
-        given = (rollout.response_ids, rollout.response_mask.bool(), list(rollout.columns), rollout.temperature)
-        return self.teacher.score(prompts, *given, rollout.model)
-
-
 class Watch(TrainerCallback):
     """Exact success on the held-out problems at the start and at some steps."""
 
@@ -166,8 +152,6 @@ def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: P
     config = {"kind": "model", "model": str(teacher), "batch_size": 64}
     if args.what == "dasd":
         config = {"kind": "self", "template": PRIVILEGED, "batch_size": 64}
-    scorer = build_teacher(config)
-    scorer.check(tokenizer, policy=model, rows=list(data))
     watch = Watch(task, sorted({args.steps // 4, args.steps // 2, args.steps}), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CreditGRPOTrainer(
@@ -178,9 +162,10 @@ def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: P
             args=trainer_config(args, task, folder, seed),
             rollout_func=rollout_func,
             credit=method,
-            collectors={"teacher_logprobs": Scored(scorer)},
+            teacher=config,
             callbacks=[watch],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: str(value) for key, value in vars(args).items()}

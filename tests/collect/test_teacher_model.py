@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencredit.collect.teacher import Teacher, build_teacher
 from tokencredit.collect.teacher_checks import check_shift, end_warning, probe
-from tokencredit.collect.teacher_prompts import TEMPLATES, sibling_attempts
+from tokencredit.collect.teacher_prompts import TEMPLATES
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 
@@ -282,10 +282,6 @@ def test_decoys_are_answers_of_other_problems(tokenizer: Any) -> None:
 
 
 def test_siblings(tokenizer: Any, policy: Any) -> None:
-    texts, rewards = ["w", "x", "y", "x", "z"], torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])
-    groups = torch.tensor([0, 0, 0, 0, 1])
-    # Another correct response with another text; the group of one has none.
-    assert sibling_attempts(texts, rewards, groups) == ["x", "y", "x", "y", None]
     teacher = build_teacher({"kind": "self", "template": "sibling"})
     assert teacher.needs_attempts
     teacher.check(tokenizer, rows=ROWS)

@@ -4,9 +4,6 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.seeds import derive
 
@@ -170,20 +167,6 @@ def render(prompt: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any],
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise TokenCreditError(f"the student's tokenizer does not know a part of the prompt {prompt!r}")
     return ids
-
-
-def sibling_attempts(
-    texts: Sequence[str], rewards: Float[Tensor, " batch"], group_ids: Int[Tensor, " batch"]
-) -> list[str | None]:
-    """For each response another correct one (reward above 0) to the same prompt, the next in its group; or None."""
-    found: list[str | None] = []
-    total = len(texts)
-    for row in range(total):
-        others = ((row + step) % total for step in range(1, total))
-        right = (o for o in others if group_ids[o] == group_ids[row] and rewards[o] > 0 and texts[o] != texts[row])
-        at = next(right, None)
-        found.append(None if at is None else texts[at])
-    return found
 
 
 def _template(name: str) -> str:
