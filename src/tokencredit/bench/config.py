@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 from tokencredit.errors import TokenCreditError, unknown
 
@@ -75,7 +75,7 @@ class BenchConfig:
             raise TokenCreditError("`tasks` and `stages` need at least one name each")
 
     @classmethod
-    def from_mapping(cls, given: Mapping[str, Any]) -> Self:
+    def from_mapping(cls, given: Mapping[str, Any]) -> "BenchConfig":
         """A config from what YAML holds; unknown keys are errors that name the nearest."""
         known = {item.name: item for item in fields(cls)}
         for key in given:

@@ -37,7 +37,7 @@ def direction(given: Products) -> Float[np.ndarray, " resample"]:
     mean_k ⟨ĝ_k, e⟩ / (‖ĝ_k‖ ‖e‖)
     """
     squares = np.diagonal(given.own, axis1=1, axis2=2)  # [resample, replicate]
-    return _cosine(given.cross, squares, given.target[:, None]).mean(1)
+    return _cosine(given.cross, squares, np.broadcast_to(given.target[:, None], given.cross.shape)).mean(1)
 
 
 def average_direction(given: Products) -> Float[np.ndarray, " resample"]:
