@@ -100,6 +100,14 @@ def test_lora_runs(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("credit", ["exact", "arca", "attention", "0.5 * grpo + 0.5 * opd"])
+def test_methods_that_ask_for_more(model_folder: Path, tmp_path: Path, credit: str) -> None:  # noqa: F811
+    lora = {"r": 2, "target_modules": "all-linear"} if credit == "arca" else None
+    teacher = {"kind": "model", "model": str(model_folder)} if "opd" in credit else None
+    config = small_config(model_folder, steps=1, credit=credit, lora=lora, teacher=teacher)
+    assert run(tmp_path / "run", config)["status"] == "finished"
+
+
 def refuse(folder: Path, config: dict) -> str:
     with pytest.raises(TokenCreditError) as caught:
         run(folder, config)

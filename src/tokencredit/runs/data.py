@@ -3,16 +3,18 @@
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 
+from tokencredit.collect.exact import ExactValues
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
 from tokencredit.lab.model import SIZES, warm_start
-from tokencredit.lab.tasks import Task, get_task
+from tokencredit.lab.tasks import Problem, Task, get_task
 
 
 class Material(NamedTuple):
@@ -25,6 +27,7 @@ class Material(NamedTuple):
     task: Task | None
     max_response: int
     teacher: dict[str, Any] | None = None
+    collectors: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
 
 def model_folder(config: Mapping[str, Any]) -> str:
@@ -47,7 +50,8 @@ def load_material(config: Mapping[str, Any]) -> Material:
         count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
         dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
         response = int(config["trainer"].get("max_completion_length") or task.max_response)
-        found = Material(model, tokenizer, dataset, lab_data.reward_function(task), task, response)
+        reward = lab_data.reward_function(task)
+        found = Material(model, tokenizer, dataset, reward, task, response, collectors={"values": exact_values(task)})
     else:
         dataset = load_dataset_section(config["dataset"])
         response = int(config["trainer"].get("max_completion_length") or 256)
@@ -55,6 +59,17 @@ def load_material(config: Mapping[str, Any]) -> Material:
         found = Material(model, tokenizer, dataset, reward, None, response)
     _check_prompts(found)
     return found._replace(teacher=_teacher(config))
+
+
+def exact_values(task: Task) -> ExactValues:
+    """The collector of `values` on a lab task, checked against its verifier as it goes."""
+
+    def problem(columns: Mapping[str, Any]) -> Problem:
+        return Problem.from_json(columns["problem"])
+
+    return ExactValues(
+        lambda columns: task.accepted(problem(columns)), lambda columns, text: task.verify(problem(columns), text)
+    )
 
 
 def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -51,7 +51,9 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
-    collected = {"adapter_residuals", "attention_entropies"} | ({"teacher_logprobs"} if config["teacher"] else set())
+    collected = {"adapter_residuals", "attention_entropies", *material.collectors}
+    if config["teacher"] is not None:
+        collected.add("teacher_logprobs")
     trl_checks.check_all(pipeline, config["timing"], collected, arguments)
     return material, arguments
 
@@ -103,6 +105,7 @@ def _build_trainer(config: Mapping[str, Any], folder: Path, material: Any, argum
         records=folder / "records" if config["records"]["every"] else None,
         record_every=config["records"]["every"] or 1,
         teacher=material.teacher,
+        collectors=material.collectors,
         rollout_func=_fast_sampler(config, material.model, arguments),
         **extra,
     )
