@@ -2,14 +2,13 @@
 
     python benchmarks/lab_learning.py [--tasks countdown carry chain] [--seeds 3] [--steps 100]
 
-Trains the cached warm start with the stock `trl.GRPOTrainer` and measures success on held-out problems before and after:
-the exact probability that a sample at temperature 1 is accepted. A finished run is kept under the cache folder and is not
-repeated. Prints one row per task; exits with status 1 unless the interval of every gain lies at or above the bar.
+Trains the cached warm start with the stock `trl.GRPOTrainer` and measures success on held-out problems before and
+after: the exact probability that a sample at temperature 1 is accepted. A finished run is kept under the cache folder
+and is not repeated. Prints one row per task; exits with status 1 unless the interval of every gain lies above the bar.
 """
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -83,7 +82,7 @@ def finished(task_name: str, seed: int, options: argparse.Namespace) -> dict[str
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(result))
-        os.replace(partial, path)
+        partial.replace(path)
     return json.loads(path.read_text())
 
 
