@@ -190,7 +190,7 @@ def trainer_config(args: argparse.Namespace, task: Task, folder: str, seed: int)
         save_strategy="no",
         use_cpu=True,
         logging_steps=1,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
     )
 
 

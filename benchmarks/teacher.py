@@ -249,6 +249,7 @@ def step(rounds: int) -> dict[str, Any]:
         "teacher_forward_ms": round(1e3 * forward, 1),
         "with_teacher_ms": round(1e3 * statistics.median(taught), 1),
         "ratio": round(statistics.median(taught) / floor, 3),
+        "score_ms": round(1e3 * statistics.median(SCORED), 1),
         "steps": len(stock),
     }
 
@@ -299,7 +300,7 @@ def step_times(trainer_class: Any, folder: str, rounds: int, **given: Any) -> li
 
     config = GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=32,
         num_generations=8,
         max_completion_length=task.max_response,
         max_steps=rounds + 1,
@@ -308,7 +309,7 @@ def step_times(trainer_class: Any, folder: str, rounds: int, **given: Any) -> li
         disable_tqdm=True,
         save_strategy="no",
         use_cpu=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         logging_strategy="no",
     )
     trainer = trainer_class(

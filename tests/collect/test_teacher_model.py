@@ -175,10 +175,10 @@ def test_configs_that_cannot_be(config: dict[str, Any], message: str) -> None:
 
 
 def model_teacher(model: Any, tokenizer: Any, **given: Any) -> Any:
-    from tokencredit.collect.teacher import _resolved
+    from tokencredit.collect.teacher import resolve_teacher
     from tokencredit.collect.teacher_model import ModelTeacher
 
-    return ModelTeacher(model, tokenizer, _resolved(CONFIG | given))
+    return ModelTeacher(model, tokenizer, resolve_teacher(CONFIG | given))
 
 
 def test_other_vocabularies_are_refused(tokenizer: Any, policy: Any) -> None:
@@ -377,9 +377,13 @@ def test_a_probe_reports_and_refuses(tokenizer: Any, policy: Any) -> None:
     assert report.repeat_max == 0.0
     assert report.gap_mean == pytest.approx(-0.1, abs=1e-6)
     assert report.end_gap == pytest.approx(-0.1, abs=1e-6)
-    assert report.warnings == ()
+    assert report.warnings == (
+        "the teacher's log-ratio has one sign on all tokens: it looks like a divergence, not a log-ratio",
+    )
+    mixed = teacher + 0.2 * (torch.arange(20) % 2)
+    assert probe(lambda: mixed, ids, mask, student).warnings == ()
     noisy = iter((teacher, teacher + 0.05))
-    assert "0.050 nats apart" in probe(lambda: next(noisy), ids, mask, student).warnings[0]
+    assert "0.050 nats apart" in probe(lambda: next(noisy), ids, mask, student).warnings[-1]
     worse = iter((teacher, teacher + 0.3))
     with pytest.raises(TokenCreditError, match=r"0\.300 nats apart on average, at most 0.2"):
         probe(lambda: next(worse), ids, mask, student)

@@ -105,7 +105,7 @@ def build_teacher(config: Mapping[str, Any]) -> Teacher:
 
     The keys of each kind are in `KINDS`; docs/teachers.md explains them. Local models are loaded here.
     """
-    given = _resolved(config)
+    given = resolve_teacher(config)
     kind = given.pop("kind")
     if kind == "server":
         from tokencredit.collect.teacher_server import ServerTeacher
@@ -125,8 +125,8 @@ def build_teacher(config: Mapping[str, Any]) -> Teacher:
     return teacher_model.SelfTeacher(given)
 
 
-def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with defaults filled in; a key or value that cannot be is named with what can."""
+def resolve_teacher(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with defaults filled in; a key or value that cannot be is named with what can. Nothing is loaded."""
     if not isinstance(config, Mapping) or "kind" not in config:
         raise TokenCreditError(
             f"`teacher` is a mapping with `kind`, one of {sorted(KINDS)}, got {config!r}",

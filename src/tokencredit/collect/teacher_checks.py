@@ -145,6 +145,11 @@ def probe(
     gap = torch.where(response_mask, first - student_logprobs, 0.0)
     end_gap, warning = end_warning(gap, response_ids, response_mask, ends)
     warnings = [warning] if warning else []
+    signs = gap[response_mask].sign().unique()
+    if int(response_mask.sum()) >= LEAST and len(signs) == 1 and float(signs[0]) != 0.0:
+        warnings.append(
+            "the teacher's log-ratio has one sign on all tokens: it looks like a divergence, not a log-ratio"
+        )
     if mean > WARN_NATS:
         warnings.append(f"the teacher scores the same tokens {mean:.3f} nats apart on average")
     return ProbeReport(
