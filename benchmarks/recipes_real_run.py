@@ -19,11 +19,12 @@ import reasoning_gym
 
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.config import SearchConfig, make_config
-from tokencredit.recipes.confirm import Arm, confirm_arms, mean_interval, summary
+from tokencredit.recipes.confirm import Arm, Confirmation, confirm_arms, mean_interval, save_summary
 from tokencredit.recipes.evaluate import make_evaluator
 from tokencredit.recipes.ingest import canonicalise
 from tokencredit.recipes.pool import load_pool
 from tokencredit.recipes.recipe import make_recipe
+from tokencredit.recipes.report import confirm_lines
 from tokencredit.recipes.search import Search
 from tokencredit.recipes.sft import SftSettings, fine_tune
 from tokencredit.recipes.signals import Sources, compute
@@ -39,10 +40,7 @@ SELECTORS: dict[str, dict] = {
     "low perplexity": {"op": "top", "signal": "ppl", "descending": False},
     "IFD": {"op": "top", "signal": "ifd"},
     "entropy": {"op": "top", "signal": "entropy"},
-    "varentropy": {"op": "top", "signal": "varentropy"},
     "EL2N": {"op": "top", "signal": "el2n"},
-    "unigram entropy": {"op": "top", "signal": "unigram_entropy"},
-    "length": {"op": "top", "signal": "len.response"},
     "relevance": {"op": "top_union", "signals": [f"rel.{task}" for task in TASKS]},
 }
 
@@ -221,22 +219,33 @@ def main() -> None:
               f"{evaluation.samples:6d} {evaluation.seconds:5.1f} s  {evaluation.recipe}", flush=True)  # fmt: skip
     if options.stop_after == "search":
         return
+    confirm(search, options.seeds)
+    print(f"wall time {time.perf_counter() - started:.0f} s in this call")
+
+
+def confirm(search: Search, seeds: int) -> None:
+    """Finalist, random of equal tokens and full data first, then each selector alone at the finalist's size."""
     finalist = search.finalists(1)[0]
+    print(f"finalist: slot {finalist.slot}, {finalist.samples} samples, {finalist.recipe}", flush=True)
     arms = [
         Arm(name="finalist", recipe=finalist.recipe),
         Arm(name="random, equal tokens", recipe=None, tokens=finalist.tokens),
         Arm(name="full data", recipe=make_recipe([])),
     ]
+    show(search, confirm_arms(search, arms, seeds))
     for name, step in SELECTORS.items():
         arms.append(Arm(name=name, recipe=make_recipe([{**step, "k": _size(step, finalist.samples, search)}])))
     for name, steps in (("exact dedup", {"op": "exact_dedup"}), ("semdedup .9", {"op": "semdedup", "cosine": 0.9})):
         arms.append(Arm(name=name, recipe=make_recipe([steps])))
-    results = confirm_arms(search, arms, options.seeds)
-    print(summary(search, results))
+    show(search, confirm_arms(search, arms, seeds))
+
+
+def show(search: Search, results: Confirmation) -> None:
+    for line in confirm_lines(save_summary(search, results)):
+        print(line, flush=True)
     for name, scores in results.scores().items():
         mean, low, high = mean_interval(np.array(scores))
-        print(f"{name:22s} {mean:6.2f} [{low:6.2f}, {high:6.2f}]  n={results.samples[name]}")
-    print(f"wall time {time.perf_counter() - started:.0f} s in this call")
+        print(f"{name:22s} {mean:6.2f} [{low:6.2f}, {high:6.2f}] {results.samples[name]:6d} samples", flush=True)
 
 
 def _size(step: dict, samples: int, search: Search) -> int:

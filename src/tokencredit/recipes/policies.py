@@ -55,6 +55,7 @@ class Chooser:
     reader: StateReader
     space: Space
     seen: dict[str, Positions] = field(default_factory=dict)
+    _posteriors: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
     def rng(self, purpose: str, *index: int) -> np.random.Generator:
         return np.random.default_rng(derive("recipes", self.config.search.seed, purpose, *index))
@@ -96,7 +97,13 @@ class Chooser:
         return table, labels
 
     def posterior(self, history: Sequence[Evaluation]) -> np.ndarray:
-        """Posterior means at the evaluated points, from the history alone."""
+        """Posterior means at the evaluated points, from the history alone; kept, for a history only grows."""
+        key = tuple(evaluation.slot for evaluation in history)
+        if key not in self._posteriors:
+            self._posteriors[key] = self._posterior(history)
+        return self._posteriors[key]
+
+    def _posterior(self, history: Sequence[Evaluation]) -> np.ndarray:
         table, groups = self.vectors([e.state for e in history], [e.recipe for e in history])
         inputs, _ = standardise(table, table[:0])
         return self.fit(inputs, groups, history).predict(inputs)[0]

@@ -1,0 +1,57 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokencredit.recipes.confirm import shrunken
+from tokencredit.recipes.history import Evaluation
+from tokencredit.recipes.synthetic import synthetic_pool
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import recipes_synthetic as bench
+
+SMALL = {"candidates": 4, "min_samples": 20}
+
+
+def noise_history(scores: np.ndarray) -> list[Evaluation]:
+    base = {"kind": "search", "steps": [], "recipe_hash": "", "subset_hash": "", "samples": 1, "tokens": 1, "seed": 1}
+    return [Evaluation(slot=i, split="search", status="ok", score=float(s), **base) for i, s in enumerate(scores)]
+
+
+def test_shrinkage_takes_the_luck_out() -> None:
+    draws = 40 + 0.5 * np.random.default_rng(0).standard_normal((600, 15))
+    found = [shrunken(noise_history(row), 0.5) for row in draws]
+    # 1.736 σ = .87 above the mean is what the raw maximum promises
+    assert np.mean([s.best - s.mean for s in found]) == pytest.approx(0.868, abs=0.04)
+    assert np.mean([s.gain for s in found]) <= 0.15
+    assert np.median([s.gain for s in found]) <= 0.02
+
+
+def test_pure_noise_reports_no_gain() -> None:
+    row = bench.noise_row(synthetic_pool(300), 6, **SMALL)
+    assert row["raw best − control"] > 0.4  # what a naive report would claim
+    assert row["shrunken gain"] <= 0.2
+    assert abs(row["confirmed − control"]) <= 3 * 0.41 / np.sqrt(6)
+    assert row["share called confirmed"] <= 1 / 6
+
+
+@pytest.mark.slow
+def test_pure_noise_reports_no_gain_in_two_hundred_searches() -> None:
+    row = bench.noise_row(synthetic_pool(1000), 200, candidates=16, min_samples=50)
+    assert row["raw best − control"] == pytest.approx(0.86, abs=0.15)
+    assert row["shrunken gain"] <= 0.15
+    assert abs(row["confirmed − control"]) <= 0.09
+    # two standard errors of a share of 5 % in 200
+    assert row["share called confirmed"] <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+
+
+@pytest.mark.slow
+def test_the_default_policy_beats_random_recipes() -> None:
+    pool = synthetic_pool(9000)
+
+    def truth(name: str, policy: str) -> float:
+        return float(bench.policy_row(pool, name, policy, 60).split()[2])
+
+    assert truth("mono", "default") - truth("mono", "random") >= 0.15
+    assert truth("hump", "default") - truth("hump", "random") >= 0.0
