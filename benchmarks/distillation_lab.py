@@ -53,8 +53,8 @@ PRIVILEGED = "{answer}:{prompt}"  # what the teacher of DASD sees; the student i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["profile", "opd", "dasd", "table"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("what", nargs="?", choices=["profile", "opd", "dasd", "table"], default="table")
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation-lab"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--terms", type=int, default=6, help="of a chain; a response has about 9 characters a term")

@@ -279,7 +279,7 @@ SCORED: list[float] = []
 
 def step_times(trainer_class: Any, folder: str, rounds: int, **given: Any) -> list[float]:
     """CPU seconds of each optimizer step after the first, without the bare forward that only the measurement runs."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig
 
     from tokencredit.lab.data import prompt_dataset, reward_function
@@ -322,24 +322,26 @@ def step_times(trainer_class: Any, folder: str, rounds: int, **given: Any) -> li
         callbacks=[Clock()],
         **given,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return seconds[1:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["memory", "time", "step"])
+    parser.add_argument("what", nargs="?", choices=["memory", "time", "step", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rows", type=int, default=4, help="memory: rollouts")
     parser.add_argument("--response", type=int, default=128, help="memory: tokens of each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = {
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
         "memory": lambda: memory(args.rows, 16, args.response),
         "time": lambda: times(args.rounds),
         "step": lambda: step(args.rounds),
-    }[args.what]()
-    print(json.dumps(found, indent=1))
+    }
+    wanted = parts if args.what == "all" else [args.what]
+    print(json.dumps({name: parts[name]() for name in wanted}, indent=1))
 
 
 if __name__ == "__main__":
