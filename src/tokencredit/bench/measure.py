@@ -85,7 +85,7 @@ def sketched(
     if gradients.shape[1] <= size:
         return gradients
     signed = torch.nn.functional.pad(gradients * signs, (0, -gradients.shape[1] % size))
-    return signed.view(len(gradients), -1, size).sum(1)
+    return signed.view(len(gradients), signed.shape[1] // size, size).sum(1)
 
 
 def exact_target(world: World, config: BenchConfig, advance: Callable[[], None]) -> Target:

@@ -57,7 +57,7 @@ def load_task(name: str) -> Any:
         raise TokenCreditError(
             f"cannot load the task {name!r}: {error}", hint="write `module:attribute`, importable from here"
         ) from error
-    task = found() if callable(found) and not hasattr(found, "problems") else found
+    task = found() if isinstance(found, type) or (not hasattr(found, "problems") and callable(found)) else found
     for needed in ("problems", "verify", "accepted", "max_response"):
         if not hasattr(task, needed):
             raise TokenCreditError(
