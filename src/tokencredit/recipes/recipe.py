@@ -38,9 +38,14 @@ class Recipe:
 
 
 def _brief(params: Params) -> str:
-    shown = [
-        ",".join(value) if isinstance(value, list) else f"{value}" for key, value in params.items() if key != "seed"
-    ]
+    shown = []
+    for key, value in params.items():
+        if isinstance(value, list):
+            shown.append(",".join(value))
+        elif key != "seed":
+            shown.append(
+                f"{key}={value}" if isinstance(value, bool) or key in {"clusters", "low", "high"} else f"{value}"
+            )
     return " ".join(shown)
 
 

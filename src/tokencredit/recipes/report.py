@@ -129,8 +129,10 @@ def _svg(paint: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, An
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     # "none" keeps text as text (small, searchable); a fixed salt keeps the file the same for the same run.
+    bars = paint in {_draw_funnel, _draw_forest}
+    height = 0.9 + 0.42 * (len(rows) + 1) if bars else 3.4
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recipes", "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(7.2, height), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         paint(axes, rows, content)
