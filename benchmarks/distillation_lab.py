@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--warm", type=int, default=400, help="supervised steps of the student; the teacher has twice as many more"
     )
+    parser.add_argument("--rollouts", type=int, default=64, help="a step")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--methods", nargs="*", help="instead of the usual ones")
     args = parser.parse_args()
@@ -173,10 +174,10 @@ def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: P
 
 
 def trainer_config(args: argparse.Namespace, task: Task, folder: str, seed: int) -> GRPOConfig:
-    """64 rollouts a step: 32 prompts × 2 for distillation, which has no group, 8 × 8 where the verifier speaks."""
+    """Two rollouts a prompt for distillation, which has no group, eight where the verifier speaks."""
     return GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=64,
+        per_device_train_batch_size=args.rollouts,
         num_generations=2 if args.what == "opd" else 8,
         max_completion_length=task.max_response,
         max_steps=args.steps,
@@ -189,6 +190,7 @@ def trainer_config(args: argparse.Namespace, task: Task, folder: str, seed: int)
         disable_tqdm=True,
         save_strategy="no",
         use_cpu=True,
+        bf16=False,
         logging_steps=1,
         activation_checkpointing=False,
     )
