@@ -45,6 +45,7 @@ from tokencredit.methods.quadrants import keep_quadrants, quadrant_scope
 from tokencredit.methods.rhythm import answer_attention, attention_rhythm
 from tokencredit.methods.rules import a3po, clip_cov, future_ratio, outcome_importance, probability_scaled, steer
 from tokencredit.methods.spec import Limit, MethodSpec
+from tokencredit.methods.success_trie import success_trie
 
 ENTROPIES = frozenset({"entropies"})
 OLD = frozenset({"old_logprobs"})
@@ -63,6 +64,7 @@ ESTIMATORS: dict[str, MethodSpec] = {
         domains={"positive": "[0, inf)", "negative": "[0, inf)"},
     ),
     "exact_advantage": MethodSpec(fn=exact_advantage, paper="-", requires=frozenset({"values"}), scope="response"),
+    "success_trie": MethodSpec(fn=success_trie, paper="-", requires=OLD, scope="group", domains={"kappa": "[0, inf)"}),
     **DISTILLATION_ESTIMATORS,
 }
 
@@ -327,6 +329,7 @@ PRESETS: dict[str, list[Any]] = {
     "attention_illuminates": ["group_normalized", "attention_rhythm"],
     "atpo": ["group_normalized", "answer_attention"],
     "exact": ["exact_advantage"],
+    "success_trie": [{"success_trie": {"kappa": 1.0}}],
     **DISTILLATION_PRESETS,
 }
 
