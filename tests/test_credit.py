@@ -314,8 +314,8 @@ def test_draws_and_generators() -> None:
         ),
         (["group_normalized", {"shuffle_within_response": {"bins": 2.5}}], "must be a whole number, got 2.5"),
         (["group_normalized", {"shuffle_within_response": {"bins": 0}}], r"must be in \[1, inf\), got 0"),
-        (["group_normalized", "no_such_module:fn"], "cannot load 'no_such_module:fn': No module named"),
-        (["group_normalized", "test_credit:nothing"], "cannot load 'test_credit:nothing'"),
+        (["group_normalized", "no_such_module:fn"], "cannot load the step 'no_such_module:fn': No module named"),
+        (["group_normalized", "test_credit:nothing"], "cannot load the step 'test_credit:nothing'"),
         (["group_normalized", "test_credit:needs_strength"], "test_credit:needs_strength needs `strength`"),
     ],
 )

@@ -1,6 +1,5 @@
 """The one door: build a pipeline, hand it a batch, get advantages."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.loading import load_attribute
 from tokencredit.methods import estimators, presets, transforms
 from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
 from tokencredit.records import TokenBatch
@@ -339,16 +339,7 @@ def _step(item: Any, kind: str) -> Step:
 
 def _user_function(item: str | Callable[..., Tensor]) -> tuple[str, MethodSpec]:
     """A row for a function outside the tables: `fn.requires` and `fn.scope` are read where it has them."""
-    if isinstance(item, str):
-        module, _, attribute = item.partition(":")
-        try:
-            fn = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise TokenCreditError(
-                f"cannot load {item!r}: {error}", hint="a step of your own is `module:function`, importable from here"
-            ) from error
-    else:
-        fn = item
+    fn = load_attribute(item, "the step") if isinstance(item, str) else item
     name = f"{fn.__module__}:{fn.__qualname__}"
     spec = MethodSpec(
         fn=fn, paper="-", requires=frozenset(getattr(fn, "requires", ())), scope=getattr(fn, "scope", "batch")

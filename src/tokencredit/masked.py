@@ -18,7 +18,7 @@ class Moments(NamedTuple):
 
     mean: Float[Tensor, "batch 1"]
     std: Float[Tensor, "batch 1"]
-    count: Float[Tensor, "batch 1"]
+    tokens: Float[Tensor, "batch 1"]
 
 
 def chosen(x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:

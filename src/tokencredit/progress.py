@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -20,7 +20,7 @@ class Advance(Protocol):
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
     """Yield the items of `iterable` and show how many are done."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with bar(description, total) as advance:
         for item in iterable:
@@ -51,7 +51,9 @@ def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
         task = progress.add_task(description, total=total, note="")
 
         def advance(steps: int = 1, note: str = "") -> None:
-            progress.update(task, advance=steps, **({"note": note} if note else {}))
+            progress.update(task, advance=steps)
+            if note:
+                progress.update(task, note=note)
 
         yield advance
 

@@ -93,8 +93,11 @@ class TokenBatch:
                 f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}"
             )
         batch, response = self.response_ids.shape
-        expected = dict.fromkeys(("response_mask", "step_ids", *TOKEN_FIELDS), (batch, response))
-        expected |= dict.fromkeys(("rewards", "group_ids", "host_advantages", "doubling_ratios"), (batch,))
+        expected: dict[str, tuple[int, ...]] = dict.fromkeys(
+            ("response_mask", "step_ids", *TOKEN_FIELDS), (batch, response)
+        )
+        for name in ("rewards", "group_ids", "host_advantages", "doubling_ratios"):
+            expected[name] = (batch,)
         for name, shape in expected.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:

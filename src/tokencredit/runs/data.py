@@ -1,6 +1,5 @@
 """From a config to what TRL's trainer takes: model, tokenizer, dataset, reward; every refusal before training."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
 from tokencredit.lab.model import SIZES, warm_start
 from tokencredit.lab.tasks import Problem, Task, get_task
+from tokencredit.loading import load_attribute
 
 
 class Material(NamedTuple):
@@ -128,15 +128,7 @@ def no_reward(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def _load_function(name: str) -> Callable[..., Any]:
-    module, colon, attribute = str(name).partition(":")
-    if not colon:
-        raise TokenCreditError(f"`reward` is module:function, got {name!r}")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TokenCreditError(
-            f"cannot load the reward {name!r}: {error}", hint="is the module on PYTHONPATH?"
-        ) from error
+    function = load_attribute(str(name), "the reward")
     if not callable(function):
         raise TokenCreditError(f"the reward {name!r} is no function")
     return function
