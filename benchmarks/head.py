@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--families", type=int, default=4, help="how many of the tables, from the first")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part == "digits":
@@ -55,7 +56,7 @@ def main() -> None:
     print(f"tokens {args.tokens}, hidden {args.hidden}, vocab {args.vocab}, torch {torch.__version__}, one thread")
     product = "oneDNN" if onednn_available() else "torch"
     print(f"CPU {torch.backends.cpu.get_cpu_capability()}, products by {product}")
-    families = setting(args.tokens, args.hidden, args.vocab)
+    families = dict(list(setting(args.tokens, args.hidden, args.vocab).items())[: args.families])
     if args.part == "memory":
         memory(families)
     else:
@@ -154,16 +155,16 @@ def times(families: dict[str, dict[str, Run]], args: argparse.Namespace) -> None
 def memory(families: dict[str, dict[str, Run]]) -> None:
     for title, variants in families.items():
         base = 0.0
+        next(reversed(variants.values()))().backward()  # gradients exist from here on
         print(f"\n{title}\n{'':28s} workspace MiB, ratio")
         for name, run in variants.items():
-            run().backward()  # gradients exist from here on, and are added to
             used = peak(run)
             base = base or used
             print(f"{name:28s} {used:8.0f} {used / base:8.3f}")
 
 
 def peak(run: Callable[[], Any], *, backward: bool = True) -> float:
-    """MiB of resident memory above what was there before, at the worst moment."""
+    """MiB of resident memory above what was there before, at the worst moment; gradients that exist are added to."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

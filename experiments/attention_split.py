@@ -2,7 +2,7 @@
 
 A0: Pearson of Ê with the policy's entropy, surprisal, position and the attention on the first key, layer by layer; the
 two ways of averaging heads, the two rows. A3: the gradient of each fifth of the tokens against the whole gradient, with
-random fifths to calibrate. Statics only, no training; one thread, a minute.
+random fifths to calibrate. Statics of one model, no training; seeds differ in the rollouts. One thread, a minute.
 
     python experiments/attention_split.py
     python experiments/attention_split.py --seeds 3 --responses 1024
@@ -57,7 +57,7 @@ def main() -> None:
     correlations: dict[str, list[float]] = {}
     splits: dict[str, list[tuple[float, ...]]] = {}
     for seed in track(range(args.seeds), "seeds"):
-        model = data.load_model(warm_start(args.task, seed=seed))
+        model = data.load_model(warm_start(args.task))
         got = rollouts(model, args.task, args.responses, seed)
         logprobs, entropies = token_logprobs(model, *got.span)
         for name, value in correlate(model, got, logprobs, entropies).items():

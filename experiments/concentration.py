@@ -2,7 +2,8 @@
 
 C1 asks whether concentration is caused by LoRA: the same signals on the model before any LoRA and any RL. C2 trains
 all parameters beside LoRA at ranks 4, 16 and 64. C3 reads every signal at sharpening 1 and 2 from the same tensors. The
-doubling ratio says whether the residual is signal. One model of the lab, GRPO by TRL, one thread, minutes.
+doubling ratio says whether the residual is signal. One model of the lab, GRPO by TRL, one thread, minutes; seeds differ
+in adapters, rollouts and order of training.
 
     python experiments/concentration.py --seeds 2
     python experiments/concentration.py --seeds 1 --steps 40 --responses 1024
@@ -69,7 +70,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        start = data.load_model(warm_start(args.task, seed=seed))
+        start = data.load_model(warm_start(args.task))
         rows += measure("before RL", start, start, args, seed)
         for name, rank in track(ARMS.items(), f"seed {seed}"):
             rows += measure(name, trained(start, rank, args, seed), start, args, seed)
@@ -81,7 +82,7 @@ def main() -> None:
 
 def rollouts(model: Any, task_name: str, count: int, seed: int) -> Responses:
     """`count` responses to problems that training has not seen."""
-    task, tokenizer = get_task(task_name), data.load_tokenizer(warm_start(task_name, seed=seed))
+    task, tokenizer = get_task(task_name), data.load_tokenizer(warm_start(task_name))
     problems = task.problems("test", count // GROUP, seed=1)
     encoded = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt", add_special_tokens=False)
     found = sample(
@@ -130,7 +131,7 @@ def trained(start: Any, rank: int | None, args: argparse.Namespace, seed: int) -
         )
         trainer = GRPOTrainer(
             model=model,
-            processing_class=data.load_tokenizer(warm_start(args.task, seed=seed)),
+            processing_class=data.load_tokenizer(warm_start(args.task)),
             reward_funcs=data.reward_function(args.task),
             train_dataset=data.prompt_dataset(args.task, "train", 512),
             args=config,

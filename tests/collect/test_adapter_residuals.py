@@ -141,6 +141,7 @@ def test_a_reference_adapter_is_preferred_to_the_base() -> None:
         if ".ref." in name:
             parameter.data.copy_(dict(model.named_parameters())[name.replace(".ref.", ".default.")])
     model.set_adapter("default")
+    next(p for name, p in model.named_parameters() if ".default." in name).requires_grad_(False)  # frozen by hand
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     residuals, _ = adapter_residuals(model, ids, mask, *SPAN)
     assert float(residuals.abs().max()) == 0.0  # at the start of training the policy is its reference
