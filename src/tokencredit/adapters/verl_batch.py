@@ -69,7 +69,7 @@ def to_token_batch(data: TensorDict, keys: Sequence[str], names: Mapping[str, st
         response_ids=padded(data["responses"]),
         response_mask=mask,
         rewards=_outcomes(padded(data["rm_scores"]).float().sum(1), keys),
-        group_ids=group_ids(data["uid"].tolist()),
+        group_ids=group_ids([str(uid) for uid in data["uid"]]),
         host_advantages=one_per_response(padded(data["advantages"]), mask),
         progress=progress,
         **fields,  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def with_builtin_mode(config: DictConfig, mode: str) -> DictConfig:
 def guard(trainer: type, credited: Callable[[Any], bool]) -> None:
     """Make `trainer` refuse a config that asks for credit which this trainer would not assign."""
     original = trainer.__init__
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "tokencredit_guard", False):
         return  # loaded twice in one process
 
     @functools.wraps(original)
@@ -177,6 +177,7 @@ def guard(trainer: type, credited: Callable[[Any], bool]) -> None:
             refuse_uncredited(config)
         original(self, *args, **kwargs)
 
+    guarded.tokencredit_guard = True
     trainer.__init__ = guarded
 
 

@@ -1,0 +1,90 @@
+"""The plugin is found by `import verl` alone, in the driver and in Ray workers, and a broken one is loud."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import ray
+
+from tokencredit.adapters import verl_doctor
+
+REGISTERED = """
+import verl
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+print(sorted(name for name in TRAINER_REGISTRY if name.startswith("tokencredit_")))
+"""
+
+# The trainer's module cannot be imported, as with a moved seam.
+BROKEN = """
+import sys
+sys.modules["tokencredit.adapters.verl_loss"] = None
+import verl
+from verl.trainer.ppo.v1 import get_trainer_cls
+from tokencredit.adapters.verl_doctor import diagnose
+print([check["found"] for check in diagnose(ray_worker=False) if check["status"] == "fail"])
+try:
+    get_trainer_cls("tokencredit_separate_async")({})
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_verl_registers_our_trainers() -> None:
+    assert str(sorted(verl_doctor.NAMES)) in run(REGISTERED).stdout
+
+
+def test_a_broken_plugin_is_reported_by_stderr_doctor_and_trainer() -> None:
+    done = run(BROKEN)
+    assert "tokencredit: the verl plugin did not load" in done.stderr
+    found, raised = done.stdout.strip().splitlines()[:2]
+    assert found.startswith("['ModuleNotFoundError: ") and "verl_loss" in found
+    assert raised.startswith("TokenCreditError the verl plugin of tokencredit did not load: ModuleNotFoundError")
+
+
+@ray.remote
+class Worker:
+    def trainers(self) -> list[str]:
+        import verl.trainer.ppo.v1.trainer_base as base
+
+        return sorted(name for name in base.TRAINER_REGISTRY if name.startswith("tokencredit_"))
+
+
+def test_ray_actors_see_the_plugin(store: None) -> None:
+    assert ray.get(Worker.remote().trainers.remote(), timeout=200) == sorted(verl_doctor.NAMES)
+
+
+def test_doctor_finds_nothing_to_mend(store: None) -> None:
+    checks = verl_doctor.diagnose()
+    assert [check for check in checks if check["status"] == "fail"] == []
+    assert checks[-1]["name"] == "plugin in a Ray worker" and checks[-1]["found"] == "loaded"
+
+
+def test_doctor_names_a_switched_off_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
+    (failed,) = [check for check in verl_doctor.diagnose(ray_worker=False) if check["status"] == "fail"]
+    assert failed["name"] == "VERL_USE_EXTERNAL_PLUGINS" and "unset" in failed["fix"]
+
+
+def test_doctor_names_a_moved_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    def moved(self: Any, data: Any) -> None: ...
+
+    monkeypatch.setattr(PPOTrainer, "_compute_advantage", moved)
+    (failed,) = [check for check in verl_doctor.diagnose(ray_worker=False) if check["status"] == "fail"]
+    assert "PPOTrainer._compute_advantage" in failed["name"] and "('self', 'data')" in failed["found"]
