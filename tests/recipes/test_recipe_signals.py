@@ -311,6 +311,33 @@ def test_relevance_and_leaks(folder: Path) -> None:
         compute(folder / "pool", pool, ["pppl"], Sources())
 
 
+def test_sparse_autoencoder_features(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(16, 40, generator=generator), torch.full((40,), -1.0)
+    save_file({"W_enc": weight, "b_enc": bias}, folder / "sae.safetensors")
+    pool = load_materials(folder / "pool").pool
+    queries = folder / "queries.jsonl"
+    queries.write_text(json.dumps({"prompt": "7+1?", "response": "8"}) + "\n")
+    sources = Sources(model=str(folder / "model"), sae=folder / "sae.safetensors", queries={"sum": queries})
+    compute(folder / "pool", pool, ["sae", "rel"], sources)
+    materials = load_materials(folder / "pool")
+    messages = next(pool.samples(np.array([7], np.int32)))["messages"]
+    ids = TOKENIZER("7+1?8")["input_ids"] + [TOKENIZER.eos_token_id]
+    with torch.no_grad():
+        hidden = MODEL.base_model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    expected = torch.relu(hidden @ weight + bias).mean(0)
+    assert messages[0]["content"] == "7+1?"
+    np.testing.assert_allclose(materials.features[7].toarray()[0], expected, atol=1e-5)
+    assert materials.column("rel.sum").argmax() == 7
+    assert 0 < StateReader(materials=materials).read(np.arange(5, dtype=np.int32))["drift"] < 1
+    with pytest.raises(TokenCreditError, match="semdedup needs features"):
+        materials.graph(10)
+    with pytest.raises(TokenCreditError, match="'sae' needs the weights"):
+        compute(folder / "pool", pool, ["sae"], Sources(model=str(folder / "model")))
+
+
 def test_own_columns_and_embeddings(folder: Path) -> None:
     pool = load_materials(folder / "pool").pool
     ids = [pool.id_of(i) for i in (3, 1)]

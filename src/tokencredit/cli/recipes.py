@@ -53,6 +53,8 @@ def _add_signals(verbs: Any) -> None:
         "--queries", action="append", default=[], metavar="TASK=FILE", help="queries of a task, for rel"
     )
     parser.add_argument("--splits", nargs="*", type=Path, default=[], help="problems that no query may repeat")
+    parser.add_argument("--sae", type=Path, help="encoder of a sparse autoencoder (safetensors), for the signal sae")
+    parser.add_argument("--sae-layer", type=int, default=-1, help="hidden state that it reads; -1 is the last")
     parser.add_argument("--embeddings", type=Path, help="features of your own: .npy in pool order or .npz by id")
     parser.add_argument("--query-embeddings", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--column", action="append", default=[], metavar="NAME=FILE", help="a signal of your own")
@@ -133,6 +135,8 @@ def _signals(args: argparse.Namespace) -> int:
         queries=_pairs(args.queries, "--queries"),
         splits=args.splits,
         embeddings=args.embeddings,
+        sae=args.sae,
+        sae_layer=args.sae_layer,
         query_embeddings=_pairs(args.query_embeddings, "--query-embeddings"),
     )
     written = compute(args.out, pool, [name for name in args.signals.split(",") if name], sources)

@@ -93,8 +93,8 @@ def make_config(content: Mapping[str, Any], overrides: Mapping[str, Any] | None 
             raise TokenCreditError(f"the search file needs `{key}`")
     objective = dict(content.get("objective") or {})
     for key in objective:
-        if key not in {"tasks", "training", "noise_sd", "scale"}:
-            raise unknown("key of `objective`", key, ("tasks", "training", "noise_sd", "scale"))
+        if key not in {"tasks", "noise_sd", "scale"}:
+            raise unknown("key of `objective`", key, ("tasks", "noise_sd", "scale"))
     block = dict(content.get("search") or {}) | {k: v for k, v in (overrides or {}).items() if v is not None}
     if block.get("seed") is None:
         raise TokenCreditError("a search needs a seed", hint="write `search: {seed: 1}` or pass --seed 1")

@@ -84,8 +84,3 @@ def refuse_leaks(queries: Sequence[list[dict[str, str]]], source: Path, splits: 
                     f"{source} shares a problem with {path}:{number}: {text[:60]!r}",
                     hint="take queries from a train or dev split, never from what the search is judged on",
                 )
-
-
-def sparse_activations(hidden_means: Float[np.ndarray, "samples width"], threshold: float = 0.0) -> csr_matrix:
-    """Non-negative activations above a threshold as CSR."""
-    return csr_matrix(np.where(hidden_means > threshold, hidden_means, 0.0).astype(np.float32))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tokencredit.recipes.forward import COLUMNS, Scorer, finish, load_scorer, sc
 from tokencredit.recipes.materials import Column
 from tokencredit.recipes.pool import Pool
 from tokencredit.recipes.relevance import max_cosine, overlap, read_queries, refuse_leaks
+from tokencredit.recipes.sae import activate, activate_pool, load_autoencoder
 from tokencredit.recipes.store import (
     SIGNALS,
     features_key,
@@ -25,7 +27,7 @@ from tokencredit.recipes.store import (
 from tokencredit.recipes.textsignals import all_text, branching, hashed_features, unigram_entropy
 
 TEXT = ("len.ws", "unigram_entropy", "ao")
-FEATURES = ("rds", "hashed", "embed")
+FEATURES = ("rds", "hashed", "embed", "sae")
 NAMES = (*TEXT, *COLUMNS, *FEATURES, "rel")
 
 
@@ -39,6 +41,8 @@ class Sources:
     splits: Sequence[Path] = ()
     embeddings: Path | None = None
     query_embeddings: Mapping[str, Path] = field(default_factory=dict)
+    sae: Path | None = None  # encoder weights, safetensors
+    sae_layer: int = -1  # index into the model's hidden states
 
 
 def compute(folder: Path, pool: Pool, names: Sequence[str], sources: Sources) -> list[str]:
@@ -51,19 +55,26 @@ def compute(folder: Path, pool: Pool, names: Sequence[str], sources: Sources) ->
     written = _text_columns(folder, pool, names)
     scorer = None
     if needs_model := [name for name in names if name in COLUMNS or name == "rds"]:
-        if sources.model is None:
-            raise TokenCreditError(f"signals {', '.join(needs_model)} need a model", hint="pass --model MODEL")
-        scorer = load_scorer(sources.model, sources.max_length)
+        scorer = _scorer_for(needs_model, sources)
         written += _model_columns(folder, pool, needs_model, scorer)
     if "hashed" in names:
         key = signal_key(pool, signal="hashed")
         if features_key(folder) != key:
             save_features(folder, hashed_features(pool), key)
+    if "sae" in names:
+        scorer = scorer or _scorer_for(["sae"], sources)
+        _store_activations(folder, pool, scorer, sources)
     if "embed" in names:
         _store_embeddings(folder, pool, sources)
     if "rel" in names:
         written += _relevance_columns(folder, pool, sources, scorer)
     return written
+
+
+def _scorer_for(names: Sequence[str], sources: Sources) -> Scorer:
+    if sources.model is None:
+        raise TokenCreditError(f"signals {', '.join(names)} need a model", hint="pass --model MODEL")
+    return load_scorer(sources.model, sources.max_length)
 
 
 def _text_columns(folder: Path, pool: Pool, names: Sequence[str]) -> list[str]:
@@ -100,6 +111,24 @@ def _model_columns(folder: Path, pool: Pool, names: Sequence[str], scorer: Score
     return list(COLUMNS)
 
 
+def _sae_key(pool: Pool, scorer: Scorer, sources: Sources) -> str:
+    assert sources.sae is not None
+    weights = sha256(sources.sae.read_bytes()).hexdigest()
+    return signal_key(pool, signal="sae", weights=weights, layer=sources.sae_layer, **scorer.facts)
+
+
+def _store_activations(folder: Path, pool: Pool, scorer: Scorer, sources: Sources) -> None:
+    if sources.sae is None:
+        raise TokenCreditError("signal 'sae' needs the weights of an encoder", hint="pass --sae FILE --sae-layer N")
+    key = _sae_key(pool, scorer, sources)
+    if features_key(folder) == key:
+        return
+    sae = load_autoencoder(sources.sae, sources.sae_layer, scorer.model.config.get_text_config().hidden_size)
+    work = folder / SIGNALS / f"sae-{key[:16]}"
+    save_features(folder, activate_pool(scorer, sae, pool, work), key)
+    finish(work)
+
+
 def _store_embeddings(folder: Path, pool: Pool, sources: Sources) -> None:
     if sources.embeddings is None:
         raise TokenCreditError("signal 'embed' needs embeddings", hint="pass --embeddings FILE (.npy, or .npz by id)")
@@ -108,9 +137,7 @@ def _store_embeddings(folder: Path, pool: Pool, sources: Sources) -> None:
 
 
 def content_hash(array: np.ndarray) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+    return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def read_rows(path: Path, pool: Pool) -> np.ndarray:
@@ -183,6 +210,9 @@ def _query_features(
                 "queries must be read by what made the features", hint="pass --model, or --query-embeddings TASK=FILE"
             )
         scorer = load_scorer(sources.model, sources.max_length)
+    if sources.sae is not None and base == _sae_key(pool, scorer, sources):
+        sae = load_autoencoder(sources.sae, sources.sae_layer, scorer.model.config.get_text_config().hidden_size)
+        return activate(scorer, sae, conversations).toarray()
     if base != signal_key(pool, signal="forward", **scorer.facts):
         raise TokenCreditError(
             f"the features of the pool were not made by {scorer.name!r}",

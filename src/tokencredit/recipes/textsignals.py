@@ -33,7 +33,7 @@ def branching(texts: Iterable[str]) -> list[float]:
     Without spaCy this is an error: a silent 0 would make every filter on it keep the head of the file.
     """
     try:
-        import spacy  # type: ignore[import-not-found]
+        import spacy
 
         parser = spacy.load("en_core_web_sm")
     except (ImportError, OSError) as error:
