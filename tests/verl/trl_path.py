@@ -16,6 +16,7 @@ def trl_advantages(method: str, batch: TokenBatch) -> Tensor:
     trainer = object.__new__(CreditGRPOTrainer)
     trainer.pipeline = Pipeline.parse(method)
     trainer.accelerator = SimpleNamespace(num_processes=1)
+    trainer.args, trainer.num_iterations, trainer._step = SimpleNamespace(steps_per_generation=1, seed=0), 1, 0
     trainer.state = SimpleNamespace(max_steps=1000, global_step=round(1000 * batch.progress))
     inputs = {
         "completion_ids": batch.response_ids,

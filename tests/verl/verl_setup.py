@@ -43,8 +43,13 @@ def build_trainer(config: DictConfig, step: int = 3) -> Any:
 
 
 def sampled(seed: int = 0, groups: Sequence[int] = GROUPS, **changes: Any) -> TokenBatch:
-    """What was sampled, with every log-prob and the entropies; progress is that of `build_trainer`."""
-    return batches.make_batch(seed=seed, groups=groups, response=9, **{"progress": 3 / 12} | changes)
+    """What was sampled, with every log-prob and the entropies; progress is that of `build_trainer`.
+
+    Without `step_ids`: neither host knows the steps of a response.
+    """
+    return batches.make_batch(
+        seed=seed, groups=groups, response=9, without=["step_ids"], **{"progress": 3 / 12} | changes
+    )
 
 
 def widths(batch: TokenBatch) -> list[int]:

@@ -21,6 +21,8 @@ SUPPORTED = (0, 9), (0, 10)  # verl versions: from, and before
 TOKEN_ESTIMATORS = ("gae", "optimal_token_baseline", "tir_optimal_token_baseline")
 ACTOR = "actor_rollout_ref.actor"
 
+GUARDED: set[type] = set()  # verl's trainers that refuse credit, in this process
+
 
 def check_versions(installed: str | None = None) -> None:
     """Refuse a verl whose seams this adapter was not written for."""
@@ -167,8 +169,9 @@ def with_builtin_mode(config: DictConfig, mode: str) -> DictConfig:
 def guard(trainer: type, credited: Callable[[Any], bool]) -> None:
     """Make `trainer` refuse a config that asks for credit which this trainer would not assign."""
     original = trainer.__init__
-    if getattr(original, "tokencredit_guard", False):
-        return  # loaded twice in one process
+    if trainer in GUARDED:
+        return
+    GUARDED.add(trainer)
 
     @functools.wraps(original)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +180,6 @@ def guard(trainer: type, credited: Callable[[Any], bool]) -> None:
             refuse_uncredited(config)
         original(self, *args, **kwargs)
 
-    guarded.tokencredit_guard = True
     trainer.__init__ = guarded
 
 

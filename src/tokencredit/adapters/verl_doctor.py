@@ -1,11 +1,10 @@
 """What a user's machine has of what the verl adapter relies on; every check names what it found and the fix."""
 
 import importlib
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from typing import Any, Literal
 
 Check = dict[str, str]
@@ -34,7 +33,7 @@ SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def diagnose(ray_worker: bool = True) -> list[Check]:
     """All checks; `ray_worker=False` leaves out the one that starts Ray (some ten seconds)."""
-    if importlib.util.find_spec("verl") is None:
+    if not any(True for _ in distributions(name="verl")):
         return [_check("verl", "note", "not installed; only needed for verl on Ray")]
     checks = [_verl_version(), *(_package(name) for name in NEEDED), _entry_point(), _policy()]
     if any(check["status"] == "fail" for check in checks):
