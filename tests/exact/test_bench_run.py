@@ -60,7 +60,7 @@ def test_all_figures_are_there_and_sane(results: dict) -> None:
             assert low <= high, (name, figure)
     # one random response is no better a credit than another: rloo is grpo up to the weight of a prompt
     assert method(results, "rloo")["rank_correlation"] != method(results, "phr")["rank_correlation"]
-    assert method(results, "grpo")["direction_over_grpo"][0] == pytest.approx(0.0)
+    assert method(results, "grpo")["direction_over_baseline"][0] == pytest.approx(0.0)
     assert method(results, "exact")["progress"][0] > 0
     assert len(found["states"]["H"]) == len(found["states"]["I"]) > 0
 

@@ -126,8 +126,8 @@ def _methods(
 ) -> list[dict[str, Any]]:
     weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
     exact = [exact_advantage(sampled.batch) for sampled in samples]
-    grpo = next((row for row, entry in enumerate(found) if entry.name == "grpo"), None)
-    baseline = None if grpo is None else figures.products_of(measured, grpo, target, weights)[0]
+    base = next((row for row, entry in enumerate(found) if entry.name == config.baseline), None)
+    baseline = None if base is None else figures.products_of(measured, base, target, weights)[0]
     rows = []
     for row, entry in enumerate(found):
         products = figures.products_of(measured, row, target, weights)

@@ -19,6 +19,7 @@ class BenchConfig:
     * `stages`: stages of the lab's model. `model`: a folder to take instead; `stages` is then ignored.
     * `prompts` × `rollouts` responses a batch, `replicates` batches on the same prompts.
     * `pipelines`: presets, estimators or expressions; empty means every preset. `controls`: add the controls.
+    * `baseline`: the pipeline whose `direction` the others are compared with, paired by prompt.
     * `values`: "exact", or "monte_carlo" for tasks that list nothing, with `samples` continuations a prefix.
     * `resamples`, `level`: of the bootstrap over prompts. `blocks`: prompts are merged into at most so many units.
     * `gain`: the rise of the mean success that the exact gradient's step would give to first order; all steps of
@@ -37,6 +38,7 @@ class BenchConfig:
     replicates: int = 2
     pipelines: tuple[str, ...] = ()
     controls: bool = True
+    baseline: str = "grpo"
     values: str = "exact"
     samples: int = 64
     seed: int = 0

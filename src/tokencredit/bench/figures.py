@@ -26,7 +26,7 @@ class Resampled(NamedTuple):
 # Key, what it is, and its unit: the one list that the table, the page and the documentation read.
 FIGURES: dict[str, str] = {
     "direction": "cosine of one batch's gradient estimate with the exact gradient ∇ΣV, mean over replicate batches",
-    "direction_over_grpo": "difference of `direction` to that of grpo, paired by prompt",
+    "direction_over_baseline": "difference of `direction` to that of the baseline (grpo), paired by prompt",
     "direction_standardized": "the same against Σ ∇V/√(V(1−V)), which GRPO aims at",
     "average_direction": "cosine of the average over the replicate batches with ∇ΣV",
     "expected_direction": "cosine of the expected estimate with ∇ΣV, sampling noise removed; 1 is unbiased",
@@ -48,16 +48,16 @@ GRADIENT_FIGURES = {
 }
 
 
-def gradient_figures(found: Sequence[Resampled], grpo: Resampled | None, level: float) -> dict[str, Estimate]:
-    """Figures of one pipeline from its products with each target; `grpo` those of the baseline with the first."""
+def gradient_figures(found: Sequence[Resampled], baseline: Resampled | None, level: float) -> dict[str, Estimate]:
+    """Figures of one pipeline from its products with each target; `baseline` those of another with the first."""
     success, standardized = found
     estimates = {name: _moved(figure, success, level) for name, figure in GRADIENT_FIGURES.items()}
     estimates["direction_standardized"] = _moved(gradients.direction, standardized, level)
-    if grpo is not None:
+    if baseline is not None:
         whole, approximate, draws = (
-            gradients.direction(own) - gradients.direction(other) for own, other in zip(success, grpo, strict=True)
+            gradients.direction(own) - gradients.direction(other) for own, other in zip(success, baseline, strict=True)
         )
-        estimates["direction_over_grpo"] = estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
+        estimates["direction_over_baseline"] = estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
     return estimates
 
 

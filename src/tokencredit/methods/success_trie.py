@@ -24,10 +24,10 @@ def success_trie(batch: TokenBatch, *, kappa: float = 1.0, threshold: float = 0.
     last token, m(s) counts the accepted responses through s, copies included. κ shrinks the values of rare prefixes to
     their parents'.
 
-    Why: ∇V(x) = Σ_s P(s) V(s) ∇ ln π(last of s), over the prefixes of accepted responses alone, and P(s) is known, not to
-    be estimated from how often s came up; failures enter through V̂ only, as their scores cancel in expectation. Where
-    P → 0, ω → 1 and κ = 0, this is positive-only REINFORCE with values of prefixes. It needs no baseline: with every
-    accepted response found once and V̂ = V it is exact. Biased through V̂, for which the group is small.
+    Why: ∇V(x) = Σ_s P(s) V(s) ∇ ln π(last of s), over the prefixes of accepted responses alone, and P(s) is known: it
+    need not be estimated from how often s came up. Failures enter through V̂ only. Where all responses are rare (P → 0)
+    ω is 1, and what is left is positive-only REINFORCE with shrunk values of prefixes. Biased through V̂, and through
+    accepted responses that no rollout found.
 
     Source: ours. Deviation from an estimate that any reward would allow: outcomes are accepted or not.
     """
