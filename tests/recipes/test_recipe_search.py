@@ -195,12 +195,33 @@ def test_the_finalist_is_above_the_floor(tmp_path: Path) -> None:
 
 
 def test_finalists_differ(tmp_path: Path) -> None:
-    from tokencredit.recipes.search import jaccard
-
-    search = search_of(tmp_path, budget=10)
+    search = search_of(tmp_path, policy="random", budget=6)
     search.run()
+    best = search.finalists(1)[0]
+    positions = search.chooser.seen[best.subset_hash]
+    # almost the best subset again, with almost its score: it may not be the second finalist
+    search.history.append(replace(best, slot=7, subset_hash="twin", score=best.score - 1e-9))
+    search.chooser.seen["twin"] = positions[: -len(positions) // 20]
     first, second = search.finalists(2)
-    assert jaccard(*(search.chooser.seen[e.subset_hash] for e in (first, second))) < 0.9
+    assert first.slot == best.slot and second.slot != 7
+
+
+def test_candidates_are_rejected_with_a_reason(tmp_path: Path) -> None:
+    search = search_of(tmp_path, min_samples=100, min_token_ratio=0.3)
+
+    def why(*steps: dict) -> str:
+        return search.chooser.materialise(_recipe(*steps)).why
+
+    draw = {"op": "random_k", "k": 400, "seed": 1}
+    subset = search.chooser.materialise(_recipe(draw)).subset
+    assert why(draw) == ""
+    search.chooser.seen[subset.hash] = subset.positions
+    assert why(draw) == "already evaluated"
+    assert why({**draw, "k": 396}) == "Jaccard above 0.98 with an evaluated subset"
+    assert why({**draw, "k": 380}) == ""
+    assert why({**draw, "k": 99}) == "99 samples, floor 100"
+    assert why({**draw, "k": 120}).startswith("token ratio 0.")
+    assert "leaves no sample" in why({"op": "threshold", "signal": "ifd", "value": 99})
 
 
 def test_replay_gives_the_same_history_and_refuses_a_miss(tmp_path: Path) -> None:
