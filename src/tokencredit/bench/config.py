@@ -20,7 +20,6 @@ class BenchConfig:
     * `prompts` × `rollouts` responses a batch, `replicates` batches on the same prompts.
     * `pipelines`: presets, estimators or expressions; empty means every preset. `controls`: add the controls.
     * `baseline`: the pipeline whose `direction` the others are compared with, paired by prompt.
-    * `values`: "exact", or "monte_carlo" for tasks that list nothing, with `samples` continuations a prefix.
     * `resamples`, `level`: of the bootstrap over prompts. `blocks`: prompts are merged into at most so many units.
     * `gain`: the rise of the mean success that the exact gradient's step would give to first order; all steps of
       `progress` have that length.
@@ -39,8 +38,6 @@ class BenchConfig:
     pipelines: tuple[str, ...] = ()
     controls: bool = True
     baseline: str = "grpo"
-    values: str = "exact"
-    samples: int = 64
     seed: int = 0
     dtype: str = "float32"
     resamples: int = 1000
@@ -71,8 +68,6 @@ class BenchConfig:
                 raise TokenCreditError(f"`{name}` must be in (0, {high:g}), got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        if self.values not in ("exact", "monte_carlo"):
-            raise unknown("source of values", self.values, ("exact", "monte_carlo"))
         if not self.tasks or not self.stages:
             raise TokenCreditError("`tasks` and `stages` need at least one name each")
 

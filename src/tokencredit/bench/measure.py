@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.world import Sampled, World
-from tokencredit.collect.exact import ExactCredit
 from tokencredit.collect.exact_gradient import (
     advantage_weights,
     basis_gradients,
@@ -90,7 +89,7 @@ def sketched(
 
 def exact_target(world: World, config: BenchConfig, advance: Callable[[], None]) -> Target:
     """Exact gradients of every prompt, one backward each."""
-    credit = listed(world)
+    credit = world.credit
     units = unit_of_prompts(len(world.prompts), config.blocks)
     like = trainable(world.model)[0]
     size = sum(item.numel() for item in trainable(world.model))
@@ -120,15 +119,9 @@ def exact_target(world: World, config: BenchConfig, advance: Callable[[], None])
     )
 
 
-def listed(world: World) -> ExactCredit:
-    """The exact credit of a world that has it."""
-    assert world.credit is not None
-    return world.credit
-
-
 def _probe(world: World, config: BenchConfig) -> Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]]:
     """A function from a shift of the weights to V of the first prompts, as many as `progress_nodes` allows."""
-    trie = listed(world).trie
+    trie = world.credit.trie
     sizes = np.cumsum([len(ids) + len(span) for ids, span in zip(world.prompts, trie.spans, strict=True)])
     probes = max(1, int((sizes <= config.progress_nodes).sum()))
     accepted: list[list[list[int]]] = [[] for _ in range(probes)]

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.measure import listed
 from tokencredit.bench.pipelines import Entry
 from tokencredit.bench.world import Sampled, World
 from tokencredit.diagnostics.capacity import information_bounds, quadrant_shares, token_shares
@@ -21,7 +20,7 @@ TOLERANCES = {"float32": 1e-6, "float64": 1e-12}
 
 def summary(world: World, samples: Sequence[Sampled], config: BenchConfig) -> dict[str, Any]:
     """Success, sizes, and the capacity figures of the first replicate batch and of all states of the trie."""
-    credit, first = listed(world), samples[0]
+    credit, first = world.credit, samples[0]
     inner = ~credit.trie.is_leaf
     bounds = information_bounds(
         credit.nodes.information[inner],

@@ -20,14 +20,14 @@ from tokencredit.seeds import generator
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class World:
-    """The prompts of a task and a model on them; `credit` is None where nothing is listed."""
+    """The prompts of a task and a model on them, with exact credit."""
 
     task: Any
     problems: Sequence[Any]
     prompts: list[list[int]]
     model: Any
     tokenizer: Any
-    credit: ExactCredit | None
+    credit: ExactCredit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,11 +83,9 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     model = in_float64(model) if config.dtype == "float64" else model
     problems = task.problems(config.split, config.prompts, config.seed)
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    credit = None
-    if config.values == "exact":
-        accepted = [encode_accepted(tokenizer, task.accepted(problem)) for problem in problems]
-        _check_lengths(accepted, task.max_response, tokenizer)
-        credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
+    accepted = [encode_accepted(tokenizer, task.accepted(problem)) for problem in problems]
+    _check_lengths(accepted, task.max_response, tokenizer)
+    credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
     return World(task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit)
 
 
@@ -117,8 +115,6 @@ def draw(world: World, config: BenchConfig, replicate: int) -> Sampled:
     paths = torch.nn.functional.pad(trie.paths, (0, ids.shape[1] + 1 - trie.paths.shape[1]), value=-1)
     logprobs = torch.where(mask, node_logprobs[paths[:, 1:].clamp_min(0)], 0.0)
     entropies = torch.where(mask, node_entropies[paths[:, :-1].clamp_min(0)], 0.0)
-    if world.credit is None:
-        raise TokenCreditError("this batch has no exact credit", hint="use `bench.sampled_values`")
     world.credit.check_rewards(owners, ids, mask, rewards)
     prefixes = world.credit.of_responses(owners, ids, mask)
     batch = TokenBatch(

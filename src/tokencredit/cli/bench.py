@@ -35,7 +35,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a model of your own instead of the lab's")
     parser.add_argument("--credit", nargs="+", metavar="METHOD", help="presets or expressions; default: every preset")
     parser.add_argument("--baseline", metavar="METHOD", help="what `over baseline` compares with; default grpo")
-    parser.add_argument("--values", choices=("exact", "monte_carlo"), help="where values come from; default exact")
     parser.add_argument("--dtype", choices=("float32", "float64"), help="precision of the model; default float32")
     for name in FLAGS:
         parser.add_argument(f"--{name}", type=int, metavar="N")
@@ -74,7 +73,7 @@ def config_of(arguments: argparse.Namespace) -> Any:
         "tasks": _expanded(arguments.task, TASKS),
         "stages": _expanded(arguments.stage, STAGES),
         "pipelines": arguments.credit,
-        **{name: getattr(arguments, name) for name in ("model", "values", "dtype", "baseline", *FLAGS)},
+        **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", *FLAGS)},
     }
     return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
 
