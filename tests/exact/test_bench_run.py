@@ -143,7 +143,6 @@ def test_generate_samples_what_the_fast_sampler_samples(config: BenchConfig, mon
     monkeypatch.setattr(sampler, "unsupported", lambda model: "another kind")
     ids, mask = sample_responses(world, 400, "test")
     first = (ids[:400, 0] == world.tokenizer.eos_token_id).double().mean()
-    credit = world.credit
     with torch.no_grad():
         logits = world.model(input_ids=torch.tensor([world.prompts[0]])).logits[0, -1]
     expected = float(logits.softmax(-1)[world.tokenizer.eos_token_id])

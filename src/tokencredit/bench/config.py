@@ -57,7 +57,6 @@ class BenchConfig:
             "sketch",
             "memory_mib",
             "progress_nodes",
-            "samples",
         ):
             if getattr(self, name) < 1:
                 raise TokenCreditError(f"`{name}` must be at least 1, got {getattr(self, name)}")

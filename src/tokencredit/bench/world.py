@@ -29,6 +29,13 @@ class World:
     tokenizer: Any
     credit: ExactCredit
 
+    def padded_prompts(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the prompts, padded on the left."""
+        width, pad = max(map(len, self.prompts)), self.tokenizer.pad_token_id
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in self.prompts])
+        return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in self.prompts])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sampled:
@@ -142,10 +149,7 @@ def sample_responses(world: World, each: int, *stream: str | int) -> tuple[Tenso
     """Ids and mask of `each` responses to every prompt, at temperature 1; rows of a prompt are neighbours."""
     from tokencredit.lab import sampler
 
-    width, pad = max(map(len, world.prompts)), world.tokenizer.pad_token_id
-    pad = world.tokenizer.eos_token_id if pad is None else pad
-    prompt_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in world.prompts])
-    prompt_mask = torch.tensor([[False] * (width - len(ids)) + [True] * len(ids) for ids in world.prompts])
+    prompt_ids, prompt_mask = world.padded_prompts()
     if sampler.unsupported(world.model) is None:
         drawn = sampler.sample(
             world.model,

@@ -26,8 +26,8 @@ Outcome = Callable[[int, TokenIds], float]
 class MonteCarloValues(NamedTuple):
     """V̂ of the prefix before each token and its standard error, 0 outside the mask; what it took to find them.
 
-    The standard error is that of a mean of 0/1 outcomes at the posterior mean (k + 1)/(n + 2), so that it is not 0 where
-    all outcomes agree.
+    The standard error is that of a mean of 0/1 outcomes at the posterior mean (k + 1)/(n + 2), so that it is not 0
+    where all outcomes agree.
     """
 
     values: Float[Tensor, "batch response"]
