@@ -40,6 +40,8 @@ class SearchSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfirmSettings:
+    """`confirm:` of a search file: seeds an arm, and the controls beside the finalists."""
+
     finalists: int = 2
     seeds: int = 5
     controls: tuple[str, ...] = ("random_k_tokens", "best_single")
@@ -48,6 +50,8 @@ class ConfirmSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLMSettings:
+    """`llm:` of a search file; samples are shown to the model only if asked for."""
+
     model: str
     roles: tuple[str, ...] = ("propose", "rank")
     show_samples: bool = False
@@ -56,6 +60,8 @@ class LLMSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
+    """A whole search file, resolved."""
+
     pool: str
     evaluator: Mapping[str, Any]
     search: SearchSettings

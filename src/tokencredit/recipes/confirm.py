@@ -294,6 +294,7 @@ def summary(search: Search, result: Confirmation) -> dict[str, Any]:
 
 
 def save_summary(search: Search, result: Confirmation) -> dict[str, Any]:
+    """Write the summary to `confirm.json`, whole or not at all, and return it."""
     content = summary(search, result)
     partial = search.folder / "confirm.json.partial"
     partial.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -32,6 +32,7 @@ RESULT = "result.json"  # written by us when a run is complete, unlike the comma
 
 
 def key_of(*parts: object) -> str:
+    """A fingerprint of whatever moves an evaluator's numbers."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -18,6 +18,8 @@ CACHE_BYTES = 256 << 20  # subsets of program prefixes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTrace:
+    """What one step kept; counts before and after."""
+
     op: str
     samples_before: int
     samples: int

@@ -59,6 +59,7 @@ def load_scorer(name: str, max_length: int = 1024, device: str = "cpu") -> Score
 
 
 def folder_revision(folder: Path) -> str:
+    """A hash of the weights and settings in a model folder."""
     import hashlib
 
     digest = hashlib.sha256()

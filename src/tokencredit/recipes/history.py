@@ -62,6 +62,7 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def append_evaluation(folder: Path, evaluation: Evaluation) -> None:
+    """Write a run down; it is on disk before this returns."""
     append(folder / HISTORY, asdict(evaluation))
 
 
@@ -82,6 +83,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def load_history(folder: Path) -> list[Evaluation]:
+    """The runs of a folder, in order."""
     try:
         return [Evaluation(**record) for record in lines(folder / HISTORY)]
     except TypeError as error:

@@ -34,6 +34,8 @@ _TRAILING = re.compile(r"[ \t\u00a0\u3000]+(?=\n|$)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
+    """A record that became no sample, by file and line from 1."""
+
     file: str
     line: int
     reason: str

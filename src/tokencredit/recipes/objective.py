@@ -12,6 +12,8 @@ from tokencredit.recipes.pool import Positions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskScore:
+    """Mean score of a task in [0, 1], over n problems."""
+
     score: float
     n: int = 0
     parse_fail: int = 0  # answers that could not be read; they count as wrong
@@ -125,6 +127,7 @@ def _check_floor(task: str, floor: str) -> None:
 
 
 def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
+    """What `metrics_from_json` reads back; items are kept apart."""
     tasks = {
         name: {"score": task.score, "n": task.n, "parse_fail": task.parse_fail} for name, task in metrics.tasks.items()
     }

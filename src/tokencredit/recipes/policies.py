@@ -205,10 +205,12 @@ def edit_anchors(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> 
 
 
 def scores_of(good: Sequence[Evaluation]) -> list[tuple[Recipe, float]]:
+    """Recipes with their scores."""
     return [(evaluation.recipe, evaluation.score or 0.0) for evaluation in good]
 
 
 def transitions_of(good: Sequence[Evaluation]) -> list[tuple[Recipe, Recipe, float]]:
+    """(parent, child, change of score) of every run that came from an edit."""
     by_slot = {evaluation.slot: evaluation for evaluation in good}
     return [
         (by_slot[e.parent].recipe, e.recipe, (e.score or 0.0) - (by_slot[e.parent].score or 0.0))

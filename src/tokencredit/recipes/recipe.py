@@ -167,6 +167,7 @@ def dump_recipe(recipe: Recipe, pool_hash: str) -> str:
 
 
 def as_mappings(recipe: Recipe) -> list[dict[str, Any]]:
+    """Steps as a recipe file spells them."""
     return [{"op": step.op, **step.params} for step in recipe.steps]
 
 

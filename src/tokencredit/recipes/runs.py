@@ -17,6 +17,7 @@ CONFIG = "search.yaml"
 
 
 def as_yaml(config: SearchConfig) -> str:
+    """The resolved configuration as the text of a search file."""
     import yaml
 
     content = {key: value for key, value in asdict(config).items() if value is not None}

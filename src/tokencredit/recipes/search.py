@@ -237,6 +237,7 @@ def run_folder(folder: Path, evaluator_key: str, subset_hash: str, seed: int, sp
 
 
 def jaccard(a: Positions, b: Positions) -> float:
+    """|a ∩ b| / |a ∪ b| of two subsets."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / max(len(a) + len(b) - shared, 1)
 

@@ -80,6 +80,7 @@ def make_sft_evaluator(config: Mapping[str, Any], pool: Pool) -> Evaluator:
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:
+    """The problems of a split; a line that is not `{task, prompt, answer}` is an error with file and number."""
     problems = []
     if not path.is_file():
         raise TokenCreditError(f"{path} does not exist", hint="give a JSONL file of {task, prompt, answer}")

@@ -137,6 +137,7 @@ def _store_embeddings(folder: Path, pool: Pool, sources: Sources) -> None:
 
 
 def content_hash(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes."""
     return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 

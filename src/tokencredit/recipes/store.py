@@ -38,6 +38,7 @@ def write_column(folder: Path, name: str, values: Column, key: str) -> None:
 
 
 def column_path(folder: Path, name: str) -> Path:
+    """The file of a signal; a name that would leave the folder is an error."""
     if "/" in name or name.startswith("."):
         raise TokenCreditError(f"a signal name must not contain '/' or start with '.', got {name!r}")
     return folder / SIGNALS / f"{name}.arrow"
@@ -133,11 +134,13 @@ def _save_array(path: Path, array: np.ndarray) -> None:
 
 
 def features_key(folder: Path) -> str | None:
+    """The key of the stored features, None where there are none."""
     path = folder / SIGNALS / "features.json"
     return str(json.loads(path.read_text(encoding="utf-8"))["key"]) if path.is_file() else None
 
 
 def load_features(folder: Path) -> np.ndarray | csr_matrix | None:
+    """The stored features, memory-mapped; None where there are none."""
     base = folder / SIGNALS
     if not (base / "features.json").is_file():
         return None

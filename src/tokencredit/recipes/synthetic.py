@@ -106,6 +106,7 @@ SURFACES: dict[str, Surface] = {"mono": mono, "hump": hump, "size": size, "flat"
 
 
 def surface(name: str) -> Surface:
+    """The surface called `name`."""
     if name not in SURFACES:
         raise unknown("surface", name, SURFACES)
     return SURFACES[name]

@@ -17,6 +17,7 @@ _BUCKETS = 1 << 16
 
 
 def all_text(sample: dict) -> str:
+    """All messages of a sample, a line apart."""
     return "\n".join(message["content"] for message in sample["messages"])
 
 
