@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tokencredit.lab.cache import cache_root, fingerprint
@@ -66,6 +67,7 @@ def train(task_name: str, seed: int, options: argparse.Namespace) -> dict[str, A
             args=arguments,
             train_dataset=prompt_dataset(task, "train", 2000, seed),
         )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, where the table goes
         start = time.monotonic()
         trainer.train()
     after = success_probability(model, tokenizer, task, held_out)

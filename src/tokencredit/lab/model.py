@@ -114,7 +114,7 @@ def warm_start(
     stage: str = "start",
     seed: int = 0,
     solved_share: float = 0.3,
-    steps: int = 600,
+    steps: int | None = None,
     batch: int = 32,
     cache_dir: str | Path | None = None,
 ) -> Path:
@@ -122,12 +122,14 @@ def warm_start(
 
     Supervised on random traces, `solved_share` of which solve their problem: without any, reinforcement learning finds
     nothing to reinforce. Stage "middle" goes on from "start" for half as many steps with 60 % solved, "late" from
-    "middle" for as many with 95 %. More `steps`, a larger `size` and a later stage make a teacher.
+    "middle" for as many with 95 %. More `steps` (the task's `warm_steps` if None), a larger `size` and a later stage
+    make a teacher.
 
     The folder holds weights, tokenizer and `tokencredit.json`: resolved settings, versions, exact success on held-out
     problems. It is cached under `cache_dir`, `$TOKENCREDIT_CACHE` or `~/.cache/tokencredit`, by settings and code.
     """
     task = tasks.get_task(task) if isinstance(task, str) else task
+    steps = task.warm_steps if steps is None else steps
     settings = _settings(task, size, stage, seed=seed, solved_share=solved_share, steps=steps, batch=batch)
     folder = cache_root(cache_dir) / f"{task.name}-{size}-{stage}-{fingerprint(settings)}"
     again = partial(
