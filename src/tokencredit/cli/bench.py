@@ -10,6 +10,7 @@ from typing import Any
 from tokencredit.errors import TokenCreditError
 
 FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples")
+NARROW = ("direction", "direction_over_baseline", "expected_direction", "progress")
 COLUMNS = (
     "direction",
     "direction_over_baseline",
@@ -98,23 +99,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def print_table(cell: Mapping[str, Any]) -> None:
-    """Methods from best to worst direction, and what was left out."""
+    """Methods from best to worst direction, and what was left out; the page and `--markdown` show more figures."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title(cell))
-    for number, name in enumerate(header()):
+    names = header(NARROW)
+    for number, name in enumerate(names):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in table_rows(cell):
+    for row in table_rows(cell, NARROW):
         table.add_row(*row)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
     if cell["left_out"]:
         print(f"left out: {', '.join(sorted(cell['left_out']))} (reasons in results.json)")
 
 
 def print_markdown(cell: Mapping[str, Any]) -> None:
     """The same table in markdown."""
-    rows = [header(), ["---"] * len(header()), *table_rows(cell)]
+    names = header(COLUMNS)
+    rows = [names, ["---"] * len(names), *table_rows(cell, COLUMNS)]
     print(f"\n### {title(cell)}\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
@@ -128,12 +131,12 @@ def title(cell: Mapping[str, Any]) -> str:
     )
 
 
-def header() -> list[str]:
+def header(columns: Sequence[str]) -> list[str]:
     """Names of the columns."""
-    return ["method", *(name.replace("_", " ") for name in COLUMNS), "direction, mass matched"]
+    return ["method", *(name.replace("_", " ") for name in columns), "direction, mass matched"]
 
 
-def table_rows(cell: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(cell: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
     """One row a method, best direction first; its mass-matched twin gives the last column."""
     plain = [method for method in cell["methods"] if not method["matched"]]
     matched = {method["name"]: method["figures"]["direction"] for method in cell["methods"] if method["matched"]}
@@ -141,7 +144,7 @@ def table_rows(cell: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
             method["name"],
-            *(show(method["figures"].get(name)) for name in COLUMNS),
+            *(show(method["figures"].get(name)) for name in columns),
             show(matched[method["name"]]) if method["name"] in matched else "same",
         ]
         for method in ranked
