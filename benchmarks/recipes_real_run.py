@@ -233,6 +233,8 @@ def confirm(search: Search, seeds: int) -> None:
         Arm(name="full data", recipe=make_recipe([])),
     ]
     show(search, confirm_arms(search, arms, seeds))
+    same = make_recipe([{"op": "random_k", "k": finalist.samples, "seed": 1}])
+    arms.append(Arm(name="random, equal samples", recipe=same, redraw=True))
     for name, step in SELECTORS.items():
         arms.append(Arm(name=name, recipe=make_recipe([{**step, "k": _size(step, finalist.samples, search)}])))
     for name, steps in (("exact dedup", {"op": "exact_dedup"}), ("semdedup .9", {"op": "semdedup", "cosine": 0.9})):
