@@ -60,7 +60,7 @@ def make_fields(rows: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
     rng = generator("scale", rows)
     lengths = torch.randint(RESPONSE // 2, RESPONSE + 1, (rows, 1), generator=rng)
     fields = {
-        "response_ids": torch.zeros(rows, RESPONSE, dtype=torch.int32),
+        "response_ids": torch.randint(0, 32_000, (rows, RESPONSE), generator=rng),
         "response_mask": torch.arange(RESPONSE) < lengths,
         "rewards": (torch.rand(rows, generator=rng) < 0.4).float(),
         "group_ids": torch.arange(rows) // GROUP,

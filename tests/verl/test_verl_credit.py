@@ -149,7 +149,7 @@ SESSIONS = {"uids": ["p", "p", "p", "q", "q"], "sessions": [0, 0, 1, 0, 1], "tra
 
 def several_trajectories() -> tuple[TokenBatch, Any]:
     """Session 0 of prompt p has two rows; only the last one of a session is scored."""
-    batch = sampled(groups=(3, 2), rewards=torch.tensor([9.0, 1.0, 0.0, 1.0, 0.0]), holes=False)
+    batch = sampled(groups=(3, 2), rewards=torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0]), holes=False)
     mask = torch.arange(9) < torch.tensor([[5], [3], [4], [9], [2]])
     batch = TokenBatch(
         **batch.tensors() | {"response_mask": mask, "group_ids": torch.tensor([0, 0, 0, 1, 1])}, progress=batch.progress
@@ -157,13 +157,15 @@ def several_trajectories() -> tuple[TokenBatch, Any]:
     return batch, put(rows_of(batch), **SESSIONS)
 
 
-def test_sessions_of_several_trajectories_share_the_outcome_of_the_last() -> None:
+@pytest.mark.parametrize("method", ["surprisal", "w_reinforce"])
+def test_sessions_of_several_trajectories_share_the_outcome_of_the_last(method: str) -> None:
     batch, meta = several_trajectories()
-    build_trainer(credit_config("+credit=surprisal"))._compute_advantage(meta, {})
-    # p: outcomes 1, 0 -> ±0.7071 with the unbiased standard deviation 0.7071; row 0 (scored 9) takes row 1's outcome.
+    build_trainer(credit_config(f"+credit={method}"))._compute_advantage(meta, {})
+    # p: outcomes 1, 0 -> ±0.7071 with the unbiased standard deviation 0.7071; row 0 (not scored) takes row 1's outcome.
     base = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0]) * 0.5 / (0.5**0.5 + 1e-6)
-    host = TokenBatch(**batch.tensors() | {"host_advantages": base}, progress=batch.progress)
-    assert_rows(stored(meta, "advantages"), as_rows(assign_credit("surprisal", host), batch))
+    changed = {"host_advantages": base, "rewards": torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])}
+    host = TokenBatch(**batch.tensors() | changed, progress=batch.progress)
+    assert_rows(stored(meta, "advantages"), as_rows(assign_credit(method, host), batch))
 
 
 @pytest.mark.parametrize("overrides", [["+credit=gtpo"], ["+credit=surprisal", "algorithm.adv_estimator=rloo"]])
