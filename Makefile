@@ -9,24 +9,30 @@ export TOKENIZERS_PARALLELISM := false
 quickstart: .venv/installed  ## set everything up, train GRPO and HAPO side by side, write runs/quickstart/report.html
 	$(BIN)/tokencredit compare examples/quickstart.yaml --credit grpo hapo --seeds 2 --out runs/quickstart
 
-test: .venv/installed  ## the everyday suite
+test: .venv/developing  ## the everyday suite
 	$(BIN)/python -m pytest -n auto -q
 
-slow: .venv/installed  ## the tests that take longer
+slow: .venv/developing  ## the tests that take longer
 	$(BIN)/python -m pytest -n auto -q -m slow
 
-check: .venv/installed  ## format, lint, types, imports
+check: .venv/developing  ## format, lint, types, imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## the benchmarks of speed and memory; each prints ratios measured side by side
+bench: .venv/developing  ## the benchmarks of speed and memory; each prints ratios measured side by side
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trl,dev]'
+	$(INSTALL) '.[trl]'
+	touch $@
+
+.venv/developing: .venv/installed
+	$(INSTALL) '.[trl,dev]'
 	touch $@
 
 clean:
