@@ -173,3 +173,8 @@ def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     shutil.rmtree(folder)
     with pytest.raises(TokenCreditError, match="'not_a_number' gave nan for row 0"):
         run(folder, own(model_folder, good, "own_rewards:not_a_number"))
+
+
+def test_a_teacher_that_cannot_be_is_refused_first(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = small_config(model_folder, credit="opd", teacher={"kind": "model", "modl": "x"})
+    assert "did you mean 'model'" in refuse(tmp_path / "run", config)

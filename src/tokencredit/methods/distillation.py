@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread
-from tokencredit.methods.controls import _fingerprints, token_uniforms
+from tokencredit.methods.controls import response_fingerprints, token_uniforms
 from tokencredit.records import TokenBatch
 
 EPS = 1e-8
@@ -170,7 +170,7 @@ def _borrowed(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Te
     mask, length = batch.response_mask, response_lengths(batch.response_mask)
     if mask.shape[1] == 0:
         return x
-    names = _fingerprints(batch.response_ids, positions(mask), mask)
+    names = response_fingerprints(batch.response_ids, positions(mask), mask)
     labels = batch.reducer.labels(names)
     row = torch.searchsorted(labels, names)
     at = (torch.arange(GRID, device=mask.device) + 0.5) / GRID

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from tokencredit.collect.exact import ExactValues
+from tokencredit.collect.teacher import resolve_teacher
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
@@ -80,6 +81,7 @@ def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if section.get("model") in SIZES and config["task"] is not None:
         stage = section.pop("stage", "late")
         section["model"] = str(warm_start(config["task"], size=section["model"], stage=stage))
+    resolve_teacher(section)  # its keys and values, before anything is loaded
     return section
 
 
