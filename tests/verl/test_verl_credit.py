@@ -1,5 +1,6 @@
 """The trainer's credit step on real rows of the real data store: equals the pure function, and TRL's path."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokencredit.store import RecordStore
 
 pytestmark = pytest.mark.usefixtures("store")
 
+TOKENIZER = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, row)) for row in rows])
 METHODS = ["hapo", "gtpo", "forking_tokens", "surprisal", "policy_divergence", "steer", "dr_grpo", "psr", "empg"]
 
 
@@ -75,7 +77,7 @@ def test_returns_stay_and_rows_may_come_in_any_order() -> None:
     assert_rows(stored(meta, "returns"), [returns[row] for row in order], tolerance=0.0)
 
 
-def test_verls_padding_rows_change_nothing() -> None:
+def test_verls_padding_rows_change_nothing_and_are_not_recorded(tmp_path: Path) -> None:
     from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 
     batch = sampled(seed=4)
@@ -85,10 +87,13 @@ def test_verls_padding_rows_change_nothing() -> None:
     meta = store_batch(batch, input_ids=whole, attention_mask=whole, position_ids=whole, loss_mask=whole)
     bigger = upsample_batch_to_divisible_size(meta, 8, eos_token_id=0)
     assert len(bigger.keys) == 16
-    build_trainer(credit_config("+credit=gtpo"))._compute_advantage(bigger, {})
+    trainer = build_trainer(credit_config("+credit.method=gtpo", f"+credit.records={tmp_path}"))
+    trainer.tokenizer = TOKENIZER
+    trainer._compute_advantage(bigger, {})
     found = stored(bigger, "advantages")
     assert_rows(found[:10], as_rows(assign_credit("gtpo", with_host(batch)), batch))
     assert all(float(row.abs().sum()) == 0.0 for row in found[10:])
+    assert len(RecordStore(tmp_path).read(0).advantages) == 10
 
 
 def test_tokens_that_verl_rejects_get_no_credit_and_enter_no_statistic() -> None:
@@ -212,13 +217,12 @@ def test_draws_repeat_within_a_step_and_differ_between_steps() -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_records_hold_what_was_trained_and_a_resumed_run_rewrites_its_steps(tmp_path: Any) -> None:
+def test_records_hold_what_was_trained_and_a_resumed_run_rewrites_its_steps(tmp_path: Path) -> None:
     batch = sampled(seed=9)
-    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [" ".join(map(str, row)) for row in rows])
     for step in (3, 4, 3):  # the third is a run that resumed at step 3
         meta = store_batch(batch)
         trainer = build_trainer(credit_config("+credit.method=hapo", f"+credit.records={tmp_path}"), step)
-        trainer.tokenizer = tokenizer
+        trainer.tokenizer = TOKENIZER
         trainer._compute_advantage(meta, {})
     records = RecordStore(tmp_path)
     assert records.steps == [3]
