@@ -40,7 +40,8 @@ SELECTORS: dict[str, dict] = {
     "low perplexity": {"op": "top", "signal": "ppl", "descending": False},
     "IFD": {"op": "top", "signal": "ifd"},
     "entropy": {"op": "top", "signal": "entropy"},
-    "EL2N": {"op": "top", "signal": "el2n"},
+    "high EL2N": {"op": "top", "signal": "el2n"},
+    "low EL2N": {"op": "top", "signal": "el2n", "descending": False},
     "relevance": {"op": "top_union", "signals": [f"rel.{task}" for task in TASKS]},
 }
 
