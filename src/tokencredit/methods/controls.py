@@ -133,12 +133,12 @@ def token_uniforms(batch: TokenBatch, generator: torch.Generator) -> Float[Tenso
     """
     seed = torch.randint(0, 2**62, (), generator=generator, device=generator.device).to(batch.response_ids.device)
     place = positions(batch.response_mask)
-    row = responseresponse_fingerprints(batch.response_ids, place, batch.response_mask)
+    row = response_fingerprints(batch.response_ids, place, batch.response_mask)
     bits = _mix(_mix(row[:, None] ^ seed) + place)
     return _shifted(bits, 11).double() / 2**53
 
 
-def responseresponse_fingerprints(
+def response_fingerprints(
     ids: Int[Tensor, "batch response"], place: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Int[Tensor, " batch"]:
     """A 64-bit hash of the chosen tokens and their order; sums wrap around, which is meant."""
