@@ -7,8 +7,8 @@ are float32. Checked on the CPU in Triton's interpreter; it has not been run on 
 import os
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from jaxtyping import Float, Int
 from torch import Tensor
 
