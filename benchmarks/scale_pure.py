@@ -175,19 +175,25 @@ def by_world(methods: Sequence[str], size: int, worlds: Sequence[int]) -> list[d
     return rows
 
 
-def show(sizes: Sequence[int], size_rows: list[dict[str, Any]], worlds: Sequence[int], world_rows: Any) -> None:
+def show_sizes(sizes: Sequence[int], rows: list[dict[str, Any]]) -> None:
+    """The table of sizes; printed before the ranks start, as both halves take minutes."""
     head = "".join(f"{f'{size}M, s':>10}" for size in sizes)
     print(f"{'method':24}{head}{'growth':>9}{'bytes/token':>13}")
-    for row in size_rows:
+    for row in rows:
         times = "".join(f"{row[f'seconds_{size}']:10.2f}" for size in sizes)
         print(f"{row['method']:24}{times}{row['growth']:9.2f}{row['bytes_per_token']:13.0f}")
-    slowest = max(size_rows, key=lambda row: row[f"seconds_{sizes[-1]}"])
+    slowest = max(rows, key=lambda row: row[f"seconds_{sizes[-1]}"])
     print(f"slowest at {sizes[-1]}M tokens: {slowest['method']}, {slowest[f'seconds_{sizes[-1]}']:.2f} s of one thread")
-    print(f"growth: time per token at {sizes[-1]}M over {sizes[-2]}M; 1 is linear" if len(sizes) > 1 else "")
-    print(f"{sizes[-1]}M tokens over ranks: CPU seconds of the slowest rank, collectives, KiB that a rank hands in")
+    if len(sizes) > 1:
+        print(f"growth: time per token at {sizes[-1]}M over {sizes[-2]}M; 1 is linear", flush=True)
+
+
+def show_ranks(size: int, worlds: Sequence[int], rows: list[dict[str, Any]]) -> None:
+    """The table of ranks."""
+    print(f"{size}M tokens over ranks: CPU seconds of the slowest rank, collectives, KiB that a rank hands in")
     head = "".join(f"{f'{world} ranks, s':>13}" for world in worlds)
     print(f"{'method':24}{head}{'collectives':>13}{'KiB':>9}")
-    for row in world_rows:
+    for row in rows:
         times = "".join(f"{row[f'seconds_{world}']:13.2f}" for world in worlds)
         last = worlds[-1]
         print(f"{row['method']:24}{times}{row[f'calls_{last}']:13.0f}{row[f'traffic_{last}'] / 1024:9.0f}")
@@ -203,11 +209,13 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     size_rows = by_size(arguments.methods, arguments.tokens)
+    if not arguments.json:
+        show_sizes(arguments.tokens, size_rows)
     world_rows = by_world(arguments.rank_methods, arguments.tokens[-1], arguments.ranks)
     if arguments.json:
         print(json.dumps({"by_size": size_rows, "by_ranks": world_rows}))
     else:
-        show(arguments.tokens, size_rows, arguments.ranks, world_rows)
+        show_ranks(arguments.tokens[-1], arguments.ranks, world_rows)
     return 0
 
 
