@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check slow bench docs clean
+.PHONY: quickstart test check slow bench verl clean
 
 quickstart: .venv/installed  ## set everything up, train GRPO and HAPO side by side, write runs/quickstart/report.html
 	$(BIN)/tokencredit compare examples/quickstart.yaml --credit grpo hapo --seeds 2 --out runs/quickstart
@@ -35,5 +35,14 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 	$(INSTALL) '.[trl,dev]'
 	touch $@
 
+verl: .venv-verl/installed  ## the verl adapter on real Ray and TransferQueue, in an environment of its own
+	.venv-verl/bin/python -m pytest -q -c tests/verl/pytest.ini tests/verl
+
+.venv-verl/installed: pyproject.toml constraints-verl.txt
+	test -x .venv-verl/bin/python || $(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-verl.txt
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-verl build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
