@@ -116,6 +116,7 @@ def head_entropies(
 
 
 def row_blocks(first: int, stop: int, keys: int, share: int) -> Iterator[slice]:
+    """The rows first … stop − 1 in blocks whose scores (rows × keys × `share` heads of one key head) stay small."""
     step = max(LEAST, min(BLOCK, SCORES // max(keys * share, 1)))
     return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
 

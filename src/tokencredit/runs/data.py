@@ -97,6 +97,8 @@ def load_dataset_section(section: Mapping[str, Any]) -> Dataset:
         elif path.suffix in readers:
             if not path.is_file():
                 raise TokenCreditError(f"no dataset file {str(path)!r}")
+            if path.stat().st_size == 0:
+                raise TokenCreditError(f"the dataset {str(path)!r} is empty", hint="it needs at least one prompt")
             loaded = load_dataset(readers[path.suffix], data_files=str(path), split="train")
         else:
             loaded = load_dataset(str(path), split=section["split"])
