@@ -25,8 +25,6 @@ def train_run(config: Mapping[str, Any], folder: Path, progress: Progress | None
     finished = folders.finished_run(folder, config)
     if finished is not None:
         return finished
-    torch.set_num_threads(int(config["threads"]))
-    quiet()
     material, arguments = check_run(config, folder)
     start = folders.prepare(folder, config)
     from transformers import PrinterCallback
@@ -48,6 +46,9 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     from tokencredit.runs.data import load_material
 
     quiet()
+    torch.set_num_threads(
+        int(config["threads"])
+    )  # before a lab model is built: idle threads that spin are worse than none
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
