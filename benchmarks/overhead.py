@@ -2,19 +2,24 @@
 
     python benchmarks/overhead.py [--rounds 8] [--steps 4] [--json]
 
-The learning rate is 0, so every variant samples and trains on the same rollouts: the work is the same but for the
-credit. Variants take turns; a step is compared with the stock trainer's step on the same rollouts. Time is CPU time of
-one thread.
+The learning rate is 0, so every variant samples and trains on the same rollouts, in every round: the work is the same
+but for the credit. Variants take turns, and time is CPU time of one thread. Three columns, from the most to the least
+exposed to what else the machine does:
+
+* `median`: the median over all steps of the ratio to the stock trainer's step on the same rollouts; with middle half;
+* `quietest`: each step's fastest round, summed, over the same for stock;
+* `own code`: the time inside the methods that the credit trainer adds, as a share of the step.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -23,6 +28,7 @@ from tokencredit.adapters.trl import CreditGRPOTrainer
 from tokencredit.lab import data
 from tokencredit.lab.model import warm_start
 from tokencredit.lab.rollout import rollout_func
+from tokencredit.progress import track
 from tokencredit.runs.train import quiet
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -34,18 +40,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+OWN = (
+    "_row_keys",
+    "_collect",
+    "_measure_old_policy",
+    "_at_update",
+    "_assign",
+)  # what the credit trainer adds to a step
+
+
 class StepClock(TrainerCallback):
-    """CPU time of each step, generation included."""
+    """CPU time of each step, generation included, and how much of it went into the methods of `OWN`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.start = 0.0
+        self.own: list[float] = []
+        self.start = self.inside = 0.0
+        self.depth = 0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = time.thread_time()
+        self.start, self.inside = time.thread_time(), 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.times.append(time.thread_time() - self.start)
+        self.own.append(self.inside)
+
+    def watch(self, trainer: GRPOTrainer) -> None:
+        """Count the time inside the outermost call of the trainer's own methods."""
+        for name in OWN:
+            setattr(trainer, name, self._counted(getattr(trainer, name)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            begin = time.thread_time()
+            self.depth += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.depth -= 1
+                if not self.depth:
+                    self.inside += time.thread_time() - begin
+
+        return counted
 
 
 def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int) -> tuple[GRPOTrainer, StepClock]:
@@ -78,38 +114,55 @@ def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int)
         **VARIANTS[name],
     )
     clock = StepClock()
+    if kind is CreditGRPOTrainer:
+        clock.watch(trainer)
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
     return trainer, clock
 
 
-def measure(rounds: int, steps: int, prompts: int) -> dict[str, list[float]]:
-    """Step times by variant; position i of each list is the same rollout batch."""
+Times = dict[str, list[list[float]]]  # by variant: [round][step]; a step is the same rollout batch in every round
+
+
+def measure(rounds: int, steps: int, prompts: int) -> tuple[Times, Times]:
+    """Step times, and the time in the trainer's own code."""
     model_folder = warm_start("countdown")
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    times: Times = {name: [] for name in VARIANTS}
+    own: Times = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         built = {name: build(name, Path(folder), model_folder, steps, prompts) for name in VARIANTS}
         names = list(VARIANTS)
-        for turn in range(rounds):
+        for turn in track(range(rounds), "rounds"):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 trainer, clock = built[name]
                 clock.times.clear()
+                clock.own.clear()
                 trainer._step = 0
                 trainer._buffered_inputs = None
                 trainer.train()
-                times[name] += clock.times[1:]
-    return times
+                times[name].append(clock.times[1:])
+                own[name].append(clock.own[1:])
+    return times, own
 
 
-def report(times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Median ratio to the stock step on the same rollouts, and the middle half of the ratios."""
+def report(times: Times, own: Times) -> list[dict[str, Any]]:
+    """The ratios to stock and the share of a variant's own code, one row each."""
+    stock = np.array(times["stock"])  # [rounds, steps]
     rows = []
-    for name, own in times.items():
-        ratios = [mine / stock for mine, stock in zip(own, times["stock"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios * 3)
-        step = statistics.median(own)
+    for name in times:
+        mine = np.array(times[name])
+        low, middle, high = np.quantile(mine / stock, [0.25, 0.5, 0.75])
         rows.append(
-            {"variant": name, "step_seconds": step, "ratio": middle, "low": low, "high": high, "steps": len(own)}
+            {
+                "variant": name,
+                "step_seconds": float(np.median(mine)),
+                "median": float(middle),
+                "low": float(low),
+                "high": float(high),
+                "quietest": float(mine.min(0).sum() / stock.min(0).sum()),
+                "own_share": float(np.median(np.array(own[name]) / mine)),
+                "steps": mine.size,
+            }
         )
     return rows
 
@@ -123,14 +176,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    rows = report(measure(arguments.rounds, arguments.steps, arguments.prompts))
+    rows = report(*measure(arguments.rounds, arguments.steps, arguments.prompts))
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'variant':<24} {'step, s':>8} {'ratio to stock':>15}   middle half    ({rows[0]['steps']} steps each)")
+    print(f"{'variant':<24} {'step, s':>8} {'median':>8}   {'middle half':<12} {'quietest':>8} {'own code':>9}")
     for row in rows:
         spread = f"{row['low']:.3f}–{row['high']:.3f}"
-        print(f"{row['variant']:<24} {row['step_seconds']:>8.3f} {row['ratio']:>15.3f}   {spread}")
+        print(
+            f"{row['variant']:<24} {row['step_seconds']:>8.3f} {row['median']:>8.3f}   {spread:<12} "
+            f"{row['quietest']:>8.3f} {row['own_share']:>9.2%}"
+        )
+    print(f"{rows[0]['steps']} steps each, {arguments.prompts} prompts x 16, one thread")
 
 
 if __name__ == "__main__":

@@ -194,9 +194,17 @@ def test_later_stages_go_on_from_earlier_ones(tmp_path: Path) -> None:
 
 def test_a_task_with_an_easier_version_begins_there() -> None:
     task = chain_task()
-    assert lab_model._plan(task, 600, 32, "start") == [(task.easier, 600, 32), (task, 400, 16)]
-    assert lab_model._plan(task, 600, 32, "late") == [(task, 200, 16)]
-    assert lab_model._plan(get_task("carry"), 600, 32, "middle") == [(get_task("carry"), 300, 32)]
+    easy, long = lab_model._plan(task, 600, 32, "start", 0.3)
+    assert easy[:4] == (task.easier, 600, 32, 0.3) and long[:4] == (task, 400, 16, 0.3)
+    assert [phase[:3] for phase in lab_model._plan(task, 600, 32, "late", 0.95)] == [(task, 200, 16)]
+    assert lab_model._plan(get_task("carry"), 600, 32, "middle", 0.6) == [(get_task("carry"), 300, 32, 0.6, 1.0)]
+
+
+def test_countdown_learns_to_solve_before_it_learns_to_miss() -> None:
+    task = get_task("countdown")
+    first, second = lab_model._plan(task, 1000, 32, "start", 0.3)
+    assert first == (task, 600, 32, 1.0, 1.0) and second == (task, 400, 32, 0.3, 0.5)
+    assert lab_model._plan(task, 1000, 32, "middle", 0.6) == [(task, 500, 32, 0.6, 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,9 @@ def warm_start(
     """The folder of a model that writes the task's traces and solves some problems, built on first use.
 
     Supervised on random traces, `solved_share` of which solve their problem: without any, reinforcement learning finds
-    nothing to reinforce. Stage "middle" goes on from "start" for half as many steps with 60 % solved, "late" from
-    "middle" for as many with 95 %. More `steps` (the task's `warm_steps` if None), a larger `size` and a later stage
-    make a teacher.
+    nothing to reinforce. A task that is `solved_first` begins on solved traces alone. Stage "middle" goes on from
+    "start" for half as many steps with 60 % solved, "late" from "middle" for as many with 95 %. More `steps` (the
+    task's `warm_steps` if None), a larger `size` and a later stage make a teacher.
 
     The folder holds weights, tokenizer and `tokencredit.json`: resolved settings, versions, exact success on held-out
     problems. It is cached under `cache_dir`, `$TOKENCREDIT_CACHE` or `~/.cache/tokencredit`, by settings and code.
@@ -185,15 +185,16 @@ def _build(path: Path, task: tasks.Task, settings: dict[str, Any], earlier: Path
     else:
         model = Qwen3ForCausalLM.from_pretrained(earlier, dtype=torch.float32, local_files_only=True)
     loss = math.nan
-    for version, steps, batch in _plan(task, settings["steps"], settings["batch"], settings["stage"]):
+    solved_share = settings["solved_share"] if stage.solved_share is None else stage.solved_share
+    for phase in _plan(task, settings["steps"], settings["batch"], settings["stage"], solved_share):
         loss = supervised.fit(
             model,
             tokenizer,
-            version,
-            solved_share=settings["solved_share"] if stage.solved_share is None else stage.solved_share,
-            steps=steps,
-            batch=batch,
-            learning_rate=settings["learning_rate"],
+            phase.task,
+            solved_share=phase.solved_share,
+            steps=phase.steps,
+            batch=phase.rows,
+            learning_rate=settings["learning_rate"] * phase.rate,
             seed=settings["seed"],
         )
     model.save_pretrained(path)
@@ -208,17 +209,32 @@ def _build(path: Path, task: tasks.Task, settings: dict[str, Any], earlier: Path
     }
 
 
-def _plan(task: tasks.Task, steps: int, batch: int, stage: str) -> list[tuple[tasks.Task, int, int]]:
-    """What a stage trains on: task, steps and rows a step.
+class Phase(NamedTuple):
+    """One call of supervised training; `rate` is a factor on the learning rate."""
+
+    task: tasks.Task
+    steps: int
+    rows: int
+    solved_share: float
+    rate: float = 1.0
+
+
+def _plan(task: tasks.Task, steps: int, batch: int, stage: str, solved_share: float) -> list[Phase]:
+    """What a stage trains on.
 
     A task with an easier version has long rows: the first stage learns the format on the easier one, then goes on with
-    two thirds of the steps and half of the rows.
+    two thirds of the steps and half of the rows. A task that is `solved_first` sees solved traces alone for the first
+    three fifths, then the mixture at half the rate: it can solve before it learns to miss.
     """
     total = max(1, round(STAGES[stage].length * steps))
-    if task.easier is None:
-        return [(task, total, batch)]
-    long = (task, max(1, total * 2 // 3), max(1, batch // 2))
-    return [long] if STAGES[stage].after else [(task.easier, total, batch), long]
+    first = STAGES[stage].after is None
+    if task.easier is not None:
+        long = Phase(task, max(1, total * 2 // 3), max(1, batch // 2), solved_share)
+        return [Phase(task.easier, total, batch, solved_share), long] if first else [long]
+    if first and task.solved_first and total > 1:
+        alone = total * 3 // 5
+        return [Phase(task, alone, batch, 1.0), Phase(task, total - alone, batch, solved_share, rate=0.5)]
+    return [Phase(task, total, batch, solved_share)]
 
 
 def _code_version(task: tasks.Task) -> str:

@@ -44,7 +44,8 @@ class Task:
     a response is accepted only if EOS follows. `max_prompt` and `max_response` count tokens (one per character), EOS
     included. `draw(seed)` makes a problem; `random_trace(problem, rng, solved)` writes a response in the task's format
     that is accepted (True), is not (False), or either way (None). `easier` is a shorter version of the task, on which a
-    warm start begins; `warm_steps` is how many steps that takes by default.
+    warm start begins; `solved_first` lets it begin on solved traces alone; `warm_steps` is how many steps that takes by
+    default.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     accepted: Callable[[Problem], list[str]]
     random_trace: Callable[[Problem, random.Random, bool | None], str]
     easier: "Task | None" = None
+    solved_first: bool = False
     warm_steps: int = 600
 
     def problems(self, split: str, count: int, seed: int = 0) -> list[Problem]:
