@@ -33,7 +33,7 @@ def score_rows(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         width = max(1, *(widths[row] for row in rows)) if rows else 1
-        ids, attention, longest = _packed([prompts[row] for row in rows], response_ids[rows], widths, rows, width)
+        ids, attention, longest = packed_rows([prompts[row] for row in rows], response_ids[rows], widths, rows, width)
         found, _ = token_logprobs(model, ids.to(target), attention.to(target), longest, width, temperature)
         result[rows, : found.shape[1]] = found.to(result.device, torch.float32)[:, : result.shape[1]]
     return torch.where(response_mask, result, 0.0)
@@ -46,7 +46,7 @@ def used_widths(response_mask: Bool[Tensor, "batch response"]) -> list[int]:
     return torch.where(last, columns, 0).sum(1).tolist()
 
 
-def _packed(
+def packed_rows(
     prompts: Sequence[Sequence[int]], responses: Tensor, widths: list[int], rows: list[int], width: int
 ) -> tuple[Tensor, Tensor, int]:
     """Prompts padded on the left, responses on the right, as the student's own pass has them."""
