@@ -4,9 +4,18 @@ import math
 
 import pytest
 import torch
+from batches import make_batch, permuted
 
-from tokencredit import TokenBatch
-from tokencredit.diagnostics.distillation import discrepancy_summary, position_profile, router_summary
+from tokencredit import TokenBatch, assign_credit, get_pipeline
+from tokencredit.diagnostics.distillation import (
+    BONUSES,
+    discrepancy_summary,
+    position_profile,
+    router_summary,
+    teacher_sums,
+)
+from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.methods.outcome import group_normalized
 
 NAN = math.nan
 
@@ -71,3 +80,45 @@ def test_router_summary_splits_the_bonus() -> None:
     assert found["entropy_p80"] == pytest.approx(1.2)
     assert found["advantage_rms"] == pytest.approx(0.1)
     assert found["bonus_rms"] == pytest.approx(math.sqrt(0.6404 / 5), abs=1e-4)
+
+
+def test_logged_numbers_are_the_summaries() -> None:
+    # The bonus of a DASD run is what the pipeline added to the verifier's advantages.
+    batch = make_batch()
+    base = group_normalized(batch)
+    advantages = assign_credit(get_pipeline("dasd"), batch)
+    found = credit_metrics(batch, advantages, base)
+    router, weights = router_summary(batch, base), discrepancy_summary(batch)
+    for name in ("positive", "negative"):
+        assert found[f"credit/router/{name}"] == pytest.approx(router[f"router_{name}"])
+    for name in ("attracted", "overruled", "bonus_rms", "advantage_rms", "entropy_p80", *BONUSES):
+        assert found[f"credit/router/{name}"] == pytest.approx(router[name], abs=1e-7)
+    for name in ("weight_mean", "mass_multiplier", "first_share", "half_mass", "distance"):
+        assert found[f"credit/teacher/{name}"] == pytest.approx(weights[name])
+    assert found["credit/teacher/gap"] == pytest.approx(router["gap_mean"])
+    profile = position_profile(batch.teacher_logprobs - batch.old_logprobs, batch.response_mask)["mean_abs"]
+    for tenth, value in enumerate(profile):
+        assert found.get(f"credit/teacher/gap_abs/{tenth}", None) == (pytest.approx(value, abs=1e-4) if value else None)
+    assert sum(abs(router[name]) for name in BONUSES) > 0.0
+
+
+def test_nothing_is_said_of_a_teacher_that_is_not_there() -> None:
+    batch = make_batch(without=("teacher_logprobs",))
+    assert not [
+        name for name in credit_metrics(batch, group_normalized(batch)) if "teacher" in name or "router" in name
+    ]
+
+
+def test_sums_of_two_parts_are_those_of_the_whole() -> None:
+    batch = make_batch()
+    base = group_normalized(batch)
+    advantages = assign_credit(get_pipeline("dasd"), batch)
+    whole = teacher_sums(batch, advantages, base)
+    assert set(whole) == {"teacher_profile", "teacher_discrepancy", "teacher_router"}
+    parts = [
+        teacher_sums(permuted(batch, rows), advantages[rows], base[rows]) for rows in torch.arange(len(base)).split(5)
+    ]
+    for name, total in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), total)
+    empty = teacher_sums(permuted(batch, torch.arange(0)), advantages[:0], base[:0])
+    assert all(float(value.abs().sum()) == 0.0 for value in empty.values())

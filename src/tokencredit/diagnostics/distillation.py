@@ -1,4 +1,9 @@
-"""What distillation did with its credit: where the gap lies, what the weights were, what the router moved."""
+"""What distillation did with its credit: where the gap lies, what the weights were, what the router moved.
+
+Each summary is a ratio of sums, so that ranks and micro-batches add up; `teacher_sums` gives those that a trainer logs.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +15,8 @@ from tokencredit.methods.self_distillation import bonus_direction, scaled_gap, s
 from tokencredit.records import TokenBatch
 
 BINS = 10
+ARMS, SIGNS, VERDICTS = ("attract", "repel"), ("up", "down"), ("correct", "wrong")
+BONUSES = tuple(f"bonus_{arm}_{sign}_{verdict}" for arm in ARMS for sign in SIGNS for verdict in VERDICTS)
 
 
 def position_profile(
@@ -19,47 +26,66 @@ def position_profile(
 
     stretch of token t of n:  ⌊bins · t / n⌋
     """
+    total, mass, count = _profile_sums(x, mask, bins)
+    return {
+        name: [round(float(t / c), 4) if c else None for t, c in zip(sums, count, strict=True)]
+        for name, sums in (("mean", total), ("mean_abs", mass))
+    }
+
+
+def _profile_sums(
+    x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int
+) -> Float[Tensor, "3 bin"]:
+    """Σ x, Σ |x| and the number of tokens of each stretch."""
     place = (positions(mask) * bins // response_lengths(mask).clamp_min(1)).clamp(0, bins - 1)
-    values = chosen(x, mask)
-    count = torch.zeros(bins, dtype=torch.float64).index_add_(
-        0, place[mask].cpu(), torch.ones(int(mask.sum())).double()
-    )
-    found: dict[str, list[float | None]] = {}
-    for name, part in (("mean", values), ("mean_abs", values.abs())):
-        total = torch.zeros(bins, dtype=torch.float64).index_add_(0, place[mask].cpu(), part[mask].cpu())
-        found[name] = [round(float(t / c), 4) if c else None for t, c in zip(total, count, strict=True)]
-    return found
+    values = chosen(x, mask)[mask].double()
+    columns = torch.stack((values, values.abs(), torch.ones_like(values)))
+    return columns.new_zeros(3, bins).index_add_(1, place[mask], columns)
 
 
 def discrepancy_summary(batch: TokenBatch, *, gamma: float = 0.5) -> dict[str, float]:
-    """IW-OPD in numbers: weights, advantage mass, and how positional they are.
+    """IW-OPD in numbers: weights, advantage mass, and how positional they are; empty where every gap is 0.
 
     * `weight_mean`, `weight_min`, `weight_max`. * `mass_multiplier`: mean over responses of Σ w|A| / Σ |A|.
     * `first_share`: share of Σ|A| in the first 30 % of the tokens.
     * `half_mass`: share of the way at which half of Σ|A| is spent.
     * `distance`: mean over responses of max_t |F_t − t/n|; 0 means that the weight is a function of position.
     """
+    found = _discrepancy(batch.reducer.total(_discrepancy_sums(batch, gamma)).tolist())
+    weights = discrepancy_weights(batch, gamma=gamma)[batch.response_mask]
+    ends = weights.new_full((2,), -torch.inf)
+    if weights.numel():
+        ends = torch.stack((weights.amax(), -weights.amin()))
+    largest, least = batch.reducer.maximum(ends).tolist()
+    return found | {"weight_min": -least, "weight_max": largest} if found else {}
+
+
+def _discrepancy_sums(batch: TokenBatch, gamma: float) -> Float[Tensor, " 7"]:
+    """Σ w and tokens; responses with a gap, and the sums over them of the four numbers that each of them has."""
     mask, gap = batch.response_mask, teacher_gap(batch)
     weights = discrepancy_weights(batch, gamma=gamma)
-    length = response_lengths(mask).clamp_min(1)
     mass = gap.abs().sum(1, keepdim=True)
-    spent = (gap.abs().cumsum(1) - gap.abs()) / torch.where(mass > 0, mass, 1.0)
-    way = positions(mask) / length
-    live = (mass > 0)[:, 0]
-    if not bool(live.any()):
+    live, whole = (mass > 0)[:, 0], torch.where(mass > 0, mass, 1.0)
+    way = positions(mask) / response_lengths(mask).clamp_min(1)
+    spent = (gap.abs().cumsum(1) - gap.abs()) / whole
+    inside = torch.cat((mask, mask.new_zeros(len(mask), 1)), 1)  # one column more: a maximum needs an element
+    way, spent, gap = (torch.nn.functional.pad(item, (0, 1)) for item in (way, spent, gap))
+    rows = (
+        mass_multiplier(torch.nn.functional.pad(weights, (0, 1)), gap)[:, 0],
+        torch.where(inside & (way < 0.3), gap.abs(), 0.0).sum(1) / whole[:, 0],
+        torch.where(inside & (spent < 0.5), way, 0.0).amax(1),
+        torch.where(inside, (spent - way).abs(), 0.0).amax(1),
+    )
+    per_response = [torch.where(live, row, 0.0).sum().double() for row in rows]
+    return torch.stack((weights[mask].sum().double(), mask.sum().double(), live.sum().double(), *per_response))
+
+
+def _discrepancy(sums: Sequence[float]) -> dict[str, float]:
+    weight, tokens, live, *rest = sums
+    if not live:
         return {}
-    half = torch.where(mask & (spent < 0.5), way, 0.0).amax(1)
-    first = torch.where(mask & (way < 0.3), gap.abs(), 0.0).sum(1) / torch.where(mass > 0, mass, 1.0)[:, 0]
-    distance = torch.where(mask, (spent - way).abs(), 0.0).amax(1)
-    return {
-        "weight_mean": float(weights[mask].mean()),
-        "weight_min": float(weights[mask].min()),
-        "weight_max": float(weights[mask].max()),
-        "mass_multiplier": float(mass_multiplier(weights, gap)[live].mean()),
-        "first_share": float(first[live].mean()),
-        "half_mass": float(half[live].mean()),
-        "distance": float(distance[live].mean()),
-    }
+    names = ("mass_multiplier", "first_share", "half_mass", "distance")
+    return {"weight_mean": weight / tokens} | {name: total / live for name, total in zip(names, rest, strict=True)}
 
 
 def router_summary(
@@ -72,25 +98,82 @@ def router_summary(
     * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
       verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
     """
-    mask, gap = batch.response_mask, teacher_gap(batch)
     router = bonus_direction(batch, "router", rho=rho)
-    bonus = signed_gap(scaled_gap(gap, batch, "mean_abs"), router, beta=beta)
-    base, count = chosen(advantages, mask), max(1, int(mask.sum()))
-    found = {
-        "router_positive": float(router.clamp_min(0).sum()) / count,
-        "router_negative": float(router.clamp_max(0).sum()) / count,
-        "attracted": float((mask & (router > 0)).sum()) / count,
-        "bonus_rms": float((bonus.square().sum() / count).sqrt()),
-        "advantage_rms": float((base.square().sum() / count).sqrt()),
-        "overruled": float((mask & ((base + bonus) * base < 0)).sum()) / count,
-        "gap_mean": float(gap.sum()) / count,
-        "gap_abs": float(gap.abs().sum()) / count,
-        "entropy_p80": float(row_quantile(chosen(batch.require("entropies"), mask), mask, 0.8).mean()),
-    }
+    bonus = signed_gap(scaled_gap(teacher_gap(batch), batch, "mean_abs"), router, beta=beta)
+    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router)).tolist())
+    total, mass, count = (
+        batch.reducer.total(_profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
+    )
+    return found | {"gap_mean": total / max(count, 1.0), "gap_abs": mass / max(count, 1.0)}
+
+
+def _router_sums(
+    batch: TokenBatch,
+    base: Float[Tensor, "batch response"],
+    bonus: Float[Tensor, "batch response"],
+    router: Float[Tensor, "batch response"],
+) -> Float[Tensor, " 17"]:
+    """Tokens, responses, p80 of the entropies summed over responses, six sums over tokens, and the eight of the bonus.
+
+    Arms are those of the router, whatever made the bonus.
+    """
+    mask, gap = batch.response_mask, teacher_gap(batch)
+    base, bonus = chosen(base, mask), chosen(bonus, mask)
+    p80 = row_quantile(chosen(batch.require("entropies"), mask), mask, 0.8)
+    filled = mask.any(1)
+    sums = [mask.sum(), filled.sum(), torch.where(filled, p80[:, 0], 0.0).sum()]
+    sums += [router.clamp_min(0).sum(), router.clamp_max(0).sum(), (mask & (router > 0)).sum()]
+    sums += [bonus.square().sum(), base.square().sum(), (mask & ((base + bonus) * base < 0)).sum()]
     right = (batch.rewards > 0)[:, None]
-    for arm, in_arm in (("attract", router > 0), ("repel", router < 0)):
-        for sign, of_sign in (("up", gap > 0), ("down", gap < 0)):
-            for verdict, rows in (("correct", right), ("wrong", ~right)):
-                picked = mask & in_arm & of_sign & rows
-                found[f"bonus_{arm}_{sign}_{verdict}"] = float(torch.where(picked, bonus, 0.0).sum()) / count
+    for in_arm in (router > 0, router < 0):
+        for of_sign in (gap > 0, gap < 0):
+            for rows in (right, ~right):
+                sums.append(torch.where(mask & in_arm & of_sign & rows, bonus, 0.0).sum())
+    return torch.stack([item.double() for item in sums])
+
+
+def _router(sums: Sequence[float]) -> dict[str, float]:
+    tokens, responses, p80, positive, negative, attracted, bonus, base, overruled, *parts = sums
+    count = max(tokens, 1.0)
+    return {
+        "router_positive": positive / count,
+        "router_negative": negative / count,
+        "attracted": attracted / count,
+        "bonus_rms": (bonus / count) ** 0.5,
+        "advantage_rms": (base / count) ** 0.5,
+        "overruled": overruled / count,
+        "entropy_p80": p80 / max(responses, 1.0),
+        **{name: part / count for name, part in zip(BONUSES, parts, strict=True)},
+    }
+
+
+def teacher_sums(
+    batch: TokenBatch, advantages: Float[Tensor, "batch response"], base: Float[Tensor, "batch response"] | None
+) -> dict[str, Tensor]:
+    """Local sums behind the `teacher/…` and `router/…` numbers of a batch that carries a teacher's log-probs."""
+    if batch.teacher_logprobs is None or batch.old_logprobs is None:
+        return {}
+    named = {
+        "teacher_profile": _profile_sums(teacher_gap(batch), batch.response_mask, BINS).flatten(),
+        "teacher_discrepancy": _discrepancy_sums(batch, 0.5),
+    }
+    if batch.entropies is not None and base is not None:
+        moved = chosen(advantages, batch.response_mask) - chosen(base, batch.response_mask)
+        named["teacher_router"] = _router_sums(batch, base, moved, bonus_direction(batch, "router"))
+    return named
+
+
+def teacher_numbers(sums: dict[str, list[float]]) -> dict[str, float]:
+    """The numbers of `teacher_sums` once they are summed over processes; the keys that docs/diagnostics.md explains."""
+    if "teacher_profile" not in sums:
+        return {}
+    flat = sums["teacher_profile"]
+    total, mass, count = flat[:BINS], flat[BINS : 2 * BINS], flat[2 * BINS :]
+    tokens = max(sum(count), 1.0)
+    found = {"teacher/gap": sum(total) / tokens, "teacher/gap_abs": sum(mass) / tokens}
+    found |= {f"teacher/gap_abs/{k}": mass[k] / count[k] for k in range(BINS) if count[k]}
+    found |= {f"teacher/{name}": value for name, value in _discrepancy(sums["teacher_discrepancy"]).items()}
+    if "teacher_router" in sums:
+        named = _router(sums["teacher_router"])
+        found |= {f"router/{name.removeprefix('router_')}": value for name, value in named.items()}
     return found

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
+from tokencredit.diagnostics.distillation import teacher_numbers, teacher_sums
 from tokencredit.diagnostics.quadrants import (
     correlation_sums,
     pearson_from_sums,
@@ -26,8 +27,9 @@ def credit_metrics(
     """The `credit/…` numbers of one step; docs/diagnostics.md explains each key.
 
     `base` is what the estimator gave, one number a response or a token; without it weights are left out and polarity
-    is the sign of the advantages. Without entropies the quadrants are left out, and a number that is not defined (a
-    share of nothing) has no key. Sums go through `batch.reducer`: every rank must call, and all get the same numbers.
+    is the sign of the advantages. Without entropies the quadrants are left out, without a teacher's log-probs all that
+    is said of the teacher, and a number that is not defined (a share of nothing) has no key. Sums go through
+    `batch.reducer`: every rank must call, and all get the same numbers.
     """
     mask = batch.response_mask
     if base is not None and base.ndim == 1:
@@ -38,6 +40,7 @@ def credit_metrics(
     if batch.entropies is not None:
         named["quadrants"] = quadrant_sums(advantages, batch, polarity=base)
         named["correlation"] = correlation_sums(batch.entropies, relative_positions(mask), mask)
+    named |= teacher_sums(batch, advantages, base)
     # One collective for all sums.
     flat = batch.reducer.total(torch.cat([value.double().flatten() for value in named.values()])).tolist()
     sums: dict[str, list[float]] = {}
@@ -48,6 +51,7 @@ def credit_metrics(
         found |= _weights(sums, batch, advantages, base)
     if batch.entropies is not None:
         found |= _entropy(sums)
+    found |= teacher_numbers(sums)
     return {f"credit/{name}": value for name, value in found.items() if value == value}  # NaN is not defined
 
 
