@@ -119,14 +119,24 @@ def node_logprobs(
 ) -> Float[Tensor, " node"]:
     """ln π(token | parent) of the nodes of one prompt, roots left out, with gradient."""
     span = trie.spans[prompt]
-    tokens = trie.token[span.start : span.stop]
+    table = parent_logprobs(model, prompt_ids, trie, prompt, temperature=temperature)
+    return table.gather(-1, trie.token[span.start : span.stop].to(table.device)[:, None]).squeeze(-1)
+
+
+def parent_logprobs(
+    model: Any, prompt_ids: TokenIds, trie: Trie, prompt: int, *, temperature: float = 1.0
+) -> Float[Tensor, "node vocab"]:
+    """ln π(· | parent) over the vocabulary for the nodes of one prompt, roots left out, with gradient.
+
+    Siblings have the same row.
+    """
     if can_pack(model):
         item = pack(trie, prompt, prompt_ids)
         logits = _packed_logits(model, _stacked(model, [item]))[0, item.state_at.to(_device(model))]
     else:
         rows, steps = _first_through(trie, prompt)
         logits = row_logits(model, [prompt_ids] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
-    return (logits / temperature).log_softmax(-1).gather(-1, tokens.to(logits.device)[:, None]).squeeze(-1)
+    return (logits / temperature).log_softmax(-1)
 
 
 def score_trie(

@@ -72,17 +72,28 @@ class ModelTeacher:
         policy: Any = None,
     ) -> Float[Tensor, "batch response"]:
         """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
-        prompts = _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, self.model)
-        device = self._device(response_ids.device)
-        return score_rows(
-            self.model,
-            prompts,
-            response_ids,
-            response_mask,
-            temperature=temperature,
-            batch_size=self.given["batch_size"],
-            device=device,
-        )
+        with self.opened(prompt_ids, response_mask, rows) as (model, prompts):
+            return score_rows(
+                model,
+                prompts,
+                response_ids,
+                response_mask,
+                temperature=temperature,
+                batch_size=self.given["batch_size"],
+                device=self._device(response_ids.device),
+            )
+
+    @contextmanager
+    def opened(
+        self,
+        prompt_ids: list[list[int]],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        policy: Any = None,
+    ) -> Iterator[tuple[Any, list[list[int]]]]:
+        """The model that scores and the prompts that it sees, for whoever wants more than the sampled tokens."""
+        self._device(response_mask.device)
+        yield self.model, _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, self.model)
 
     def _device(self, policys: torch.device) -> torch.device:
         """Where the teacher lives; it joins the policy at the first call unless it has a place of its own."""
@@ -142,20 +153,32 @@ class SelfTeacher:
         policy: Any = None,
     ) -> Float[Tensor, "batch response"]:
         """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
-        if policy is None:
-            raise TokenCreditError("a self teacher scores with the policy, got none", hint="pass `policy=model`")
-        self._check_policy(policy)
-        self._remember(policy)
-        prompts = _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, policy)
-        with self._weights(policy):
+        with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
             return score_rows(
-                policy,
+                model,
                 prompts,
                 response_ids,
                 response_mask,
                 temperature=temperature,
                 batch_size=self.given["batch_size"],
             )
+
+    @contextmanager
+    def opened(
+        self,
+        prompt_ids: list[list[int]],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        policy: Any = None,
+    ) -> Iterator[tuple[Any, list[list[int]]]]:
+        """The policy with the teacher's weights, inside, and the prompts that it sees."""
+        if policy is None:
+            raise TokenCreditError("a self teacher scores with the policy, got none", hint="pass `policy=model`")
+        self._check_policy(policy)
+        self._remember(policy)
+        prompts = _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, policy)
+        with self._weights(policy):
+            yield policy, prompts
 
     def after_step(self, policy: Any) -> None:
         """Move the average; nothing for the other weights."""
