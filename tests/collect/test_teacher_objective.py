@@ -129,7 +129,7 @@ def test_divergences_at_the_states_of_responses() -> None:
     for row, column in mask.nonzero().tolist():
         sees = ids[row, :column].tolist()
         own, other = (
-            model(input_ids=torch.tensor([asked[row] + sees])).logits[0, -1].log_softmax(-1)
+            model(input_ids=torch.tensor([asked[row] + sees])).logits[0, -1].log_softmax(-1).detach()
             for model, asked in ((student, prompts), (teacher, others))
         )
         assert float(found[row, column]) == pytest.approx(float((own.exp() * (own - other)).sum()), rel=1e-5)
