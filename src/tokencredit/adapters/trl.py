@@ -6,6 +6,7 @@ that the loss runs anyway, so it costs no forward. With an identity pipeline the
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tokencredit import seeds
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
 from tokencredit.adapters.trl_collectors import Collector, TeacherCallback, as_teacher, built_in, restore_teacher
+from tokencredit.adapters.trl_options import resolve_options
+from tokencredit.adapters.trl_taps import SHARED, PassTaps, draws_dropout
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
@@ -37,8 +40,9 @@ class CreditGRPOTrainer(GRPOTrainer):
       batch and keeps them over inner updates (one no-grad forward, unless TRL computes old log-probs anyway), "auto"
       takes "update" where it is exact and "rollout" elsewhere.
     * `records`: a folder; every `record_every` steps a `CreditRecord` is stored there; training is identical.
-    * `collectors`: functions `Rollout -> [batch, response]` by the `TokenBatch` field they fill; adapter residuals and
-      attention entropies have theirs already.
+    * `collectors`: by the `TokenBatch` field they fill, functions `Rollout -> [batch, response]` of your own, or
+      options of the collectors that are here already (docs/configs.md lists them). Adapter residuals and attention
+      entropies are taken from TRL's own passes where dropout is off.
     * `teacher`: a `Teacher`, or the mapping that describes one; asked only where the pipeline needs it.
 
     Raises `TokenCreditError` before training where a setting would erase or distort token credit.
@@ -51,24 +55,29 @@ class CreditGRPOTrainer(GRPOTrainer):
         timing: str = "auto",
         records: str | Path | None = None,
         record_every: int = 1,
-        collectors: Mapping[str, Collector] | None = None,
+        collectors: Mapping[str, Collector | str | Mapping[str, Any]] | None = None,
         teacher: Any = None,
         **kwargs: Any,
     ) -> None:
         self.pipeline = Pipeline.parse(credit)
         self.teacher = as_teacher(teacher) if "teacher_logprobs" in self.pipeline.requires else None
-        self.collectors = built_in(self.teacher) | dict(collectors or {})
+        options, own = resolve_options(collectors or {})
+        adapter = trl_checks.has_adapter(args, kwargs)
+        self.collectors = built_in(options, self.teacher, adapter=adapter) | own
         config = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config)
         self._guard_reward_functions(args, kwargs)
         self._rewards: Tensor | None = None
         self._scored: dict[str, Tensor] | None = None  # filled while TRL scores a rollout batch
         self._loss_inputs: dict[str, Any] | None = None  # set while TRL computes a loss
+        self._taps = PassTaps((), options)
         self._pieces: list[dict[str, Any]] = []
         self._record_every = record_every
         super().__init__(*args, **kwargs)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
+        if not draws_dropout(self.model):
+            self._taps = PassTaps((SHARED & self.pipeline.requires) - own.keys(), options)
         if self.teacher is not None:
             rows = self.train_dataset
             self.teacher.check(self.processing_class, policy=self.model, rows=rows, temperature=self.temperature)
@@ -95,6 +104,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         self._scored = {}
+        self._taps.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
             scored = self._scored
@@ -103,10 +113,12 @@ class CreditGRPOTrainer(GRPOTrainer):
         if self.pipeline.is_identity and not self._recording:
             return output
         output.update(self._row_keys(output))
-        self._collect(output, inputs)
-        if self.timing == "rollout" and not self.pipeline.is_identity:
+        at_rollout = self.timing == "rollout" and not self.pipeline.is_identity
+        if at_rollout:
             measured = self._measure_old_policy(output, scored or self._sampled(output, inputs))
             output |= {f"{RowKeys.FIELD}{name}": value for name, value in measured.items()}
+        self._collect(output, inputs)
+        if at_rollout:
             output["advantages"] = self._assign(self._token_batch(output, {}))
         return output
 
@@ -129,21 +141,46 @@ class CreditGRPOTrainer(GRPOTrainer):
         }
 
     def _collect(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
-        for name in sorted(self.pipeline.requires & self.collectors.keys()):
-            rollout = Rollout(
-                model=self.model,
-                tokenizer=self.processing_class,
-                prompt_ids=output["prompt_ids"],
-                prompt_mask=output["prompt_mask"].bool(),
-                response_ids=output["completion_ids"],
-                response_mask=output["completion_mask"].bool(),
-                rewards=output[RowKeys.REWARD],
-                group_ids=output[RowKeys.GROUP],
-                columns=inputs,
-                temperature=self.temperature,
-            )
+        """Fields that the log-probs do not give: from tapped passes, from the loss later on, or from collectors."""
+        found = self._from_taps(output)
+        kept = self._taps.kept_reference() if self._tap_loss else None
+        if kept is not None:
+            output[RowKeys.REFERENCE] = kept
+        self._taps.clear()
+        wanted = (self.pipeline.requires & self.collectors.keys()) - found.keys()
+        if self.beta != 0.0:
+            wanted -= {"ref_logprobs"}  # TRL has them
+        wanted -= self._taps.fields if self._tap_loss else frozenset()
+        rollout = self._rollout(output, inputs)
+        for name in sorted(wanted):
             with torch.no_grad():
-                output[f"{RowKeys.FIELD}{name}"] = self.collectors[name](rollout)
+                found[name] = self.collectors[name](rollout)
+        output |= {f"{RowKeys.FIELD}{name}": value for name, value in found.items()}
+
+    def _rollout(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> Rollout:
+        return Rollout(
+            model=self.model,
+            tokenizer=self.processing_class,
+            prompt_ids=output["prompt_ids"],
+            prompt_mask=output["prompt_mask"].bool(),
+            response_ids=output["completion_ids"],
+            response_mask=output["completion_mask"].bool(),
+            rewards=output[RowKeys.REWARD],
+            group_ids=output[RowKeys.GROUP],
+            columns=inputs,
+            temperature=self.temperature,
+        )
+
+    def _from_taps(self, output: dict[str, Any]) -> dict[str, Tensor]:
+        ids, mask = self._sequences(output)
+        with torch.no_grad(), self.accelerator.autocast():
+            width, at_once = output["completion_ids"].size(1), self.args.per_device_train_batch_size
+            return self._taps.of_rollout(self.model, ids, mask, width, at_once)
+
+    @staticmethod
+    def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1)
+        return ids, torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
 
     @staticmethod
     def _sampled(output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -163,17 +200,17 @@ class CreditGRPOTrainer(GRPOTrainer):
         if not wanted:
             return {}
         if not scored:
-            ids = torch.cat((output["prompt_ids"], output["completion_ids"]), dim=1)
-            mask = torch.cat((output["prompt_mask"], output["completion_mask"]), dim=1)
+            ids, mask = self._sequences(output)
+            width = output["completion_ids"].size(1)
             was_training = self.model.training
             self.model.eval()  # no dropout: the pass draws no random numbers
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._taps.around(self.model, width):
                     result = self._get_per_token_logps_and_entropies(
                         self.model,
                         ids,
                         mask,
-                        output["completion_ids"].size(1),
+                        width,
                         batch_size=self.args.per_device_train_batch_size,
                         compute_entropy=True,
                     )
@@ -198,12 +235,26 @@ class CreditGRPOTrainer(GRPOTrainer):
         scoring = self._scored is not None and not self._scored and self._scores_old_policy()
         if scoring:
             kwargs["compute_entropy"] = True
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self._tapped(scoring, *args, **kwargs):
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if scoring:
             self._scored = self._as_scored(result)
         elif self._loss_inputs is not None:
             self._at_update(self._loss_inputs, result)
         return result
+
+    def _tapped(self, scoring: bool, model: Any, ids: Any, mask: Any, width: int, *_: Any, **__: Any) -> Any:
+        """Around a pass of TRL's that serves our fields; a separate reference model serves none."""
+        reference = self._scored is not None and not scoring
+        in_loss = self._loss_inputs is not None and self._tap_loss
+        if not (scoring or in_loss or (reference and self.ref_model is None)):
+            return nullcontext()
+        return self._taps.around(self.model, width, reference=reference)
+
+    @property
+    def _tap_loss(self) -> bool:
+        """Whether the forward of the loss is the first of TRL's passes that sees the policy."""
+        return self.timing == "update" and not self._scores_old_policy()
 
     def _scores_old_policy(self) -> bool:
         """TRL's own condition for computing old log-probs of a rollout batch."""
@@ -224,6 +275,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         """Assign credit from the forward of the loss, and keep a record of what is trained."""
         measured = self._as_scored(result)
         measured["current_logprobs"] = measured["old_logprobs"]
+        measured |= self._of_loss(inputs)
         old = inputs.get("old_per_token_logps")
         if old is not None:
             measured["old_logprobs"] = old
@@ -234,6 +286,12 @@ class CreditGRPOTrainer(GRPOTrainer):
             inputs["advantages"] = self._assign(batch)
         if self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.steps_per_generation:
             self._tap(batch, inputs)
+
+    def _of_loss(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        ids, mask = self._sequences(inputs)
+        with self.accelerator.autocast():
+            reference = inputs.get(RowKeys.REFERENCE)
+            return self._taps.of_loss(self.model, ids, mask, inputs["completion_ids"].size(1), reference)
 
     def _token_batch(self, inputs: dict[str, Any], measured: dict[str, Tensor]) -> TokenBatch:
         steps = max(1, self.state.max_steps)

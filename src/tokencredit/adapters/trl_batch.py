@@ -1,14 +1,14 @@
 """Between TRL's dictionaries and our records: the names at the border, and the pieces of a record."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.records import TOKEN_FIELDS, CreditRecord, TokenBatch
+from tokencredit.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.reduce import Reducer
 
 
@@ -20,6 +20,7 @@ class RowKeys:
     REWARD = "tokencredit_reward"
     HOST = "tokencredit_host_advantages"
     FIELD = "tokencredit_field_"
+    REFERENCE = "tokencredit_reference_states"  # of the KL pass, kept for the forward of the loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Rollout:
     """What a collector sees: the policy and the rows of this process, before any shuffle.
 
     Prompts are padded on the left, responses on the right; `columns` are the dataset's rows, one for each response.
+    `shared` is for collectors that fill several fields from one pass.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Rollout:
     group_ids: Int[Tensor, " batch"]
     columns: Sequence[Mapping[str, Any]]
     temperature: float
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def sequences(self) -> tuple[Int[Tensor, "batch sequence"], Bool[Tensor, "batch sequence"], int, int]:
         """Prompts and responses as one sequence, its mask, and the lengths of the two parts."""
@@ -54,7 +57,7 @@ def to_token_batch(
     mask = inputs["completion_mask"].bool()
     if inputs.get("tool_mask") is not None:
         mask = mask & inputs["tool_mask"].bool()  # 1 = chosen by the policy; its padding is 1, so both masks count
-    carried = {name: inputs.get(f"{RowKeys.FIELD}{name}") for name in TOKEN_FIELDS}
+    carried = {name: inputs.get(f"{RowKeys.FIELD}{name}") for name in OPTIONAL_FIELDS if name != "host_advantages"}
     host = {
         "old_logprobs": inputs.get("old_per_token_logps"),
         "ref_logprobs": inputs.get("ref_per_token_logps"),

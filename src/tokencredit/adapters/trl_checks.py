@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,8 @@ SUPPORTED = (1, 5), (2, 0)  # TRL versions: from, and before
 HOST_FIELDS = frozenset(
     {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages"}
 )
+
+ADAPTER_FIELDS = frozenset({"adapter_residuals", "doubling_ratios"})  # only a LoRA model has them
 
 # With a ratio per sequence these losses see only the sum of a row's advantages.
 ERASED_BY_SEQUENCE_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "luspo")
@@ -37,7 +39,9 @@ def check_all(pipeline: Pipeline, timing: str, collected: Iterable[str], config:
     """Every refusal that needs no trainer; the timing that "auto" stands for."""
     check_versions()
     timing = resolve_timing(timing, pipeline, config)
-    check_fields(pipeline, HOST_FIELDS | set(collected), config)
+    check_adapter_fields(pipeline, collected)
+    host = HOST_FIELDS if getattr(config, "beta", 0.0) else HOST_FIELDS - {"ref_logprobs"}
+    check_fields(pipeline, host | set(collected), config)
     check_config(pipeline, config)
     return timing
 
@@ -75,11 +79,24 @@ def _several_updates(config: Any) -> bool:
     return int(config.gradient_accumulation_steps) % every != 0
 
 
+def has_adapter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a trainer bring an adapter: a `peft_config`, or a model that has one."""
+    models = (kwargs.get("model"), *args[:1])
+    return kwargs.get("peft_config") is not None or any(hasattr(model, "peft_config") for model in models)
+
+
+def check_adapter_fields(pipeline: Pipeline, collected: Iterable[str]) -> None:
+    """Fields that only an adapter gives, where there is none and no collector of your own."""
+    for name in sorted((pipeline.requires & ADAPTER_FIELDS) - set(collected)):
+        raise TokenCreditError(
+            f"{pipeline.name} needs `{name}`, and this model has no LoRA adapter",
+            hint="train with LoRA (`lora:` in a config, `peft_config=` here), or bring a collector of your own",
+        )
+
+
 def check_fields(pipeline: Pipeline, available: Iterable[str], config: Any) -> None:
     """Every required field must have a source."""
     available = set(available)
-    if getattr(config, "beta", 0.0) == 0.0:
-        available -= {"ref_logprobs"}
     if not getattr(config, "use_vllm", False):
         available -= {"rollout_logprobs"}
     for name in sorted(pipeline.requires - available):

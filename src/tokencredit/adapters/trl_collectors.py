@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from tokencredit.adapters.trl_batch import Rollout
-from tokencredit.collect.adapter import adapter_residuals
+from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, reference_logprobs
+from tokencredit.collect.answer import answer_importances, answer_mask
 from tokencredit.collect.attention import attention_entropies
+from tokencredit.collect.attention_maps import attention_rhythms
 from tokencredit.collect.teacher import Teacher, build_teacher
 
 Collector = Callable[[Rollout], Tensor]
@@ -19,12 +22,25 @@ Collector = Callable[[Rollout], Tensor]
 TEACHER_FILE = "teacher.safetensors"  # in a checkpoint: what a teacher with moving weights must keep
 
 
-def built_in(teacher: Teacher | None) -> dict[str, Collector]:
-    """Collectors by field; the teacher's only where there is a teacher."""
+def built_in(
+    options: Mapping[str, Mapping[str, Any]], teacher: Teacher | None, *, adapter: bool
+) -> dict[str, Collector]:
+    """Collectors by field: those of a LoRA model only where there is an adapter, the teacher's only with a teacher."""
+    rhythm = options["attention_distances"]
     found: dict[str, Collector] = {
-        "adapter_residuals": _adapter_residuals,
-        "attention_entropies": _attention_entropies,
+        "attention_entropies": lambda rollout: _attention_entropies(rollout, options["attention_entropies"]),
+        "attention_distances": lambda rollout: _rhythms(rollout, rhythm)[0],
+        "attention_influences": lambda rollout: _rhythms(rollout, rhythm)[1],
+        "importances": lambda rollout: _importances(rollout, **options["importances"]),
     }
+    if adapter:
+        layer = options["adapter_residuals"]["layer"]
+        rows = options["doubling_ratios"]["rows"]
+        found |= {
+            "adapter_residuals": lambda rollout: _adapter_residuals(rollout, layer),
+            "doubling_ratios": lambda rollout: _doubling_ratios(rollout, layer, rows),
+            "ref_logprobs": _reference_logprobs,
+        }
     if teacher is not None:
         found["teacher_logprobs"] = lambda rollout: _teacher_logprobs(teacher, rollout)
     return found
@@ -35,16 +51,43 @@ def as_teacher(teacher: Any) -> Teacher | None:
     return build_teacher(teacher) if isinstance(teacher, Mapping) else teacher
 
 
-def _adapter_residuals(rollout: Rollout) -> Float[Tensor, "batch response"]:
+def _adapter_residuals(rollout: Rollout, layer: Any) -> Float[Tensor, "batch response"]:
     """Two passes of the backbone without logits, in eval mode."""
-    ids, mask, prompt, response = rollout.sequences()
-    return adapter_residuals(rollout.model, ids, mask, prompt, response)[0]
+    return adapter_residuals(rollout.model, *rollout.sequences(), layer=layer)[0]
 
 
-def _attention_entropies(rollout: Rollout) -> Float[Tensor, "batch response"]:
-    """One pass up to the middle layer."""
+def _doubling_ratios(rollout: Rollout, layer: Any, rows: int) -> Float[Tensor, " batch"]:
+    """Three passes over the first `rows` responses; all responses of this process get the one number."""
     ids, mask, prompt, response = rollout.sequences()
-    return attention_entropies(rollout.model, ids, mask, prompt, response)
+    ratio = doubling_ratio(rollout.model, ids[:rows], mask[:rows], prompt, response, layer)
+    return torch.full((len(ids),), ratio, device=ids.device)
+
+
+def _reference_logprobs(rollout: Rollout) -> Float[Tensor, "batch response"]:
+    """One pass with the adapter off, where the host runs no KL reference."""
+    return reference_logprobs(rollout.model, *rollout.sequences(), temperature=rollout.temperature)
+
+
+def _attention_entropies(rollout: Rollout, options: Mapping[str, Any]) -> Float[Tensor, "batch response"]:
+    """One pass up to the layer."""
+    return attention_entropies(rollout.model, *rollout.sequences(), **options)
+
+
+def _rhythms(rollout: Rollout, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """WAAD and FAI from one pass, whichever is asked for first."""
+    if "rhythms" not in rollout.shared:
+        rollout.shared["rhythms"] = attention_rhythms(rollout.model, *rollout.sequences(), **options)
+    return rollout.shared["rhythms"]
+
+
+def _importances(rollout: Rollout, after: str | None, tail: int, layer: int | None) -> Float[Tensor, "batch response"]:
+    """How much the answer, by text or by length, attends to the tokens before it."""
+    texts = [
+        rollout.tokenizer.batch_decode([[token] for token in ids[mask].tolist()])
+        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+    ]
+    answer = answer_mask(rollout.response_mask, texts if after else None, after, tail)
+    return answer_importances(rollout.model, *rollout.sequences(), answer=answer, layer=layer)
 
 
 def _teacher_logprobs(teacher: Teacher, rollout: Rollout) -> Float[Tensor, "batch response"]:

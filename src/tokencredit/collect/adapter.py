@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokencredit.collect.logprobs import model_inputs, score_states
+from tokencredit.collect.logprobs import model_inputs, score_states, token_logprobs
 from tokencredit.collect.models import backbone_of, check_span, eval_mode, final_norm_of, head_of, layers_of, unwrapped
 from tokencredit.errors import TokenCreditError
 
@@ -107,12 +107,46 @@ def doubling_ratio(
     everywhere (B = 0) has nothing to double and gives NaN. Running the same pass twice would not show it: it repeats
     bit for bit.
     """
-    span = (model, input_ids, attention_mask, prompt_length, response_length, layer)
-    once, _ = adapter_residuals(*span)
-    with _doubled(model):
-        twice, _ = adapter_residuals(*span)
-    real = attention_mask[:, prompt_length : prompt_length + response_length].bool() & (once > 0)
+    check_adapter(model)
+    check_span(prompt_length, response_length, input_ids.shape[1])
+    end = prompt_length + response_length
+    inputs = model_inputs(input_ids[:, :end], attention_mask[:, :end], None)
+    rows = slice(-response_length - 1, -1)
+    base, adapted, doubled = (
+        _states(model, switch, inputs, layer, rows) for switch in (reference_pass, _as_it_is, _doubled)
+    )
+    once, twice = state_residuals(adapted, base, layer), state_residuals(doubled, base, layer)
+    real = attention_mask[:, prompt_length:end].bool() & (once > 0)
     return float((twice[real] / once[real]).median()) if bool(real.any()) else float("nan")
+
+
+@torch.no_grad()
+def pass_states(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
+    response_length: int,
+    layer: Layer = "last_postnorm",
+    reference: bool = True,
+) -> list[Float[Tensor, "batch response hidden"]]:
+    """One pass of the reference, or of the policy: the states that `capture_states` would have left of it."""
+    inputs = model_inputs(input_ids, attention_mask, None)
+    return _states(model, reference_pass if reference else _as_it_is, inputs, layer, slice(-response_length - 1, -1))
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
+    prompt_length: int,
+    response_length: int,
+    temperature: float = 1.0,
+) -> Float[Tensor, "batch response"]:
+    """log π_ref(y_t | s_t) of a LoRA model, its adapter off: one pass of the backbone, the head in tiles."""
+    check_adapter(model)
+    with reference_pass(model):
+        return token_logprobs(model, input_ids, attention_mask, prompt_length, response_length, temperature)[0]
 
 
 @contextmanager
@@ -217,6 +251,16 @@ def _residuals(
                 ref_logprobs, _ = score_states(last, weight, targets, readout)
     adapted, base = passes
     return state_residuals(adapted, base, layer), ref_logprobs
+
+
+def _states(
+    model: nn.Module, switch: Callable[[nn.Module], Any], inputs: dict[str, Any], layer: Layer, rows: slice
+) -> list[Tensor]:
+    """One pass of the backbone in eval mode, under `switch`."""
+    found: list[list[Tensor]] = []
+    with eval_mode(model), switch(model), _hooks(model, layer, rows, found.append):
+        backbone_of(model)(**inputs)
+    return found[0]
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class AttentionProbe:
     measure: Measure
     original: str
     stop_early: bool
+    with_grad: bool = False
     found: dict[int, list[Any]] = field(default_factory=dict)
 
     @property
@@ -93,12 +94,44 @@ def attention_entropies(  # noqa: PLR0913 - the open points of one definition
 
 
 @contextmanager
-def probe_attention(
-    model: nn.Module, layers: Sequence[int], measure: Measure, *, stop_early: bool = False
-) -> Iterator[AttentionProbe]:
-    """Inside, every no-grad forward of the model also calls `measure(query, key, visibility, …)` at the layers.
+def tap_entropies(
+    model: nn.Module,
+    response_length: int,
+    *,
+    layer: int | Sequence[int] | None = None,
+    heads: Heads = "mean_rows",
+    drop_sink: int = 0,
+    row: Literal["predicting", "own"] = "predicting",
+    context: Context = "visible",
+) -> Iterator[list[Float[Tensor, "batch response"]]]:
+    """Inside, every pass of the model is measured, with gradients or without; the list is filled at the end.
 
-    The outputs of the model are its own, and gradients are untouched: where gradients are on, nothing is measured. Use
+    One entry a pass, what `attention_entropies` gives for the last `response_length` columns of its rows. Put it around
+    a pass that a host runs anyway. Dropout of that pass is in the numbers.
+    """
+    found: list[Tensor] = []
+    layers = _layers(model, layer)
+    before = 1 if row == "predicting" else 0
+
+    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
+        rows = slice(q.shape[2] - response_length - before, q.shape[2] - before)
+        options: dict[str, Any] = {"rows": rows, "heads": heads, "drop_sink": drop_sink, "context": context}
+        return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options).entropies
+
+    with probe_attention(model, layers, measure, with_grad=True) as probe:
+        yield found
+    passes = zip(*(probe.found[index] for index in layers), strict=True)
+    found += [torch.stack(answers).mean(0) for answers in passes]
+
+
+@contextmanager
+def probe_attention(
+    model: nn.Module, layers: Sequence[int], measure: Measure, *, stop_early: bool = False, with_grad: bool = False
+) -> Iterator[AttentionProbe]:
+    """Inside, every forward of the model also calls `measure(query, key, visibility, …)` at the layers.
+
+    The outputs of the model are its own, and gradients are untouched: a forward that has gradients on is measured only
+    `with_grad`, and then without gradients. A backward must lie outside: with checkpointing it runs layers again. Use
     it around a forward that is run anyway; then `stop_early` must be False.
     """
     usable = attention_layers(model)
@@ -113,7 +146,7 @@ def probe_attention(
         raise TokenCreditError(f"{type(model).__name__} does not use transformers' AttentionInterface")
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _make_mask)
-    probe = AttentionProbe(tuple(layers), measure, config._attn_implementation, stop_early)
+    probe = AttentionProbe(tuple(layers), measure, config._attn_implementation, stop_early, with_grad)
     token = _ACTIVE.set(probe)
     config._attn_implementation = NAME
     try:
@@ -171,10 +204,11 @@ def _attend(
     if probe is None:
         raise TokenCreditError(f"the attention {NAME!r} works inside `probe_attention` only")
     layer = getattr(module, "layer_idx", None)
-    if layer in probe.layers and not torch.is_grad_enabled():
+    if layer in probe.layers and (probe.with_grad or not torch.is_grad_enabled()):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         visibility = visibility_of(attention_mask, query.shape[2], key.shape[2], probe.original, kwargs)
-        answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
+        with torch.no_grad():
+            answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
         probe.found.setdefault(layer, []).append(answer)
         if probe.stop_early and probe.complete:
             raise EnoughError
@@ -206,18 +240,19 @@ def visibility_of(mask: Any, queries: int, keys: int, implementation: str, kwarg
         return Visibility()
     if mask is None or mask.ndim == 2:
         return Visibility(_from_lengths(mask, queries, keys, window, packed))
+    shared = mask.shape[0] == 1
+    plane = lambda sequence, rows: mask[0 if shared else sequence, 0, rows, :keys]  # noqa: E731
     if mask.dtype == torch.bool:
-        return Visibility(lambda sequence, rows: mask[min(sequence, mask.shape[0] - 1), 0, rows, :keys])
-    plane = lambda sequence, rows: mask[min(sequence, mask.shape[0] - 1), 0, rows, :keys]  # noqa: E731
+        return Visibility(plane)
     return Visibility(lambda sequence, rows: plane(sequence, rows) > SEEN, plane)
 
 
 def _from_lengths(
     padding: Tensor | None, queries: int, keys: int, window: int | None, packed: Tensor | None
-) -> Callable[[int, slice], Tensor]:
+) -> Callable[[int | slice, slice], Tensor]:
     """Visible keys where a flash kernel gets lengths in place of a mask."""
 
-    def visible(sequence: int, rows: slice) -> Tensor:
+    def visible(sequence: int | slice, rows: slice) -> Tensor:
         device = packed.device if packed is not None else padding.device if padding is not None else None
         own = torch.arange(rows.start, rows.stop, device=device)[:, None] + keys - queries
         other = torch.arange(keys, device=device)[None]
@@ -228,7 +263,8 @@ def _from_lengths(
             segment = lambda place: torch.searchsorted(packed, place, right=True)  # noqa: E731
             seen = seen & (segment(own) == segment(other))
         if padding is not None:
-            seen = seen & padding[sequence, :keys].bool() & padding[sequence].bool()[own.clamp_max(keys - 1)]
+            real = padding[sequence].bool()
+            seen = seen & real[..., None, :keys] & real[..., own[:, 0].clamp_max(keys - 1)].unsqueeze(-1)
         return seen
 
     return visible

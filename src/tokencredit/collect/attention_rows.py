@@ -6,30 +6,29 @@ Only the rows that are wanted are computed, only the keys that a block can see a
 a key head go through one product. 16-bit inputs are upcast: the scores are float32.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokencredit.collect.attention_parts import (
+    SCORES,
+    Context,
+    Heads,
+    Visibility,
+    entropy_of_probs,
+    entropy_of_scores,
+    normalised,
+    softmax_in_place,
+    without_sinks,
+)
+from tokencredit.collect.attention_short import sequences_at_once, short_statistics
 from tokencredit.collect.head_gemm import product_into
 from tokencredit.collect.head_tiles import OUT
 
-Heads = Literal["mean_rows", "mean_entropy"]
-Context = Literal["visible", "total"]
-SCORES = 1 << 19  # scores of one block, 2 MiB
 BLOCK, LEAST = 128, 8  # rows of one block at most, and at least
-
-
-class Visibility(NamedTuple):
-    """Which keys a query sees: `mask(sequence, rows)` is [rows, keys], or None for every key up to the diagonal.
-
-    `bias(sequence, rows)` is what the mask adds to the scores where it is finite.
-    """
-
-    mask: Callable[[int, slice], Bool[Tensor, "row key"]] | None = None
-    bias: Callable[[int, slice], Float[Tensor, "row key"]] | None = None
 
 
 class RowStatistics(NamedTuple):
@@ -70,6 +69,9 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
     """
     batch, query_heads, queries, _ = query.shape
     first, stop, _ = rows.indices(queries)
+    if batch > 1 and stop > first and sequences_at_once(query_heads, stop - first, key.shape[2]) > 1:
+        how = (heads, drop_sink, context)
+        return RowStatistics(*short_statistics(query, key, visibility, slice(first, stop), scale, softcap, how))
     found = torch.zeros(3, batch, max(stop - first, 0), device=query.device)
     for sequence in range(batch):
         for block_rows in row_blocks(first, stop, key.shape[2], query_heads // key.shape[1]):
@@ -80,11 +82,9 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
                 seen = block
             count = _counts(seen)
             entropy, sink = _finish(total, seen, count, query_heads, heads, drop_sink)
-            keys = count if context == "visible" else torch.full_like(count, key.shape[2])
-            left = keys - drop_sink
-            normalised = torch.where((count > drop_sink) & (left > 1), entropy / left.clamp_min(2).log(), 0.0)
+            entropy = normalised(entropy, count, key.shape[2], drop_sink, context)
             place = slice(block_rows.start - first, block_rows.stop - first)
-            found[:, sequence, place] = torch.stack((normalised, torch.where(count > 0, sink, 0.0), count))
+            found[:, sequence, place] = torch.stack((entropy, torch.where(count > 0, sink, 0.0), count))
     return RowStatistics(*found)
 
 
@@ -109,7 +109,7 @@ def head_entropies(
             blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
             for index, block in enumerate(blocks):
                 probs = torch.softmax(block.scores, dim=-1)
-                entropy = _entropy_of_scores(block.scores, probs)
+                entropy = entropy_of_scores(block.scores, probs)
                 seen = _counts(block) > 0
                 found[sequence, index * share : (index + 1) * share, place] = torch.where(seen, entropy, 0.0)
     return found
@@ -181,34 +181,15 @@ def _sinks(block: Block, drop: int) -> Bool[Tensor, "row key"]:
     return block.visible & (block.visible.cumsum(-1) <= drop)
 
 
-def _entropy_of_scores(scores: Tensor, probs: Tensor) -> Tensor:
-    """lse − E[score]: no second transcendental pass."""
-    return scores.amax(-1) - probs.amax(-1).log() - torch.linalg.vecdot(probs, scores)
-
-
-def _entropy_of_probs(probs: Tensor) -> Tensor:
-    """−Σ p ln p; with p at least the least normal number, 0 · ln 0 is 0 (and three times as fast as `xlogy`)."""
-    return -torch.linalg.vecdot(probs, probs.clamp_min(torch.finfo(probs.dtype).tiny).log_())
-
-
-def _softmax_in_place(scores: Tensor) -> Tensor:
-    return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
-
-
-def _without(probs: Tensor, sinks: Tensor) -> Tensor:
-    kept = probs.masked_fill(sinks, 0.0)
-    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
-
-
 def _head_sum(block: Block, heads: Heads, drop: int) -> tuple[Tensor, ...]:
     """What is summed over the heads: rows, or entropies and the mass on the sink."""
     if heads == "mean_rows":
-        return (_softmax_in_place(block.scores).sum(0),)
+        return (softmax_in_place(block.scores).sum(0),)
     probs = torch.softmax(block.scores, dim=-1)
     mass = probs.masked_fill(~_sinks(block, 1), 0.0).sum((0, -1))
     if drop == 0:
-        return _entropy_of_scores(block.scores, probs).sum(0), mass
-    return _entropy_of_probs(_without(probs, _sinks(block, drop))).sum(0), mass
+        return entropy_of_scores(block.scores, probs).sum(0), mass
+    return entropy_of_probs(without_sinks(probs, _sinks(block, drop))).sum(0), mass
 
 
 def _finish(
@@ -220,4 +201,4 @@ def _finish(
         return total[0] / query_heads, total[1] / query_heads
     mean = total[0].div_(query_heads)
     sink = mean.masked_fill(~_sinks(block, 1), 0.0).sum(-1)
-    return _entropy_of_probs(_without(mean, _sinks(block, drop)) if drop else mean), sink
+    return entropy_of_probs(without_sinks(mean, _sinks(block, drop)) if drop else mean), sink
