@@ -30,13 +30,14 @@ DEFAULTS: dict[str, Any] = {
     "reward": None,  # module:function, as TRL wants it
     "lora": None,  # any field of peft's LoraConfig
     "teacher": None,  # see docs/teachers.md
+    "collectors": {},  # by batch field: options, or module:function; see docs/configs.md
     "evaluation": {"every": 20, "problems": 100, "samples": 8},
     "records": {"every": 5},
     "trainer": {},  # any field of TRL's GRPOConfig
 }
 
 # Sections whose keys are not ours to list.
-OPEN_SECTIONS = ("credit", "lora", "teacher", "trainer")
+OPEN_SECTIONS = ("credit", "lora", "teacher", "collectors", "trainer")
 
 # What suits a model of a million parameters on a CPU; `trainer:` overrides it.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -76,6 +77,7 @@ def resolve_config(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_numbers(resolved)
     resolved["trainer"] = TRAINER_DEFAULTS | dict(resolved["trainer"])
     check_trainer_fields(resolved["trainer"])
+    _check_collectors(resolved["collectors"])
     return resolved
 
 
@@ -176,6 +178,12 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 def _positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise TokenCreditError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+
+
+def _check_collectors(collectors: Mapping[str, Any]) -> None:
+    from tokencredit.adapters.trl_options import resolve_options
+
+    resolve_options(collectors)
 
 
 def check_trainer_fields(trainer: Mapping[str, Any]) -> None:

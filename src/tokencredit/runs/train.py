@@ -43,6 +43,8 @@ def train_run(config: Mapping[str, Any], folder: Path, progress: Progress | None
 def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     """Load what the run needs and refuse what cannot be trained; nothing is written to the run's folder."""
     from tokencredit.adapters import trl_checks
+    from tokencredit.adapters.trl_collectors import built_in
+    from tokencredit.adapters.trl_options import resolve_options
     from tokencredit.runs.data import load_material
 
     quiet()
@@ -52,7 +54,9 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
-    collected = {"adapter_residuals", "attention_entropies", *material.collectors}
+    adapter = config["lora"] is not None or hasattr(material.model, "peft_config")
+    options, own = resolve_options(config["collectors"])
+    collected = {*built_in(options, None, adapter=adapter), *own, *material.collectors}
     if config["teacher"] is not None:
         collected.add("teacher_logprobs")
     trl_checks.check_all(pipeline, config["timing"], collected, arguments)
@@ -106,7 +110,7 @@ def _build_trainer(config: Mapping[str, Any], folder: Path, material: Any, argum
         records=folder / "records" if config["records"]["every"] else None,
         record_every=config["records"]["every"] or 1,
         teacher=material.teacher,
-        collectors=material.collectors,
+        collectors=dict(material.collectors) | config["collectors"],
         rollout_func=_fast_sampler(config, material.model, arguments),
         **extra,
     )
