@@ -6,7 +6,8 @@ gradients. verl's fused head is not measured: its package pulls in a cluster run
 
     python benchmarks/head.py
     python benchmarks/head.py --vocab 151936 --tokens 256 --rounds 3
-    python benchmarks/head.py --part memory --tokens 4096 --vocab 32768
+    python benchmarks/head.py --part memory --tokens 4096 --vocab 32768 --hidden 64
+    python benchmarks/head.py --part memory --tokens 4096 --vocab 151936 --hidden 64 --families 1 --only ours
     python benchmarks/head.py --part digits
 """
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--families", type=int, default=4, help="how many of the tables, from the first")
+    parser.add_argument("--only", default="", help="variants whose names hold this text, besides the first of a table")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part == "digits":
@@ -57,6 +59,9 @@ def main() -> None:
     product = "oneDNN" if onednn_available() else "torch"
     print(f"CPU {torch.backends.cpu.get_cpu_capability()}, products by {product}")
     families = dict(list(setting(args.tokens, args.hidden, args.vocab).items())[: args.families])
+    for title, variants in families.items():
+        first = next(iter(variants))
+        families[title] = {name: run for name, run in variants.items() if name == first or args.only in name}
     if args.part == "memory":
         memory(families)
     else:
@@ -161,10 +166,10 @@ def memory(families: dict[str, dict[str, Run]]) -> None:
         base = 0.0
         next(reversed(variants.values()))().backward()  # gradients exist from here on
         print(f"\n{title}\n{'':28s} workspace MiB, ratio")
-        for name, run in variants.items():
+        for name, run in track(list(variants.items()), title):
             used = peak(run)
             base = base or used
-            print(f"{name:28s} {used:8.0f} {used / base:8.3f}")
+            print(f"{name:28s} {used:8.0f} {used / base:8.3f}", flush=True)
 
 
 def peak(run: Callable[[], Any], *, backward: bool = True) -> float:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tokencredit.collect import attention_rows
+from tokencredit.collect import attention_rows, attention_short
 from tokencredit.collect.attention_maps import head_maps
 from tokencredit.collect.attention_rows import Visibility, head_entropies, row_statistics
 
@@ -148,6 +148,29 @@ def test_a_finite_bias_is_part_of_the_scores() -> None:
     scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 0.2 + bias
     probs = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
     assert float((found - torch.special.entr(probs).sum(-1)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("heads", ["mean_rows", "mean_entropy"])
+@pytest.mark.parametrize("drop", [0, 1])
+@pytest.mark.parametrize("context", ["visible", "total"])
+def test_many_short_sequences_at_once(heads: str, drop: int, context: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(1)
+    query, key = torch.randn(9, 6, 12, 8, generator=g) * 3, torch.randn(9, 2, 12, 8, generator=g)
+    starts = torch.tensor([0, 3, 11, 5, 0, 1, 2, 7, 12])  # left padding; the last sees nothing
+    seen = torch.ones(12, 12, dtype=torch.bool).tril() & (torch.arange(12) >= starts[:, None, None])
+    bias = torch.randn(9, 12, 12, generator=g)
+    padded = Visibility(
+        lambda sequence, rows: seen[sequence, ..., rows, :], lambda sequence, rows: bias[sequence, ..., rows, :]
+    )
+    for visibility in (padded, Visibility()):
+        options = {"scale": 0.4, "rows": slice(4, 11), "heads": heads, "drop_sink": drop, "context": context}
+        found = []
+        for scores in (0, 6 * 7 * 12 * 4, 1 << 19):  # row by row, four sequences at once, all at once
+            monkeypatch.setattr(attention_short, "SCORES", scores)
+            found.append(row_statistics(query, key, visibility, softcap=20.0, **options))
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
 
 KERNEL_CHECK = """
