@@ -17,6 +17,7 @@ from tokencredit.bench import figures, show
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
 from tokencredit.bench.pipelines import Entry, FieldCollector, entries, fill
+from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
 from tokencredit.bench.world import Sampled, World, draw, load_world
 from tokencredit.collect.exact_gradient import trainable
 from tokencredit.credit import assign_credit
@@ -37,10 +38,12 @@ def run_cell(
     start = time.monotonic()
     world = load_world(config, task, stage)
     samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
+    teacher = load_teacher(world, config, task)
+    collectors = teacher_collectors(teacher) | dict(collectors)
     found, left_out = entries(config.pipelines, controls=config.controls, collectors=collectors)
     advantages = [assign_all(found, sampled, config, collectors) for sampled in samples]
     with bar(f"bench {task} {stage}", None) as advance:
-        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance)
+        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
     return {
         "task": task,
         "stage": "given" if config.model else stage,
@@ -48,6 +51,7 @@ def run_cell(
         **show.summary(world, samples, config),
         "methods": _methods(samples, found, advantages, target, measured, steps, config),
         "left_out": left_out,
+        **({} if teacher is None else {"teacher": described(teacher, world, config, target.objectives)}),
         "concentration_of_exact": _exact_concentration(samples, target, config),
         "examples": show.examples(world, samples[0], found, advantages[0]),
         "seconds": time.monotonic() - start,
@@ -76,9 +80,10 @@ def _measured(
     config: BenchConfig,
     folder: Path,
     advance: Any,
+    teacher: BenchTeacher | None,
 ) -> tuple[Target, Measured, dict[str, Float[np.ndarray, " probe"]]]:
     """The exact target and the parts of all pipelines, put together; the steps are V before, and after the best."""
-    target = exact_target(world, config, advance)
+    target = exact_target(world, config, advance, teacher)
     at_once = pipelines_at_once(world, config)
     parts = []
     for first in range(0, len(found), at_once):
@@ -127,7 +132,7 @@ def _methods(
     weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
     exact = [exact_advantage(sampled.batch) for sampled in samples]
     base = next((row for row, entry in enumerate(found) if entry.name == config.baseline), None)
-    baseline = None if base is None else figures.products_of(measured, base, target, weights)[0]
+    baseline = None if base is None else figures.products_of(measured, base, target, weights)
     rows = []
     for row, entry in enumerate(found):
         products = figures.products_of(measured, row, target, weights)

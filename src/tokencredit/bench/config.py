@@ -24,6 +24,9 @@ class BenchConfig:
     * `gain`: the rise of the mean success that the exact gradient's step would give to first order; all steps of
       `progress` have that length.
     * `sketch`: numbers kept of each prompt's gradient, for the intervals alone.
+    * `teacher`: the `teacher:` section of a run (docs/teachers.md); the presets that need one then take part, and every
+      method is also compared with the gradient of the teacher's objective. `teacher_samples`: responses a prompt whose
+      states that gradient is taken at.
     * `memory_mib`: for gradients kept at a time; more pipelines than fit are measured in parts.
     * `progress_nodes`: prefixes on which a step is evaluated, at most.
     """
@@ -45,6 +48,8 @@ class BenchConfig:
     blocks: int = 64
     gain: float = 0.02
     sketch: int = 4096
+    teacher: Mapping[str, Any] | None = None
+    teacher_samples: int = 256
     memory_mib: int = 768
     progress_nodes: int = 8192
 
@@ -55,6 +60,7 @@ class BenchConfig:
             "resamples",
             "blocks",
             "sketch",
+            "teacher_samples",
             "memory_mib",
             "progress_nodes",
         ):
@@ -91,8 +97,13 @@ _DEFAULTS = BenchConfig()
 def _as_declared(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
         return (value,) if isinstance(value, str) else tuple(value)
+    if key == "teacher" and not isinstance(value, Mapping | None):
+        raise TokenCreditError(
+            f"`teacher` must be a mapping, got {value!r}",
+            hint="for example `teacher: {kind: model, model: path/to/checkpoint}`",
+        )
     if default is None:
-        return None if value is None else str(value)
+        return value if value is None or key == "teacher" else str(value)
     wanted = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
         raise TokenCreditError(f"`{key}` must be a {type(default).__name__}, got {value!r}")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.bench.measure import TARGETS, Measured, Target
+from tokencredit.bench.measure import Measured, Target
 from tokencredit.bench.world import Sampled
 from tokencredit.diagnostics import fidelity, gradients
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
@@ -23,6 +23,8 @@ class Resampled(NamedTuple):
     draws: gradients.Products
 
 
+Estimates = dict[str, Estimate]
+
 # Key, what it is, and its unit: the one list that the table, the page and the documentation read.
 FIGURES: dict[str, str] = {
     "direction": "cosine of one batch's gradient estimate with the exact gradient ∇ΣV, mean over replicate batches",
@@ -32,6 +34,10 @@ FIGURES: dict[str, str] = {
     "expected_direction": "cosine of the expected estimate with ∇ΣV, sampling noise removed; 1 is unbiased",
     "signal_to_noise": "‖E ĝ‖² / tr Var ĝ of one batch",
     "progress": "exact ΔV after a step of the common length, as a share of the exact gradient's",
+    "teacher_direction": "cosine of one batch's estimate with −Σ_s P(s) ∇KL(π(·|s) ‖ ρ(·|s)), ρ the teacher",
+    "teacher_over_baseline": "difference of `teacher_direction` to that of the baseline, paired by prompt",
+    "teacher_expected": "cosine of the expected estimate with it, sampling noise removed; 1 for OPD",
+    "teacher_sequence": "cosine of one batch's estimate with −∇KL(π(·|x) ‖ ρ(·|x)) of whole responses",
     "rank_correlation": "Spearman correlation of the advantages with A* over all tokens",
     "sign_agreement": "share of Σ|A*| on credited tokens whose sign is right",
     "captured": "share of Σ|A*| on the fifth of the tokens with the largest |Â|",
@@ -48,17 +54,29 @@ GRADIENT_FIGURES = {
 }
 
 
-def gradient_figures(found: Sequence[Resampled], baseline: Resampled | None, level: float) -> dict[str, Estimate]:
-    """Figures of one pipeline from its products with each target; `baseline` those of another with the first."""
-    success, standardized = found
+def gradient_figures(found: Sequence[Resampled], baseline: Sequence[Resampled] | None, level: float) -> Estimates:
+    """Figures of one pipeline from its products with each target; `baseline` are those of another."""
+    success, standardized, *teacher = found
     estimates = {name: _moved(figure, success, level) for name, figure in GRADIENT_FIGURES.items()}
     estimates["direction_standardized"] = _moved(gradients.direction, standardized, level)
     if baseline is not None:
-        whole, approximate, draws = (
-            gradients.direction(own) - gradients.direction(other) for own, other in zip(success, baseline, strict=True)
-        )
-        estimates["direction_over_baseline"] = estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
+        estimates["direction_over_baseline"] = _over(success, baseline[0], level)
+    if teacher:
+        states, sequence = teacher
+        estimates["teacher_direction"] = _moved(gradients.direction, states, level)
+        estimates["teacher_expected"] = _moved(gradients.expected_direction, states, level)
+        estimates["teacher_sequence"] = _moved(gradients.direction, sequence, level)
+        if baseline is not None:
+            estimates["teacher_over_baseline"] = _over(states, baseline[2], level)
     return estimates
+
+
+def _over(own: Resampled, other: Resampled, level: float) -> Estimate:
+    """Difference of two directions, paired by prompt."""
+    whole, approximate, draws = (
+        gradients.direction(ours) - gradients.direction(theirs) for ours, theirs in zip(own, other, strict=True)
+    )
+    return estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
 
 
 def _moved(
@@ -139,7 +157,7 @@ def products_of(
             gradients.products(measured.own[row], measured.cross[row, index], grams[index], once),
             gradients.products(measured.own[row], measured.cross[row, index], grams[index], weights),
         )
-        for index in range(len(TARGETS))
+        for index in range(len(target.names))
     ]
 
 

@@ -1,7 +1,7 @@
 """Gradients of the pipelines: sums over the batch exactly, units by random projection, and the success after a step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.teacher import BenchTeacher, objective_of
 from tokencredit.bench.world import Sampled, World
 from tokencredit.collect.exact_gradient import (
     advantage_weights,
@@ -20,16 +21,21 @@ from tokencredit.collect.exact_gradient import (
 )
 from tokencredit.collect.exact_score import trie_scorer
 from tokencredit.collect.exact_trie import build_trie
+from tokencredit.collect.teacher_objective import TeacherObjective
 from tokencredit.seeds import generator
 
-TARGETS = ("success", "standardized")  # ∇ Σ V(x), and Σ ∇V(x) / √(V(x)(1 − V(x))), which GRPO aims at
+# ∇ Σ V(x), and Σ ∇V(x) / √(V(x)(1 − V(x))), which GRPO aims at.
+TARGETS = ("success", "standardized")
+# Minus the gradients of Σ KL(π(·|x) ‖ ρ(·|x)), the teacher's objective: state by state, and of whole responses.
+TEACHER_TARGETS = ("teacher", "teacher_sequence")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Target:
     """Exact gradients: their sum by target, the sketches of their units, and what a step is measured with.
 
-    `grams` are inner products of the units, from sketches; `squares` are ‖e‖² of the sums, exactly.
+    `names` are those of the targets: `TARGETS`, and `TEACHER_TARGETS` where there is a teacher whose `objectives` are
+    known. `grams` are inner products of the units, from sketches; `squares` are ‖e‖² of the sums, exactly.
     """
 
     total: Float[Tensor, "target parameter"]
@@ -41,6 +47,8 @@ class Target:
 
     grams: Float[np.ndarray, "target unit unit"]
     squares: Float[np.ndarray, " target"]
+    names: tuple[str, ...] = TARGETS
+    objectives: list[TeacherObjective] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,24 +95,28 @@ def sketched(
     return signed.view(len(gradients), signed.shape[1] // size, size).sum(1)
 
 
-def exact_target(world: World, config: BenchConfig, advance: Callable[[], None]) -> Target:
-    """Exact gradients of every prompt, one backward each."""
-    credit = world.credit
+def exact_target(
+    world: World, config: BenchConfig, advance: Callable[[], None], teacher: BenchTeacher | None = None
+) -> Target:
+    """Exact gradients of every prompt: one backward each, and two for a teacher's objective."""
     units = unit_of_prompts(len(world.prompts), config.blocks)
     like = trainable(world.model)[0]
     size = sum(item.numel() for item in trainable(world.model))
     signs = torch.randint(0, 2, (size,), generator=generator("sketch", config.seed)).to(like) * 2 - 1
-    total = like.new_zeros(len(TARGETS), size)
-    sketches = like.new_zeros(len(TARGETS), int(units.max()) + 1, min(config.sketch, size))
-    weights = exact_weights(credit.trie, credit.nodes)
-    for prompt, ids in enumerate(world.prompts):
-        span = credit.trie.spans[prompt]
-        if len(span):
-            value = float(credit.prompt_values[prompt])
-            found = score_gradients(world.model, ids, credit.trie, prompt, weights[None, span.start : span.stop])
-            both = found * torch.tensor([[1.0], [max(value * (1.0 - value), 1e-12) ** -0.5]]).to(like)
-            total += both
-            sketches[:, units[prompt]] += sketched(both, signs, config.sketch)
+    taught = teacher is not None and teacher.states is not None
+    names = TARGETS + (TEACHER_TARGETS if taught else ())
+    total = like.new_zeros(len(names), size)
+    sketches = like.new_zeros(len(names), int(units.max()) + 1, min(config.sketch, size))
+    weights = exact_weights(world.credit.trie, world.credit.nodes)
+    objectives: list[TeacherObjective] = []
+    for prompt in range(len(world.prompts)):
+        rows = _success_rows(world, weights, prompt)
+        if taught and teacher is not None:
+            objective = objective_of(teacher, world, prompt)
+            rows = torch.cat((rows, -objective.gradients.to(rows)))
+            objectives.append(objective._replace(gradients=rows[:0]))
+        total += rows
+        sketches[:, units[prompt]] += sketched(rows, signs, config.sketch)
         advance()
     return Target(
         total=total.detach(),
@@ -116,7 +128,22 @@ def exact_target(world: World, config: BenchConfig, advance: Callable[[], None])
         success_after=_probe(world, config),
         grams=np.stack([_inner(item, item) for item in sketches]),
         squares=total.double().square().sum(1).numpy(),
+        names=names,
+        objectives=objectives,
     )
+
+
+def _success_rows(world: World, weights: Float[Tensor, " node"], prompt: int) -> Float[Tensor, "2 parameter"]:
+    """∇V of one prompt as it is, and divided by √(V(1 − V)); zeros where nothing is accepted."""
+    credit, span = world.credit, world.credit.trie.spans[prompt]
+    like = trainable(world.model)
+    if not len(span):
+        return like[0].new_zeros(len(TARGETS), sum(item.numel() for item in like))
+    value = float(credit.prompt_values[prompt])
+    found = score_gradients(
+        world.model, world.prompts[prompt], credit.trie, prompt, weights[None, span.start : span.stop]
+    )
+    return found.detach() * torch.tensor([[1.0], [max(value * (1.0 - value), 1e-12) ** -0.5]]).to(found)
 
 
 def _probe(world: World, config: BenchConfig) -> Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]]:

@@ -20,6 +20,17 @@ COLUMNS = (
     "rank_correlation",
     "captured",
 )
+TEACHER_NARROW = ("direction", "expected_direction", "teacher_direction", "teacher_sequence")
+TEACHER_COLUMNS = (
+    "direction",
+    "expected_direction",
+    "teacher_direction",
+    "teacher_over_baseline",
+    "teacher_expected",
+    "teacher_sequence",
+    "signal_to_noise",
+    "progress",
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,6 +47,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="a model of your own instead of the lab's")
     parser.add_argument("--credit", nargs="+", metavar="METHOD", help="presets or expressions; default: every preset")
     parser.add_argument("--baseline", metavar="METHOD", help="what `over baseline` compares with; default grpo")
+    parser.add_argument(
+        "--teacher",
+        metavar="TEACHER",
+        help="a stage of the lab's model, a folder, or a YAML mapping such as '{kind: self, template: trace}'",
+    )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="precision of the model; default float32")
     for name in FLAGS:
         parser.add_argument(f"--{name}", type=int, metavar="N")
@@ -74,9 +90,25 @@ def config_of(arguments: argparse.Namespace) -> Any:
         "tasks": _expanded(arguments.task, TASKS),
         "stages": _expanded(arguments.stage, STAGES),
         "pipelines": arguments.credit,
+        "teacher": None if arguments.teacher is None else teacher_section(arguments.teacher, STAGES),
         **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", *FLAGS)},
     }
     return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
+
+
+def teacher_section(text: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+    """The `teacher:` section that `--teacher` stands for: a stage, a folder or name of a model, or YAML."""
+    import yaml
+
+    if text in stages:
+        return {"kind": "model", "model": "tiny", "stage": text}
+    if not text.lstrip().startswith("{"):
+        return {"kind": "model", "model": text}
+    try:
+        section = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TokenCreditError(f"--teacher is no YAML: {' '.join(str(error).split())}") from error
+    return dict(section)
 
 
 def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str] | None:
@@ -104,10 +136,11 @@ def print_table(cell: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title=title(cell))
-    names = header(NARROW)
+    columns = TEACHER_NARROW if has_objective(cell) else NARROW
+    names = header(columns)
     for number, name in enumerate(names):
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in table_rows(cell, NARROW):
+    for row in table_rows(cell, columns):
         table.add_row(*row)
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
     if cell["left_out"]:
@@ -116,8 +149,9 @@ def print_table(cell: Mapping[str, Any]) -> None:
 
 def print_markdown(cell: Mapping[str, Any]) -> None:
     """The same table in markdown."""
-    names = header(COLUMNS)
-    rows = [names, ["---"] * len(names), *table_rows(cell, COLUMNS)]
+    columns = TEACHER_COLUMNS if has_objective(cell) else COLUMNS
+    names = header(columns)
+    rows = [names, ["---"] * len(names), *table_rows(cell, columns)]
     print(f"\n### {title(cell)}\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
@@ -125,10 +159,22 @@ def print_markdown(cell: Mapping[str, Any]) -> None:
 def title(cell: Mapping[str, Any]) -> str:
     """What the cell measured, in one line."""
     success, sizes = cell["success"], cell["sizes"]
-    return (
+    text = (
         f"{cell['task']}, {cell['stage']}: success {success['exact']:.3f} exact, {success['sampled']:.3f} sampled; "
         f"{sizes['prompts']} prompts, {sizes['accepted']} accepted responses"
     )
+    if not has_objective(cell):
+        return text
+    teacher = cell["teacher"]
+    return (
+        f"{text}; teacher's success {teacher['success']:.3f}, KL to it {teacher['divergence']:.3f} nats a response, "
+        f"{100 * teacher['covered']:.1f} % of the state visits listed"
+    )
+
+
+def has_objective(cell: Mapping[str, Any]) -> bool:
+    """Whether the methods were compared with the gradient of a teacher's objective."""
+    return "divergence" in cell.get("teacher", {})
 
 
 def header(columns: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ own token ids, never a text that it would tokenize again.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -91,6 +92,21 @@ class Teacher(Protocol):
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state` gave."""
+        ...
+
+
+@runtime_checkable
+class LocalTeacher(Teacher, Protocol):
+    """A teacher whose whole distribution can be read here, not its sampled tokens alone."""
+
+    def opened(
+        self,
+        prompt_ids: list[list[int]],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        policy: Any = None,
+    ) -> AbstractContextManager[tuple[Any, list[list[int]]]]:
+        """The model that scores, with the weights that it scores with, and the prompts that it sees."""
         ...
 
 

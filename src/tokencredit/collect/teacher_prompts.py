@@ -68,7 +68,7 @@ class PromptRenderer:
                 if self.decoy and len(self._answers) < DECOYS:
                     self._answers.add(values["answer"])
             if number < RENDERED_AT_START:
-                sample.append({**row, "attempt": "1"} if self.needs_attempts else row)
+                sample.append({**row, "attempt": _stand_in(row)} if self.needs_attempts else row)
         for number, row in enumerate(sample):
             student = render(row["prompt"], tokenizer, self.chat_template_kwargs)
             self._check_ending(student, self._ids(row, tokenizer, number, sample), row, tokenizer)
@@ -148,6 +148,19 @@ def check_fits(prompts: list[list[int]], lengths: list[int], limit: int | None) 
             )
 
 
+def better_attempts(texts: Sequence[str], groups: Sequence[int], rewards: Sequence[float]) -> list[str | None]:
+    """For each response the text of another one to the same prompt that earned more than the group's mean, or None."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    found: list[str | None] = []
+    for row, group in enumerate(groups):
+        mean = sum(rewards[other] for other in members[group]) / len(members[group])
+        better = [other for other in members[group] if other != row and rewards[other] > mean]
+        found.append(texts[better[0]] if better else None)
+    return found
+
+
 def render(prompt: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any], generate: bool = True) -> list[int]:
     """Token ids of a prompt, a text or a list of messages, as TRL makes them for the student."""
     if isinstance(prompt, str):
@@ -167,6 +180,11 @@ def render(prompt: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any],
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise TokenCreditError(f"the student's tokenizer does not know a part of the prompt {prompt!r}")
     return ids
+
+
+def _stand_in(row: Row) -> str:
+    """A text that the tokenizer knows, where an attempt will stand."""
+    return row["prompt"] if isinstance(row["prompt"], str) else "1"
 
 
 def _template(name: str) -> str:

@@ -54,14 +54,15 @@ def _view(cell: Mapping[str, Any]) -> dict[str, Any]:
         "ranked": ranked,
         "matched": {item["name"]: item["figures"] for item in cell["methods"] if item["matched"]},
         "ranking": Markup(_picture(lambda axes: _draw_ranking(axes, ranked), (7.0, 0.22 * len(ranked) + 0.8))),
+        "teacher_ranking": _teacher_ranking(cell),
         "capacity_plot": Markup(_picture(lambda axes: _draw_capacity(axes, cell["states"]), (5.0, 3.6))),
         "token_views": [_token_view(example, compared) for example in cell["examples"]],
     }
 
 
-def _ranked(cell: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _ranked(cell: Mapping[str, Any], figure: str = "direction") -> list[Mapping[str, Any]]:
     plain = [method for method in cell["methods"] if not method["matched"]]
-    return sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
+    return sorted(plain, key=lambda method: -(method["figures"].get(figure, [0.0])[0] or 0.0))
 
 
 def _token_view(example: Mapping[str, Any], compared: Sequence[str]) -> dict[str, Any]:
@@ -86,15 +87,30 @@ def _token_view(example: Mapping[str, Any], compared: Sequence[str]) -> dict[str
     return {"prompt": example["prompt"], "reward": example["reward"], "rows": rows}
 
 
-def _draw_ranking(axes: "Axes", ranked: Sequence[Mapping[str, Any]]) -> None:
+def _teacher_ranking(cell: Mapping[str, Any]) -> Any:
+    """The ranking by the teacher's objective as a picture, or None where nothing was compared with it."""
+    from markupsafe import Markup
+
+    ranked = _ranked(cell, "teacher_direction")
+    if not any("teacher_direction" in method["figures"] for method in ranked):
+        return None
+    size = (7.0, 0.22 * len(ranked) + 0.8)
+    return Markup(_picture(lambda axes: _draw_ranking(axes, ranked, "teacher_direction", "teacher_sequence"), size))
+
+
+def _draw_ranking(
+    axes: "Axes", ranked: Sequence[Mapping[str, Any]], figure: str = "direction", crossed: str = ""
+) -> None:
     for place, method in enumerate(reversed(ranked)):
-        value, low, high = method["figures"]["direction"]
+        value, low, high = method["figures"][figure]
         if value is None:
             continue
         colour = RED if method["name"] == "exact" else GREY if "(" in method["name"] else BLUE
         if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
         axes.plot([value], [place], "o", color=colour, markersize=4)
+        if crossed and method["figures"][crossed][0] is not None:
+            axes.plot([method["figures"][crossed][0]], [place], "x", color=colour, markersize=4)
     axes.set_yticks(range(len(ranked)), [method["name"] for method in reversed(ranked)])
     axes.axvline(0.0, color=INK, linewidth=0.5)
     axes.set_xlabel("cosine with the exact gradient, 95 % interval over prompts")

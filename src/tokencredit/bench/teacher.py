@@ -1,0 +1,129 @@
+"""The teacher of a benchmark: the fields that it fills, and the exact gradient of its objective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.pipelines import FieldCollector
+from tokencredit.bench.world import Sampled, World, sample_responses
+from tokencredit.collect.exact_score import score_trie
+from tokencredit.collect.exact_trie import Trie, build_trie
+from tokencredit.collect.teacher import LocalTeacher, Teacher, build_teacher
+from tokencredit.collect.teacher_objective import TeacherObjective, teacher_objective
+from tokencredit.collect.teacher_prompts import better_attempts
+from tokencredit.seeds import generator
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BenchTeacher:
+    """A teacher that has been checked, a row of data for each prompt, and the states that its objective is taken at.
+
+    `states` is None where the teacher gives sampled tokens only (a server), or needs another response in its prompt:
+    then there is no gradient to compare with. `length` is the mean length of the responses that the states come from.
+    """
+
+    teacher: Teacher
+    rows: list[dict[str, Any]]
+    states: Trie | None
+    length: float
+
+
+def load_teacher(world: World, config: BenchConfig, task_name: str) -> BenchTeacher | None:
+    """The teacher of the config's `teacher:` section on the problems of this cell; None without one."""
+    if config.teacher is None:
+        return None
+    from tokencredit.lab.teachers import with_lab_model
+
+    teacher = build_teacher(with_lab_model(config.teacher, task_name))
+    rows = [_row(world, problem, number, config) for number, problem in enumerate(world.problems)]
+    teacher.check(world.tokenizer, policy=world.model, rows=rows)
+    if not isinstance(teacher, LocalTeacher) or teacher.needs_attempts:
+        return BenchTeacher(teacher=teacher, rows=rows, states=None, length=0.0)
+    ids, mask = sample_responses(world, config.teacher_samples, "bench states", config.seed)
+    texts = [row[inside].tolist() for row, inside in zip(ids, mask, strict=True)]
+    each = config.teacher_samples
+    states = build_trie([texts[first : first + each] for first in range(0, len(texts), each)])
+    return BenchTeacher(teacher=teacher, rows=rows, states=states, length=float(mask.sum(1).double().mean()))
+
+
+def _row(world: World, problem: Any, number: int, config: BenchConfig) -> dict[str, Any]:
+    """What a privileged prompt may show: what the problem holds, and `trace`, one of its accepted responses.
+
+    `answer` is the problem's own where it has one, else the trace.
+    """
+    listed = world.task.accepted(problem)
+    draw = torch.randint(max(len(listed), 1), (), generator=generator("bench trace", config.seed, number))
+    known: dict[str, Any] = {"trace": listed[int(draw)]} if listed else {}
+    held = getattr(problem, "data", None)
+    held = {name: str(value) for name, value in held.items()} if isinstance(held, Mapping) else {}
+    answer = {"answer": known["trace"]} if listed else {}
+    return {**answer, **held, **known, "prompt": problem.prompt}
+
+
+def teacher_collectors(found: BenchTeacher | None) -> dict[str, FieldCollector]:
+    """The batch fields that a teacher fills. The reference of ExOPD is the student as it is, before its first step."""
+    if found is None:
+        return {}
+
+    def logprobs(sampled: Sampled) -> Tensor:
+        owners = sampled.batch.group_ids.tolist()
+        rows: list[Row] = [found.rows[owner] for owner in owners]
+        if found.teacher.needs_attempts:
+            rows = [{**row, "attempt": text} for row, text in zip(rows, _attempts(sampled), strict=True)]
+        world, batch = sampled.world, sampled.batch
+        prompts = [world.prompts[owner] for owner in owners]
+        return found.teacher.score(
+            prompts, batch.response_ids, batch.response_mask, rows, 1.0, policy=world.model
+        ).double()
+
+    return {"teacher_logprobs": logprobs, "ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs")}
+
+
+def _attempts(sampled: Sampled) -> list[str | None]:
+    batch, tokenizer = sampled.batch, sampled.world.tokenizer
+    texts = [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)
+    ]
+    return better_attempts(texts, batch.group_ids.tolist(), batch.rewards.tolist())
+
+
+def objective_of(found: BenchTeacher, world: World, prompt: int) -> TeacherObjective:
+    """The teacher's objective on one prompt, at the states that many samples of the student passed."""
+    assert found.states is not None and isinstance(found.teacher, LocalTeacher)
+    longest = (found.states.paths[found.states.owners == prompt][:, 1:] >= 0).any(0, keepdim=True)
+    with found.teacher.opened([world.prompts[prompt]], longest, [found.rows[prompt]], world.model) as (model, prompts):
+        return teacher_objective(world.model, world.prompts[prompt], model, prompts[0], found.states, prompt)
+
+
+def described(found: BenchTeacher, world: World, config: BenchConfig, objectives: list[TeacherObjective]) -> dict:
+    """What the results say of the teacher: exact success, distance, and the share of state visits that is listed."""
+    assert config.teacher is not None
+    about: dict[str, Any] = {"section": dict(config.teacher), "success": teacher_success(found, world)}
+    if objectives:
+        visits = sum(item.visits for item in objectives) / len(objectives)
+        about |= {
+            "divergence": sum(item.divergence for item in objectives) / len(objectives),
+            "covered": visits / max(found.length, 1e-12),
+            "states": sum(len(span) for span in found.states.spans) if found.states is not None else 0,
+        }
+    return about
+
+
+def teacher_success(found: BenchTeacher, world: World) -> float | None:
+    """Mean exact success of the teacher under its own prompt; None where it gives sampled tokens only."""
+    if found.states is None or not isinstance(found.teacher, LocalTeacher):
+        return None
+    trie = world.credit.trie
+    seen = torch.ones(len(world.prompts), 1, dtype=torch.bool)
+    with found.teacher.opened(world.prompts, seen, list(found.rows), world.model) as (model, prompts):
+        logprobs = score_trie(model, prompts, trie).logprobs
+    reached = trie.paths[:, 1:]
+    whole = torch.where(reached >= 0, logprobs[reached.clamp_min(0)], 0.0).sum(1).exp()
+    return float(logprobs.new_zeros(len(world.prompts)).index_add(0, trie.owners, whole).mean())
