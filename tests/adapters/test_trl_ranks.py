@@ -1,46 +1,64 @@
-"""Two gloo ranks give what one gives, groups straddling the ranks."""
+"""One, two and four gloo ranks train alike under every preset, groups cut between them, whatever the inner updates."""
 
-import ast
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from processes import printed, run_ranks
+from rank_runs import FREE, GROUP, LORA, REFERENCE, ROWS, SHAPES, TOURED, save_reference, train_all
 
-from tokencredit import assign_credit
+from tokencredit import assign_credit, get_pipeline
+from tokencredit.credit import Pipeline
+from tokencredit.methods import PRESETS
+from tokencredit.records import CreditRecord
 from tokencredit.store import RecordStore
 
-SCRIPT = Path(__file__).with_name("ranks_script.py")
+WORLDS = (1, 2, 4)
+RUNS = {**dict.fromkeys(SHAPES, TOURED), "lora": [*LORA, *LORA], "reference": [*REFERENCE] * 2}
 
 
-def launch(folder: Path, ranks: int, rows: int, credit: str, timing: str) -> tuple[list, list[float]]:
-    folder.mkdir()
-    arguments = [str(folder), str(rows), credit, timing]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
-    result = folder / "result.txt"
-    assert result.is_file(), done.stderr[-3000:]
-    world, norms = result.read_text().splitlines()
-    assert int(world) == ranks  # some launchers start one process whatever they are told
-    return list(RecordStore(folder / "records")), ast.literal_eval(norms)
+def differences(one: CreditRecord, other: CreditRecord) -> list[str]:
+    """What two records of the same rollout batch do not agree on; outside the mask anything may stand."""
+    same = ("response_ids", "response_mask", "group_ids", "rewards")
+    found = [name for name in same if not torch.equal(getattr(one.batch, name), getattr(other.batch, name))]
+    found += [] if one.tokens == other.tokens and one.prompts == other.prompts else ["texts"]
+    fields = [record.batch.tensors() | {"advantages": record.advantages} for record in (one, other)]
+    for name, ours in fields[0].items():
+        theirs = fields[1][name]
+        if ours.ndim == 2:
+            ours, theirs = ours[one.batch.response_mask], theirs[other.batch.response_mask]
+        if not torch.allclose(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5):
+            found.append(f"{name} by {float((ours.double() - theirs.double()).abs().max()):.1e}")
+    # What several ranks worked out together is the pure function on the gathered batch, in one process.
+    if not Pipeline.parse(other.pipeline).draws:
+        pure = assign_credit(other.pipeline, other.batch)
+        found += [] if torch.allclose(pure, other.advantages, rtol=1e-6, atol=1e-7) else ["the pure function"]
+    return found
 
 
-@pytest.mark.parametrize(("credit", "timing"), [("hapo", "update"), ("gtpo", "rollout")])
-def test_two_ranks_give_what_one_gives(tmp_path: Path, credit: str, timing: str) -> None:
-    one, norms_one = launch(tmp_path / "one", 1, 12, credit, timing)
-    two, norms_two = launch(tmp_path / "two", 2, 6, credit, timing)  # groups of 4: the second lies on both ranks
-    assert len(one) == len(two) == 2
-    for single, double in zip(one, two, strict=True):
-        assert torch.equal(single.batch.response_ids, double.batch.response_ids)
-        assert torch.equal(single.batch.response_mask, double.batch.response_mask)
-        assert torch.equal(single.batch.group_ids, double.batch.group_ids)
-        assert single.tokens == double.tokens
-        torch.testing.assert_close(single.batch.entropies, double.batch.entropies, rtol=1e-4, atol=1e-5)
-        # The pure function on the gathered batch, in one process, against what two ranks worked out together.
-        torch.testing.assert_close(assign_credit(credit, double.batch), double.advantages, rtol=1e-6, atol=1e-7)
-        # Entropies of a fresh model differ by little more than the forwards' rounding, which credit divides by.
-        torch.testing.assert_close(single.advantages, double.advantages, rtol=1e-2, atol=1e-3)
-    assert norms_one == pytest.approx(norms_two, rel=1e-4)
+def test_ranks_give_what_one_process_gives(tmp_path: Path) -> None:
+    reference = save_reference(tmp_path / "model")
+    for world in WORLDS:
+        folder = tmp_path / str(world)
+        assert run_ranks(world, folder, train_all, folder, reference, world) == [0] * world, printed(folder)[-3000:]
+    logs = [json.loads((tmp_path / str(world) / "found.json").read_text()) for world in WORLDS]
+    wrong: dict[str, list[str]] = {}
+    for run, tour in RUNS.items():
+        alone, *together = (list(RecordStore(tmp_path / str(world) / run)) for world in WORLDS)
+        for world, records in zip(WORLDS[1:], together, strict=True):
+            for name, one, other in zip(tour, alone, records, strict=True):
+                found = differences(one, other)
+                wrong |= {f"{world} ranks, {run}, {name}": found} if found else {}
+        for key in ("loss", "norm"):
+            assert len(logs[0][run][key]) == len(tour) * SHAPES.get(run, {}).get("num_iterations", 1)
+            for log in logs[1:]:
+                assert log[run][key] == pytest.approx(logs[0][run][key], rel=1e-5, abs=1e-6), (run, key)
+    assert wrong == {}
+
+
+def test_the_tour_is_every_preset_that_needs_no_more() -> None:
+    more = {name for name in PRESETS if name not in TOURED}
+    assert {*LORA, *REFERENCE} < more
+    assert all(get_pipeline(name).requires - FREE for name in more)
+    assert ROWS % GROUP == 0 and (ROWS // 2) % GROUP and (ROWS // 4) % GROUP  # groups are cut

@@ -2,8 +2,14 @@
 
 import argparse
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.progress import bar
+from tokencredit.runs import world
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,6 +20,8 @@ def add_parser(subparsers: Any) -> None:
         description="Train as CONFIG says, in --out. The same command goes on where a killed run was.",
     )
     add_config_arguments(parser)
+    parser.add_argument("--launch", choices=("torchrun",), help="train in several processes of this machine")
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="how many; default one a GPU")
     parser.set_defaults(handler=run)
 
 
@@ -39,7 +47,10 @@ def out_folder(arguments: argparse.Namespace) -> Path:
 
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from tokencredit.progress import bar
+    if arguments.launch is not None:
+        return _launch(arguments)
+    if arguments.nproc_per_node is not None:
+        raise TokenCreditError("`--nproc-per-node` needs `--launch`", hint="add --launch torchrun")
     from tokencredit.report.html import write_report
     from tokencredit.runs.config import load_config
     from tokencredit.runs.folders import read_metrics
@@ -47,8 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     folder = out_folder(arguments)
-    with bar("training", int(config["steps"])) as advance:
-        found = train_run(config, folder, progress=lambda steps, note: advance(steps, note=note))
+    with bar("training", int(config["steps"])) if world.is_main() else nullcontext() as advance:
+        found = train_run(config, folder, progress=advance and (lambda steps, note: advance(steps, note=note)))
+    if not world.is_main():
+        return 0
     report = write_report([folder], folder / "report.html")
     evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
     result = {
@@ -65,3 +78,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"step {line['step']:>6}   success {line['success']:.3f}")
     print(f"report: {report}")
     return 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """The same command in several processes; what stopped them is said here, once."""
+    from tokencredit.runs.launch import default_processes, launch
+
+    given = arguments.nproc_per_node
+    same = ["train", arguments.config, *(part for item in arguments.overrides for part in ("--set", item))]
+    same += ["--out", str(arguments.out)] if arguments.out else []
+    same += ["--json"] if arguments.json else []
+    ended = launch(same, default_processes() if given is None else given)
+    if ended.code:
+        print(f"error: {ended.message}", file=sys.stderr)
+        if ended.hint:
+            print(f"hint: {ended.hint}", file=sys.stderr)
+    return ended.code

@@ -46,7 +46,7 @@ def rollout_func(prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[l
         max_new_tokens=trainer.max_completion_length,
         temperature=trainer.temperature,
         eos_token_id=trainer.eos_token_ids,
-        generator=torch.Generator().manual_seed(rollout_seed(prompts, trainer)),
+        generator=_own_stream(prompts, trainer),
         num_return=repeats,
     )
     lengths = samples.mask.sum(1).tolist()
@@ -59,14 +59,22 @@ def rollout_func(prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[l
 
 
 def rollout_seed(prompts: list[Any], trainer: "GRPOTrainer") -> int:
-    """The seed of one generation batch: run, step, rank, and which batch of the step it is.
+    """The seed of one generation batch: run, step, and which batch of the step it is; the same in all processes.
 
     An evaluation has no number within its step, so its prompts take that place.
     """
-    run = (trainer.args.seed, trainer.state.global_step, trainer.accelerator.process_index)
+    run = (trainer.args.seed, trainer.state.global_step, 0)
     if trainer.model.training:
         return derive("rollout", "train", *run, trainer._step % trainer.args.gradient_accumulation_steps)
     return derive("rollout", "eval", *run, json.dumps(prompts, sort_keys=True))
+
+
+def _own_stream(prompts: list[Any], trainer: "GRPOTrainer") -> torch.Generator:
+    """The stream of the whole batch behind the rows of the processes before this one, so that N sample as one does."""
+    stream = torch.Generator().manual_seed(rollout_seed(prompts, trainer))
+    before = trainer.accelerator.process_index * len(prompts)
+    torch.rand(before, trainer.max_completion_length, generator=stream, dtype=torch.float64)
+    return stream
 
 
 def _check(trainer: "GRPOTrainer") -> None:

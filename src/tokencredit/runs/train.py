@@ -11,7 +11,11 @@ import torch
 
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
-from tokencredit.runs import folders
+from tokencredit.runs import folders, world
+
+# Where a forward gathers weights from all processes, so that none may stay away.
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 Progress = Callable[[int, str], None]  # steps done, a note
 
@@ -21,20 +25,25 @@ def train_run(config: Mapping[str, Any], folder: Path, progress: Progress | None
 
     The folder holds config.yaml, run.json, metrics.jsonl, records/ and checkpoints; see docs/report.md. Returns the
     contents of run.json. Raises `TokenCreditError` before anything is written where the config cannot be trained.
+    Under a launcher every process calls it, and the main one writes.
     """
     finished = folders.finished_run(folder, config)
     if finished is not None:
         return finished
     material, arguments = check_run(config, folder)
-    start = folders.prepare(folder, config)
+    start = world.from_main(lambda: folders.prepare(folder, config))
     from transformers import PrinterCallback
 
     trainer = _build_trainer(config, folder, material, arguments)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_callback(config, folder, material, progress))
+    trainer.add_callback(_callback(config, folder, material, progress, trainer))
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     trainer.save_model(str(folder / "model"))
-    run = folders.finish(folder, {"steps": trainer.state.global_step})
+    return world.from_main(lambda: _finish(folder, trainer.state.global_step))
+
+
+def _finish(folder: Path, steps: int) -> dict[str, Any]:
+    run = folders.finish(folder, {"steps": steps})
     for checkpoint in folder.glob("checkpoint-*"):  # the model itself is kept in model/
         shutil.rmtree(checkpoint)
     return run
@@ -60,6 +69,7 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     if config["teacher"] is not None:
         collected.add("teacher_logprobs")
     trl_checks.check_all(pipeline, config["timing"], collected, arguments)
+    _check_whole_groups(pipeline, config["teacher"], arguments)
     return material, arguments
 
 
@@ -73,11 +83,13 @@ def grpo_config(config: Mapping[str, Any], folder: Path, max_response: int) -> A
         raise TokenCreditError(
             f"`trainer.num_generations` must be at least 2, got {generations}", hint="a group needs a baseline"
         )
-    rows = int(given.setdefault("per_device_train_batch_size", config["prompts_per_step"] * generations))
+    given.setdefault("per_device_train_batch_size", _rows_of_a_process(config))
     accumulation = int(given.get("gradient_accumulation_steps", 1))
-    if rows * accumulation * int(os.environ.get("WORLD_SIZE", "1")) % generations:
+    rows = int(given["per_device_train_batch_size"])
+    if rows * accumulation * world.size() % generations:
         raise TokenCreditError(
-            f"{rows} rows × {accumulation} accumulation steps are no whole groups of {generations}",
+            f"{rows} rows × {accumulation} accumulation steps × {world.size()} processes are no whole groups of "
+            f"{generations}",
             hint="make trainer.per_device_train_batch_size a multiple of trainer.num_generations",
         )
     given.setdefault("max_completion_length", max_response)
@@ -89,6 +101,40 @@ def grpo_config(config: Mapping[str, Any], folder: Path, max_response: int) -> A
         return GRPOConfig(**given)
     except (ValueError, TypeError) as error:
         raise TokenCreditError(f"TRL refuses the trainer section: {' '.join(str(error).split())}") from error
+
+
+def _rows_of_a_process(config: Mapping[str, Any]) -> int:
+    """Rows of a micro-batch, so that a step has `prompts_per_step` prompts whatever the number of processes."""
+    given = config["trainer"]
+    rows = int(config["prompts_per_step"]) * int(given["num_generations"])
+    processes, accumulation = world.size(), int(given.get("gradient_accumulation_steps", 1))
+    if processes > rows:
+        raise TokenCreditError(
+            f"{processes} processes for {rows} rows: {config['prompts_per_step']} prompts × {given['num_generations']}",
+            hint="start fewer processes, or raise prompts_per_step",
+        )
+    if rows % (processes * accumulation):
+        raise TokenCreditError(
+            f"{rows} rows a step cannot be split over {processes} processes × {accumulation} accumulation steps",
+            hint="make prompts_per_step × trainer.num_generations a multiple of both",
+        )
+    return rows // (processes * accumulation)
+
+
+def _check_whole_groups(pipeline: Pipeline, teacher: Mapping[str, Any] | None, arguments: Any) -> None:
+    """A teacher that is shown another response to the prompt looks for it among the rows of its own process."""
+    if world.size() == 1 or teacher is None or "teacher_logprobs" not in pipeline.requires:
+        return
+    from tokencredit.collect.teacher import resolve_teacher
+    from tokencredit.collect.teacher_prompts import PromptRenderer
+
+    rows = arguments.per_device_train_batch_size * arguments.steps_per_generation
+    if PromptRenderer(resolve_teacher(teacher)).needs_attempts and rows % arguments.num_generations:
+        raise TokenCreditError(
+            f"this teacher shows other responses to a prompt, and {rows} rows a process cut groups of "
+            f"{arguments.num_generations} apart",
+            hint="make prompts_per_step a multiple of the number of processes",
+        )
 
 
 def _build_trainer(config: Mapping[str, Any], folder: Path, material: Any, arguments: Any) -> Any:
@@ -130,6 +176,8 @@ def _fast_sampler(config: Mapping[str, Any], model: Any, arguments: Any) -> Any:
     ]
     if (config["lora"] or {}).get("use_dora"):
         reasons.append("lora.use_dora")
+    if any(os.environ.get(name, "").lower() in ("true", "1") for name in SHARDING):
+        reasons.append("the weights are sharded over processes")
     refused = unsupported(model)
     reasons += [refused] if refused else []
     if reasons and config["sampler"] == "fast":
@@ -137,11 +185,13 @@ def _fast_sampler(config: Mapping[str, Any], model: Any, arguments: Any) -> Any:
     return None if reasons else rollout_func
 
 
-def _callback(config: Mapping[str, Any], folder: Path, material: Any, progress: Progress | None) -> Any:
+def _callback(config: Mapping[str, Any], folder: Path, material: Any, progress: Progress | None, trainer: Any) -> Any:
     from tokencredit.runs.callback import RunCallback
     from tokencredit.runs.evaluation import evaluator
 
-    return RunCallback(folder, config, evaluator(config, material), progress)
+    sharded = str(trainer.accelerator.distributed_type.value) in SHARDED
+    evaluate = evaluator(config, material) if sharded or world.is_main() else None
+    return RunCallback(folder, config, evaluate, progress if world.is_main() else None)
 
 
 def quiet() -> None:
