@@ -53,6 +53,16 @@ def sample_batch(step: int, seed: int, *, groups: int = 6, hostile: str = "") ->
     return batch, tokens, prompts
 
 
+def with_teacher(batch: TokenBatch, step: int, seed: int) -> TokenBatch:
+    """A teacher that disagrees more towards the end of a response and where the policy is unsure, less as it learns."""
+    rng = generator("teacher", step, seed)
+    way = torch.arange(batch.response_mask.shape[1]) / batch.response_mask.shape[1]
+    spread = (0.1 + way) * (0.2 + batch.entropies) * (1.0 - 0.006 * step)  # type: ignore[operator]
+    old = -torch.rand(batch.response_mask.shape, generator=rng)
+    gap = spread * (torch.randn(batch.response_mask.shape, generator=rng) - 0.3)
+    return replace(batch, old_logprobs=old, teacher_logprobs=old + gap)
+
+
 def write_run(
     folder: Path,
     label: str,
@@ -88,7 +98,9 @@ def write_run(
             batch, tokens, prompts = sample_batch(step, seed, hostile=hostile)
             host = group_normalized(batch)[:, 0].float()
             batch = replace(batch, host_advantages=host)
-            advantages = assign_credit(pipeline, batch)
+            if "teacher_logprobs" in pipeline.requires:
+                batch = with_teacher(batch, step, seed)
+            advantages = assign_credit(pipeline, batch, generator=generator("draw", step) if pipeline.draws else None)
             metrics = credit_metrics(batch, advantages, host) | {
                 "reward": float(batch.rewards.mean()),
                 "entropy": float(batch.entropies[batch.response_mask].mean()),

@@ -12,6 +12,7 @@ from tokencredit.methods.quadrants import QUADRANTS
 from tokencredit.progress import track
 from tokencredit.records import CreditRecord
 from tokencredit.report import plots
+from tokencredit.report.distillation import distillation_pictures
 from tokencredit.report.results import Curve, metric_curves, success_curves
 from tokencredit.report.runs import Run, by_label
 from tokencredit.report.tokens import polarity_of, visible
@@ -58,6 +59,7 @@ def pictures(runs: Sequence[Run], styles: Styles) -> list[Picture]:
         lambda: _training(runs, styles),
         lambda: _quadrants(runs, credit),
         lambda: _concentration(runs, styles, credit),
+        lambda: [Picture("distillation", *drawn) for drawn in distillation_pictures(runs, styles, credit)],
         lambda: _positions(last, styles),
         lambda: _histograms(last),
     ]

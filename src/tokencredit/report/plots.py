@@ -74,6 +74,19 @@ def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False)
     return _svg(name, draw)
 
 
+def bonus_lines(name: str, lines: dict[str, Curve]) -> str:
+    """What was added to the credit of each quadrant over training, around 0; low-entropy quadrants are dashed."""
+
+    def draw(axes: "Axes") -> None:
+        axes.axhline(0.0, color=GRID, linewidth=0.8)
+        for quadrant, curve in lines.items():
+            _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
+        axes.set_xlabel(STEP)
+        axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+
+    return _svg(name, draw)
+
+
 def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[int]]) -> str:
     """Share of the tokens of each polarity in bins of entropy, side by side."""
     totals = {polarity: sum(values) for polarity, values in counts.items()}
