@@ -15,6 +15,7 @@ from tokencredit.report import plots
 from tokencredit.report.distillation import distillation_pictures
 from tokencredit.report.results import Curve, metric_curves, success_curves
 from tokencredit.report.runs import Run, by_label
+from tokencredit.report.signals import signal_pictures
 from tokencredit.report.tokens import polarity_of, visible
 
 # title, names that hosts log it under (the first that is there), unit
@@ -60,6 +61,7 @@ def pictures(runs: Sequence[Run], styles: Styles) -> list[Picture]:
         lambda: _quadrants(runs, credit),
         lambda: _concentration(runs, styles, credit),
         lambda: [Picture("distillation", *drawn) for drawn in distillation_pictures(runs, styles, credit)],
+        lambda: [Picture("signals", *drawn) for drawn in signal_pictures(runs, styles, last)],
         lambda: _positions(last, styles),
         lambda: _histograms(last),
     ]

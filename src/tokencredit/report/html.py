@@ -12,10 +12,11 @@ from tokencredit.diagnostics.bootstrap import Interval
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.quadrants import QUADRANTS
 from tokencredit.report import plots
-from tokencredit.report.figures import pictures
+from tokencredit.report.figures import last_records, pictures
 from tokencredit.report.results import Result, results
 from tokencredit.report.runs import NOT_STARTED, Run, by_label, load_runs
-from tokencredit.report.tokens import prompt_views, visible
+from tokencredit.report.signals import concentration_table
+from tokencredit.report.tokens import COLOURS, carries, prompt_views, visible
 
 
 def write_report(run_paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -42,6 +43,8 @@ def render(runs: Sequence[Run]) -> str:
     from markupsafe import Markup
 
     labels = list(by_label(runs))
+    prompts = prompt_views(runs)
+    latest = {label: last_records(group) for label, group in by_label(runs).items()}
     styles = {label: plots.style(number) for number, label in enumerate(labels)}
     sections: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for picture in pictures(runs, styles):
@@ -63,7 +66,10 @@ def render(runs: Sequence[Run]) -> str:
         rows=results(runs),
         verdict=_verdict,
         sections=sections,
-        prompts=prompt_views(runs),
+        prompts=prompts,
+        letters=COLOURS,
+        colours=[name for name in COLOURS if any(carries(name, prompt) for prompt in prompts)],
+        concentration=concentration_table(runs, latest),
         settings=_settings(runs),
         pipelines={label: _pipeline(group) for label, group in by_label(runs).items()},
         unfinished=[run for run in runs if run.status not in ("finished", NOT_STARTED)],

@@ -87,7 +87,9 @@ def bonus_lines(name: str, lines: dict[str, Curve]) -> str:
     return _svg(name, draw)
 
 
-def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[int]]) -> str:
+def histogram(
+    name: str, edges: Sequence[float], counts: dict[str, Sequence[int]], *, label: str = "entropy from … nats"
+) -> str:
     """Share of the tokens of each polarity in bins of entropy, side by side."""
     totals = {polarity: sum(values) for polarity, values in counts.items()}
     shown = [polarity for polarity, total in totals.items() if total]
@@ -99,14 +101,20 @@ def histogram(name: str, edges: Sequence[float], counts: dict[str, Sequence[int]
             heights = [value / totals[polarity] for value in counts[polarity]]
             axes.bar(at, heights, width=width, color=POLARITY_COLOURS[polarity])
         axes.set_xticks(range(len(edges) - 1), [f"{edge:g}" for edge in edges[:-1]], rotation=45)
-        axes.set_xlabel("entropy from … nats")
+        axes.set_xlabel(label)
         axes.grid(axis="x", visible=False)
         _percent(axes)
 
     return _svg(name, draw, bottom=0.27)
 
 
-def profiles(name: str, lines: dict[str, Sequence[float]], styles: dict[str, Style]) -> str:
+def profiles(
+    name: str,
+    lines: dict[str, Sequence[float]],
+    styles: dict[str, Style],
+    *,
+    label: str = "position in the response, %",
+) -> str:
     """A quantity by relative position in the response, one line a method."""
 
     def draw(axes: "Axes") -> None:
@@ -115,7 +123,7 @@ def profiles(name: str, lines: dict[str, Sequence[float]], styles: dict[str, Sty
             at = [100 * (k + 0.5) / len(values) for k in range(len(values))]
             found = [(x, y) for x, y in zip(at, values, strict=True) if not math.isnan(y)]
             axes.plot(*zip(*found, strict=True), color=of.colour, dashes=of.dashes, marker="o", markersize=3)
-        axes.set_xlabel("position in the response, %")
+        axes.set_xlabel(label)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, None)
 

@@ -20,8 +20,23 @@ TOKENS = 60_000  # tokens in the whole page
 LONGEST = 2_000  # tokens of one response
 
 
+# Fields besides the advantage that can colour the tokens: name on the page, and the letter of its data attribute.
+COLOURS = {"attention entropy": "e", "adapter residual": "r"}
+FIELDS = {"attention entropy": "attention_entropies", "adapter residual": "adapter_residuals"}
+
+
+class Signal(NamedTuple):
+    """A token's value of a field, and where it lies between the least and the largest of the record, in [0, 1]."""
+
+    value: float
+    strength: float
+
+
 class TokenView(NamedTuple):
-    """One token. `strength` is |Â| over the largest |Â| in view, in [0, 1]; `lines` tells whether a line ends here."""
+    """One token. `strength` is |Â| over the largest |Â| in view, in [0, 1]; `lines` tells whether a line ends here.
+
+    `signals` are the fields of `COLOURS` that the record has, by letter.
+    """
 
     text: str
     advantage: float | None
@@ -29,6 +44,7 @@ class TokenView(NamedTuple):
     quadrant: str
     strength: float
     lines: bool
+    signals: dict[str, Signal]
 
 
 class ResponseView(NamedTuple):
@@ -175,6 +191,7 @@ def _response_view(
     length = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 0
     texts = record.tokens[row] if row < len(record.tokens) else []
     entropies = batch.entropies[row].tolist() if batch.entropies is not None else [None] * length
+    signals = {COLOURS[name]: _signals(record, name, row) for name in COLOURS if _field(record, name) is not None}
     views = []
     for column in range(min(length, limit)):
         raw = texts[column] if column < len(texts) else f"⟨{int(batch.response_ids[row, column])}⟩"
@@ -187,9 +204,32 @@ def _response_view(
                 quadrant=quadrants[column],
                 strength=abs(advantage) / largest if largest else 0.0,
                 lines=raw.endswith("\n"),
+                signals={key: values[column] for key, values in signals.items()} if bool(mask[column]) else {},
             )
         )
     return ResponseView(float(batch.rewards[row]), float(credit.sum()), views, length - len(views))
+
+
+def carries(name: str, prompt: PromptView) -> bool:
+    """Whether a token of a prompt's responses has the field `name` of `COLOURS`."""
+    letter = COLOURS[name]
+    tokens = (token for method in prompt.methods for response in method.responses for token in response.tokens)
+    return any(letter in token.signals for token in tokens)
+
+
+def _field(record: CreditRecord, name: str) -> Tensor | None:
+    return getattr(record.batch, FIELDS[name])
+
+
+def _signals(record: CreditRecord, name: str, row: int) -> list[Signal]:
+    values, mask = record.batch.require(FIELDS[name]), record.batch.response_mask
+    found = values[mask]
+    least, largest = (float(found.min()), float(found.max())) if found.numel() else (0.0, 0.0)
+    width = largest - least
+    strengths = (
+        torch.nan_to_num((values[row] - least) / width).clamp(0, 1) if width > 0 else torch.zeros(len(values[row]))
+    )
+    return [Signal(value, strength) for value, strength in zip(values[row].tolist(), strengths.tolist(), strict=True)]
 
 
 def polarity_of(record: CreditRecord) -> Float[Tensor, "batch response"]:

@@ -9,6 +9,8 @@
     else lines.push("advantage " + a);
     if (h !== undefined) lines.push("entropy   " + h + " nats");
     if (q) lines.push("quadrant  " + q);
+    if (token.dataset.e !== undefined) lines.push("attention " + token.dataset.e);
+    if (token.dataset.r !== undefined) lines.push("residual  " + token.dataset.r);
     tip.textContent = lines.join("\n");
     tip.hidden = false;
     const box = token.getClientRects()[0];
@@ -20,6 +22,9 @@
   const tokenOf = (event) => event.target instanceof Element ? event.target.closest(".t") : null;
   document.addEventListener("pointerover", (event) => { const token = tokenOf(event); token ? show(token) : hide(); });
   document.addEventListener("focusin", (event) => { const token = tokenOf(event); token ? show(token) : hide(); });
+  const colour = document.getElementById("colour");
+  const paint = () => { document.body.dataset.colour = colour.value; };
+  if (colour) { colour.addEventListener("change", paint); paint(); }
   document.addEventListener("scroll", hide, { passive: true });
   document.addEventListener("keydown", (event) => {
     const token = tokenOf(event);
