@@ -27,24 +27,44 @@ def batch_of(rows: list[list[int]], probs: list[list[float]], rewards: list[floa
 
 def test_a_fork_by_hand() -> None:
     batch = batch_of([[1, 2], [1, 3]], [[0.5, 0.5], [0.5, 0.5]], [1.0, 0.0], [0, 0])
-    # both responses have P = ¼, so ω = 2·¼ / (1 − ¾²) = .5/.4375 = 8/7; V̂ of the prompt is ½
-    # prefix "1": V̂ = (8/7 + 1·½)/(16/7 + 1) = ½, ω = 2·½ / (1 − ¼) = 4/3, one accepted response passes: ⅔
-    # the whole response: V̂ = 1, ω = 8/7
+    # prefix "1": both ways on were found, ½ each, so V̂ = ½ is proven; ω = 2·½ / (1 − ¼) = 4/3, one accepted passes: ⅔
+    # the whole response: V̂ = 1, P = ¼, ω = 2·¼ / (1 − ¾²) = .5/.4375 = 8/7
     expected = torch.tensor([[2 / 3, 8 / 7], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(success_trie(batch), expected)
 
 
-def test_shrinkage_by_hand() -> None:
+def test_what_nobody_found_by_hand() -> None:
     batch = batch_of([[1, 2, 4], [3]], [[0.5, 1.0, 0.5], [0.5]], [1.0, 0.0], [0, 0])
-    # ω(124) = 8/7 (P = ¼), ω(3) = 4/3 (P = ½); V̂(prompt) = (8/7)/(8/7 + 4/3) = 6/13
-    # V̂(1) = (8/7 + κ·6/13)/(8/7 + κ): κ = 1: (104 + 42)/(91) / (15/7) = 146/195; V̂(12) = (8/7 + 146/195)/(15/7)
-    first = 146 / 195
-    second = (8 / 7 + first) / (15 / 7)
+    # h(124) = 2·¼·¾² / (1 − ¾²) = 9/14, h(3) = 2·½·½² / (1 − ½²) = ⅓; ρ(prompt) = (9/14)/(9/14 + ⅓) = 27/41
+    # κ = 1: ρ(1) = (9/14 + 27/41)/(9/14 + 1) = 747/943, ρ(12) = (9/14 + 747/943)/(23/14) = 18945/21689
+    # half of what follows "1" and "12" is proven to succeed, the other half is unknown: V̂ = ½ + ½ρ
+    first, second = (1 + 747 / 943) / 2, (1 + 18945 / 21689) / 2
     expected = torch.tensor([[4 / 3 * first, 4 / 3 * second, 8 / 7], [0, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(success_trie(batch), expected)
-    # without shrinkage every prefix below the fork is known to succeed
+    torch.testing.assert_close(success_trie(batch, kappa=1.0), expected)
+    # without shrinkage every response below the fork is taken to succeed
     expected = torch.tensor([[4 / 3, 4 / 3, 8 / 7], [0, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(success_trie(batch, kappa=0.0), expected)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 16.0, 1e6])
+def test_values_are_exact_where_every_response_was_found(kappa: float) -> None:
+    # "1" is followed by 1, 2, 3 with ½, ¼, ¼; "2" ends. Accepted: 11 and 13, so V(1) = ¾ whatever is trusted
+    rows, probs = [[1, 1], [1, 2], [1, 3], [2]], [[0.8, 0.5], [0.8, 0.25], [0.8, 0.25], [0.2]]
+    found = success_trie(batch_of(rows, probs, [1.0, 0.0, 1.0, 0.0], [0] * 4), kappa=kappa)
+    # P(1) = .8, G = 4: ω = 3.2 / (1 − .2⁴) = 3.2/.9984, shared by two accepted responses
+    assert found[0, 0].item() == found[2, 0].item() == pytest.approx(3.2 / 0.9984 * 0.75 / 2, rel=1e-12)
+    # P = .4: ω = 1.6 / (1 − .6⁴) = 1.6/.8704; P = .2: ω = .8 / (1 − .8⁴) = .8/.5904
+    assert found[0, 1].item() == pytest.approx(1.6 / 0.8704, rel=1e-12)
+    assert found[2, 1].item() == pytest.approx(0.8 / 0.5904, rel=1e-12)
+
+
+def test_long_responses_do_not_underflow() -> None:
+    # 400 tokens of probability 1e-3 (π = 1e-1200) and a last one of ½: half of what follows is proven
+    batch = batch_of([[1] * 400 + [2], [3]], [[1e-3] * 400 + [0.5], [0.5]], [1.0, 0.0], [0, 0])
+    found = success_trie(batch, kappa=1e9)[0]
+    # h(long) = 1, h(3) = ⅓ (above): ρ = ¾ everywhere; in front of the last token V̂ = ½ + ½·¾, at the first ω = 1.0005
+    assert found[399].item() == pytest.approx(0.875, rel=1e-6) and found[400].item() == pytest.approx(1.0)
+    assert found[0].item() == pytest.approx(0.75 * 0.002 / (1 - 0.999**2), rel=1e-6)
 
 
 def test_copies_share_the_credit_of_one() -> None:

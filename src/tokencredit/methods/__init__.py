@@ -329,7 +329,7 @@ PRESETS: dict[str, list[Any]] = {
     "attention_illuminates": ["group_normalized", "attention_rhythm"],
     "atpo": ["group_normalized", "answer_attention"],
     "exact": ["exact_advantage"],
-    "success_trie": [{"success_trie": {"kappa": 1.0}}],
+    "success_trie": ["success_trie"],
     **DISTILLATION_PRESETS,
 }
 

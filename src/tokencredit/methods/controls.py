@@ -134,7 +134,7 @@ def token_uniforms(batch: TokenBatch, generator: torch.Generator) -> Float[Tenso
     seed = torch.randint(0, 2**62, (), generator=generator, device=generator.device).to(batch.response_ids.device)
     place = positions(batch.response_mask)
     row = response_fingerprints(batch.response_ids, place, batch.response_mask)
-    bits = _mix(_mix(row[:, None] ^ seed) + place)
+    bits = mix64(mix64(row[:, None] ^ seed) + place)
     return _shifted(bits, 11).double() / 2**53
 
 
@@ -142,10 +142,10 @@ def response_fingerprints(
     ids: Int[Tensor, "batch response"], place: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Int[Tensor, " batch"]:
     """A 64-bit hash of the chosen tokens and their order; sums wrap around, which is meant."""
-    return torch.where(mask, _mix(ids.long() ^ _mix(place)), 0).sum(1)
+    return torch.where(mask, mix64(ids.long() ^ mix64(place)), 0).sum(1)
 
 
-def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+def mix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """The finaliser of splitmix64, on int64 with wrap-around."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
