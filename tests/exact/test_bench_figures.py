@@ -122,11 +122,15 @@ def test_sketches_keep_inner_products() -> None:
     a = torch.randn(2, 20_000, generator=rng, dtype=torch.float64)
     a[1] += 0.5 * a[0]
     signs = torch.randint(0, 2, (20_000,), generator=rng).double() * 2 - 1
-    small = sketched(a, signs, 2048)
+    small = sketched([a], signs, 2048)
+    folded = torch.nn.functional.pad(a * signs, (0, -20_000 % 2048)).view(2, -1, 2048).sum(1)
+    torch.testing.assert_close(small, folded)
+    for widths in ([7, 2041, 2048, 4096, 11_808], [5000, 1, 14_999]):  # cut anywhere, the same
+        torch.testing.assert_close(sketched(a.split(widths, dim=1), signs, 2048), folded)
     assert small.shape == (2, 2048)
     scale = float(a[0].norm() * a[1].norm())
     assert abs(float(small[0] @ small[1] - a[0] @ a[1])) < 4 * scale / 2048**0.5
-    assert torch.equal(sketched(a, signs, 20_000), a)
+    assert torch.equal(sketched(a.split(9_000, dim=1), signs, 20_000), a)
 
 
 def test_units_are_prompts_or_stretches_of_them() -> None:

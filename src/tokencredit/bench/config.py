@@ -29,6 +29,7 @@ class BenchConfig:
       states that gradient is taken at.
     * `memory_mib`: for gradients kept at a time; more pipelines than fit are measured in parts.
     * `progress_nodes`: prefixes on which a step is evaluated, at most.
+    * `threads`: of torch; small models gain nothing from more than one, and lose much on a busy machine.
     """
 
     tasks: tuple[str, ...] = ("countdown",)
@@ -52,6 +53,7 @@ class BenchConfig:
     teacher_samples: int = 256
     memory_mib: int = 768
     progress_nodes: int = 8192
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,6 +65,7 @@ class BenchConfig:
             "teacher_samples",
             "memory_mib",
             "progress_nodes",
+            "threads",
         ):
             if getattr(self, name) < 1:
                 raise TokenCreditError(f"`{name}` must be at least 1, got {getattr(self, name)}")

@@ -81,18 +81,36 @@ def pipelines_at_once(world: World, config: BenchConfig) -> int:
 
 
 def sketched(
-    gradients: Float[Tensor, "row parameter"], signs: Float[Tensor, " parameter"], size: int
+    parts: Sequence[Float[Tensor, "row _"]], signs: Float[Tensor, " parameter"], size: int
 ) -> Float[Tensor, "row sketch"]:
     """A random projection that keeps inner products up to ‖a‖‖b‖/√size, without bias.
 
         s_j = Σ_{i ≡ j mod size} σ_i g_i,    σ_i = ±1 at random
 
-    The gradients themselves where they have no more entries than that.
+    `parts` are the gradients cut into columns. They are returned as they are where they have no more entries than that.
     """
-    if gradients.shape[1] <= size:
-        return gradients
-    signed = torch.nn.functional.pad(gradients * signs, (0, -gradients.shape[1] % size))
-    return signed.view(len(gradients), signed.shape[1] // size, size).sum(1)
+    if len(signs) <= size:
+        return torch.cat(list(parts), dim=1)
+    found = parts[0].new_zeros(len(parts[0]), size)
+    at = 0
+    for part in parts:
+        signed = part * signs[at : at + part.shape[1]]
+        for first, behind in _folds(at, part.shape[1], size):
+            place, piece = (at + first) % size, signed[:, first:behind]
+            if piece.shape[1] > size:  # whole rounds
+                found += piece.unflatten(1, (-1, size)).sum(1)
+            else:
+                found[:, place : place + piece.shape[1]] += piece
+        at += part.shape[1]
+    return found
+
+
+def _folds(start: int, length: int, size: int) -> list[tuple[int, int]]:
+    """Up to the first multiple of `size`, all whole rounds, and the rest: the pieces that stay in order mod `size`."""
+    head = min(-start % size, length)
+    rounds = head + (length - head) // size * size
+    cuts = [0, head, rounds, length]
+    return [(first, behind) for first, behind in zip(cuts, cuts[1:], strict=False) if behind > first]
 
 
 def exact_target(
@@ -116,7 +134,7 @@ def exact_target(
             rows = torch.cat((rows, -objective.gradients.to(rows)))
             objectives.append(objective._replace(gradients=rows[:0]))
         total += rows
-        sketches[:, units[prompt]] += sketched(rows, signs, config.sketch)
+        sketches[:, units[prompt]] += sketched([rows], signs, config.sketch)
         advance()
     return Target(
         total=total.detach(),
@@ -197,9 +215,10 @@ def measure(
             weights = advantage_weights(sampled.trie, advantages[k], prompt)
             coordinates, basis = span_of(weights)
             coordinates = coordinates.to(total)
-            gradients = basis_gradients(world.model, ids, sampled.trie, prompt, basis)
-            total[k].addmm_(coordinates, gradients)
-            sketches[:, k, target.units[prompt]] += coordinates @ sketched(gradients, target.signs, size)
+            parts = basis_gradients(world.model, ids, sampled.trie, prompt, basis)
+            for columns, part in zip(total[k].split([item.shape[1] for item in parts], dim=1), parts, strict=True):
+                columns.addmm_(coordinates, part)
+            sketches[:, k, target.units[prompt]] += coordinates @ sketched(parts, target.signs, size)
             advance()
     found = Measured(
         own=np.stack([[[_inner(a, b) for b in item] for a in item] for item in sketches]),

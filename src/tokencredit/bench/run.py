@@ -20,9 +20,12 @@ def run_bench(
     `collectors` adds functions that fill batch fields (`field name -> Sampled -> [batch, response]`), so that pipelines
     that need them take part. A folder that holds another config is refused.
     """
+    import torch
+
     from tokencredit.bench.cell import run_cell  # needs torch models and transformers: only when something runs
 
     _claim(folder, config)
+    torch.set_num_threads(config.threads)  # before a lab model is built: its weights depend on it
     cells = []
     for task in config.tasks:
         for stage in config.stages if config.model is None else ("given",):

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokencredit.errors import TokenCreditError
 
-FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples")
+FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples", "threads")
 NARROW = ("direction", "direction_over_baseline", "expected_direction", "progress")
 COLUMNS = (
     "direction",

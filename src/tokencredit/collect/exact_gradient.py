@@ -34,9 +34,8 @@ def score_gradients(
     Parameters without gradient are left out; a tied parameter counts once.
     """
     coordinates, basis = span_of(weights)
-    return coordinates.to(trainable(model)[0]) @ basis_gradients(
-        model, prompt_ids, trie, prompt, basis, temperature=temperature
-    )
+    parts = basis_gradients(model, prompt_ids, trie, prompt, basis, temperature=temperature)
+    return torch.cat([coordinates.to(part) @ part for part in parts], dim=1)
 
 
 def basis_gradients(
@@ -47,11 +46,14 @@ def basis_gradients(
     basis: Float[Tensor, "rank node"],
     *,
     temperature: float = 1.0,
-) -> Float[Tensor, "rank parameter"]:
-    """The score gradients of a few vectors of node weights: one forward, and one backward batched over the vectors."""
+) -> list[Float[Tensor, "rank _"]]:
+    """The score gradients of a few vectors of node weights: one forward, and one backward batched over the vectors.
+
+    One tensor for each parameter, flattened: side by side they are large, and nobody needs them so.
+    """
     parameters = trainable(model)
     if len(basis) == 0:
-        return parameters[0].new_zeros(0, sum(parameter.numel() for parameter in parameters))
+        return [parameter.new_zeros(0, parameter.numel()) for parameter in parameters]
     logprobs = node_logprobs(model, prompt_ids, trie, prompt, temperature=temperature)
     parts = torch.autograd.grad(
         logprobs,
@@ -61,7 +63,7 @@ def basis_gradients(
         allow_unused=True,
         materialize_grads=True,
     )
-    return torch.cat([part.reshape(len(basis), -1) for part in parts], dim=1)
+    return [part.reshape(len(basis), -1) for part in parts]
 
 
 def span_of(
