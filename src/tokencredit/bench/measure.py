@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def _folds(start: int, length: int, size: int) -> list[tuple[int, int]]:
     head = min(-start % size, length)
     rounds = head + (length - head) // size * size
     cuts = [0, head, rounds, length]
-    return [(first, behind) for first, behind in zip(cuts, cuts[1:], strict=False) if behind > first]
+    return [(first, behind) for first, behind in pairwise(cuts) if behind > first]
 
 
 def exact_target(
