@@ -49,6 +49,7 @@ def test_pictures_of_runs_with_a_teacher(runs: list[Run]) -> None:
 
 def test_profiles_rise_where_the_teacher_disagrees_and_fall_in_training(runs: list[Run]) -> None:
     credit = {id(run): credit_series(run) for run in runs}
+    assert "position in the response, %" in drawn(runs)["Gap by position, last steps"]
     first, last = (_profiles(runs, credit, last=side) for side in (False, True))
     assert set(first) == {"opd", "dasd", "dasd_permuted"}
     assert first["opd"][9] > 2.0 * first["opd"][0]

@@ -82,13 +82,13 @@ def bonus_lines(name: str, lines: dict[str, Curve]) -> str:
         for quadrant, curve in lines.items():
             _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
         axes.set_xlabel(STEP)
-        axes.ticklabel_format(axis="y", scilimits=(-3, 3))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
     return _svg(name, draw)
 
 
 def histogram(
-    name: str, edges: Sequence[float], counts: dict[str, Sequence[int]], *, label: str = "entropy from … nats"
+    name: str, edges: Sequence[float], counts: dict[str, Sequence[int]], *, axis: str = "entropy from … nats"
 ) -> str:
     """Share of the tokens of each polarity in bins of entropy, side by side."""
     totals = {polarity: sum(values) for polarity, values in counts.items()}
@@ -101,7 +101,7 @@ def histogram(
             heights = [value / totals[polarity] for value in counts[polarity]]
             axes.bar(at, heights, width=width, color=POLARITY_COLOURS[polarity])
         axes.set_xticks(range(len(edges) - 1), [f"{edge:g}" for edge in edges[:-1]], rotation=45)
-        axes.set_xlabel(label)
+        axes.set_xlabel(axis)
         axes.grid(axis="x", visible=False)
         _percent(axes)
 
@@ -113,17 +113,17 @@ def profiles(
     lines: dict[str, Sequence[float]],
     styles: dict[str, Style],
     *,
-    label: str = "position in the response, %",
+    axis: str = "position in the response, %",
 ) -> str:
     """A quantity by relative position in the response, one line a method."""
 
     def draw(axes: "Axes") -> None:
-        for label, values in lines.items():
-            of = styles[label]
+        for method, values in lines.items():
+            of = styles[method]
             at = [100 * (k + 0.5) / len(values) for k in range(len(values))]
             found = [(x, y) for x, y in zip(at, values, strict=True) if not math.isnan(y)]
             axes.plot(*zip(*found, strict=True), color=of.colour, dashes=of.dashes, marker="o", markersize=3)
-        axes.set_xlabel(label)
+        axes.set_xlabel(axis)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, None)
 
