@@ -90,6 +90,9 @@ def test_the_page_shows_signals_where_they_are_recorded(tmp_path: Path) -> None:
         "--e:",
     ):
         assert text in page, text
+    # The axes are named after what they show, never after a method.
+    assert page.count(">position in the response, %<") == 3
+    assert page.count(">attention entropy Ê, % of ln N<") == 1
     plain = render(load_runs([write_run(tmp_path / "hapo", "hapo", 0, steps=25, every=25)]))
     for text in ('id="signals"', '<select id="colour">', 'data-e="', "--r:"):
         assert text not in plain, text

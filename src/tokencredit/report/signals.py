@@ -127,13 +127,13 @@ def _spectra(last: Last, styles: dict[str, plots.Style]) -> list[Drawn]:
             tokens.index_add_(0, bins, torch.ones(len(bins), dtype=torch.float64))
         edges = [k / BINS for k in range(BINS + 1)]
         whole: dict[str, Sequence[int]] = {name: [int(value) for value in values] for name, values in counts.items()}
-        svg = plots.histogram(f"attention-{number}", edges, whole, label="attention entropy Ê from …")
+        svg = plots.histogram(f"attention-{number}", edges, whole, axis="attention entropy Ê from …")
         found.append((f"Spectrum of Ê, {visible(label, keep_lines=True)}", "share of the tokens", svg))
         level = float(credit.sum() / tokens.sum().clamp_min(1))
         if level > 0:
             followed[label] = torch.where(tokens > 0, credit / tokens.clamp_min(1) / level, torch.nan).tolist()
     if followed:
-        svg = plots.profiles("attention-credit", followed, styles, label="attention entropy Ê, % of ln N")
+        svg = plots.profiles("attention-credit", followed, styles, axis="attention entropy Ê, % of ln N")
         found.append(("Credit by attention entropy", "mean |Â|, 1 = average of all tokens", svg))
     return found
 
