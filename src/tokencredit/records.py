@@ -18,6 +18,7 @@ COLLECTORS: Mapping[str, str] = {
     "rollout_logprobs": "log-probs that the rollout engine reported",
     "ref_logprobs": "the host's KL reference pass (`beta > 0` in TRL) or `collect.adapter`",
     "teacher_logprobs": "a teacher from `collect.teacher` (the `teacher:` section of a config)",
+    "teacher_entropies": "a local teacher (`kind: model`, `self` or `base`); a server gives sampled tokens alone",
     "entropies": "the host's scoring pass (`CreditGRPOTrainer` does it) or `collect.logprobs`",
     "attention_entropies": "`collect.attention`",
     "attention_distances": "`collect.attention_maps`: how far back local heads look",
@@ -35,6 +36,7 @@ TOKEN_FIELDS = (
     "rollout_logprobs",
     "ref_logprobs",
     "teacher_logprobs",
+    "teacher_entropies",
     "entropies",
     "attention_entropies",
     "attention_distances",
@@ -74,6 +76,7 @@ class TokenBatch:
     rollout_logprobs: Float[Tensor, "batch response"] | None = None
     ref_logprobs: Float[Tensor, "batch response"] | None = None
     teacher_logprobs: Float[Tensor, "batch response"] | None = None
+    teacher_entropies: Float[Tensor, "batch response"] | None = None
     entropies: Float[Tensor, "batch response"] | None = None
     attention_entropies: Float[Tensor, "batch response"] | None = None
     attention_distances: Float[Tensor, "batch response"] | None = None

@@ -85,6 +85,25 @@ def test_a_model_scores_like_a_plain_forward(tokenizer: Any, policy: Any, folder
     assert teacher.state() == {}
 
 
+@pytest.mark.parametrize("kind", ["model", "self"])
+def test_entropies_come_with_the_log_probs(tokenizer: Any, policy: Any, folder: str, kind: str) -> None:
+    config = {"model": {"kind": "model", "model": folder}, "self": {"kind": "self", "template": "hint:{prompt}"}}[kind]
+    teacher = build_teacher(config)
+    rows: list[Any] = [{"prompt": "1+1="}, {"prompt": "23"}]
+    teacher.check(tokenizer, policy=policy, rows=rows)
+    prompts, ids, mask = rollouts(tokenizer, ["1+1=", "23"], ["2_x", "12345"])
+    logprobs, entropies = teacher.score_with_entropies(prompts, ids, mask, rows, 0.7, policy=policy)
+    assert torch.equal(logprobs, teacher.score(prompts, ids, mask, rows, 0.7, policy=policy))
+    model = policy if kind == "self" else teacher.model
+    for row, column in mask.nonzero().tolist():
+        asked = tokenizer(f"hint:{rows[row]['prompt']}")["input_ids"] if kind == "self" else prompts[row]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([asked + ids[row, :column].tolist()])).logits[0, -1]
+        expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+        assert float(entropies[row, column]) == pytest.approx(float(expected), abs=1e-5)
+    assert bool((entropies[~mask] == 0.0).all())
+
+
 def test_empty_responses_score_nothing(tokenizer: Any, folder: str) -> None:
     teacher = build_teacher({"kind": "model", "model": folder})
     prompts, ids, mask = rollouts(tokenizer, PROMPTS, RESPONSES)

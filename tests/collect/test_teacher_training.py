@@ -97,7 +97,7 @@ def test_distillation_without_reward_moves_the_student_to_the_teacher(tmp_path: 
     assert [log["reward"] for log in trained.state.log_history if "reward" in log] == [0.0] * 25
 
 
-@pytest.mark.parametrize("credit", ["dasd", "rlsd", "antisd", "grpo_sd", "dasd_permuted", "0.5 * dasd + 0.5 * opsd"])
+@pytest.mark.parametrize("credit", ["dasd", "rlsd", "srpo", "grpo_sd", "dasd_permuted", "0.5 * dasd + 0.5 * opsd"])
 def test_self_distillation_trains(tmp_path: Path, credit: str) -> None:
     teacher = {"kind": "self", "template": "{answer}={prompt}"}
     trained = train(tmp_path, credit, teacher)
@@ -108,11 +108,20 @@ def test_self_distillation_trains(tmp_path: Path, credit: str) -> None:
 def test_a_sibling_is_taken_from_the_batch(tmp_path: Path) -> None:
     seen: list[Any] = []
     teacher = build_teacher({"kind": "self", "template": "{attempt}={prompt}"})
-    score = teacher.score
-    teacher.score = lambda *given, **more: seen.extend(given[3]) or score(*given, **more)  # type: ignore[method-assign]
+    score = teacher.score_with_entropies
+    teacher.score_with_entropies = lambda *given, **more: seen.extend(given[3]) or score(*given, **more)
     train(tmp_path, "rlrt", teacher)
     assert len(seen) == 2 * 16
     assert any(row["attempt"] is not None for row in seen)
+
+
+def test_log_probs_and_entropies_come_from_one_pass(tmp_path: Path, folder: str) -> None:
+    teacher = build_teacher({"kind": "model", "model": folder})
+    calls: list[int] = []
+    score = teacher.score_with_entropies
+    teacher.score_with_entropies = lambda *given, **more: calls.append(1) or score(*given, **more)
+    train(tmp_path, ["group_normalized", "srpo", {"antisd": {"h_warm": 0.1}}], teacher, steps=2)
+    assert len(calls) == 2
 
 
 def test_a_lora_student_has_its_base_as_teacher_at_no_memory(tmp_path: Path) -> None:

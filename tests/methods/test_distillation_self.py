@@ -219,6 +219,37 @@ def test_baselines(name: str, options: dict, sign: float, expected: list[float])
     check(assign_credit(get_pipeline(name, **options), batch)[0], expected)
 
 
+def test_srpo_lets_wrong_responses_learn_where_the_teacher_is_sure() -> None:
+    # H = .1, .5, 2: e^{−H} = .9048 .6065 .1353, mean .5489, weights 1.6485 1.1050 .2466; the last token is no one's.
+    fields = {
+        "chosen": [[True, True, True, False]] * 3,
+        "host_advantages": torch.tensor([-1.0, 1.0, -0.5]),
+        "rewards": torch.tensor([0.0, 1.0, 0.0]),
+        "teacher_entropies": torch.tensor([[0.1, 0.5, 2.0, NAN]] * 3),
+    }
+    batch = batch_of([[2.0, -1.0, 1.0, NAN], [2.0, -1.0, 1.0, NAN], [0.0, 0.0, 0.0, NAN]], None, **fields)
+    got = assign_credit("srpo", batch)
+    check(got[0], [3.2970, -1.1050, 0.2466, 0.0], 1e-4)
+    check(got[1], [1.0, 1.0, 1.0, 0.0])  # right: the verifier's
+    check(got[2], [-0.5, -0.5, -0.5, 0.0])  # scored under its own prompt: no teacher
+    check(assign_credit(get_pipeline("srpo", beta=0.0), batch)[0], [2.0, -1.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize(("h_warm", "on"), [(None, True), (0.2, True), (0.215, True), (0.216, False), (5.0, False)])
+def test_antisd_pauses_while_the_teachers_entropy_is_low(h_warm: float | None, on: bool) -> None:
+    # The median of 0, .1, .2, 1, 2 is .2; .93 · .215 = .19995, .93 · .216 = .20088
+    batch = five(host_advantages=torch.tensor([1.0]), teacher_entropies=torch.tensor([ENTROPIES]))
+    expected = [0.8450, 1.0950, 0.6416, 1.1716, 0.8450] if on else [1.0] * 5
+    check(assign_credit(get_pipeline("antisd", h_warm=h_warm), batch)[0], expected)
+
+
+def test_the_teachers_entropies_are_asked_for_only_where_they_are_read() -> None:
+    assert "teacher_entropies" not in get_pipeline("antisd").requires
+    assert "teacher_entropies" in get_pipeline("antisd", h_warm=1.0).requires
+    with pytest.raises(TokenCreditError, match="needs `teacher_entropies`"):
+        assign_credit("srpo", five(host_advantages=torch.tensor([1.0])))
+
+
 def test_rlrt_leaves_wrong_responses_alone() -> None:
     batch = five(host_advantages=torch.tensor([-1.0]), rewards=torch.tensor([0.0]))
     check(assign_credit("rlrt", batch)[0], [-1.0] * 5)

@@ -15,7 +15,8 @@ from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, refer
 from tokencredit.collect.answer import answer_importances, answer_mask
 from tokencredit.collect.attention import attention_entropies
 from tokencredit.collect.attention_maps import attention_rhythms
-from tokencredit.collect.teacher import Teacher, build_teacher
+from tokencredit.collect.teacher import LocalTeacher, Teacher, build_teacher
+from tokencredit.collect.teacher_prompts import better_attempts
 
 Collector = Callable[[Rollout], Tensor]
 
@@ -42,7 +43,11 @@ def built_in(
             "ref_logprobs": _reference_logprobs,
         }
     if teacher is not None:
-        found["teacher_logprobs"] = lambda rollout: _teacher_logprobs(teacher, rollout)
+        found["teacher_logprobs"] = lambda rollout: _teacher_scores(teacher.score, teacher, rollout)
+    if isinstance(teacher, LocalTeacher):
+        both = _once(teacher)
+        found["teacher_logprobs"] = lambda rollout: both(rollout)[0]
+        found["teacher_entropies"] = lambda rollout: both(rollout)[1]
     return found
 
 
@@ -90,35 +95,34 @@ def _importances(rollout: Rollout, after: str | None, tail: int, layer: int | No
     return answer_importances(rollout.model, *rollout.sequences(), answer=answer, layer=layer)
 
 
-def _teacher_logprobs(teacher: Teacher, rollout: Rollout) -> Float[Tensor, "batch response"]:
+def _teacher_scores(score: Callable[..., Any], teacher: Teacher, rollout: Rollout) -> Any:
+    """What `score`, a method of the teacher, says of the sampled tokens."""
     rows: list[Mapping[str, Any]] = list(rollout.columns)
     if teacher.needs_attempts:
         rows = [{**row, "attempt": text} for row, text in zip(rows, attempts(rollout), strict=True)]
     prompts = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-    return teacher.score(
-        prompts, rollout.response_ids, rollout.response_mask, rows, rollout.temperature, policy=rollout.model
-    )
+    return score(prompts, rollout.response_ids, rollout.response_mask, rows, rollout.temperature, policy=rollout.model)
+
+
+def _once(teacher: LocalTeacher) -> Callable[[Rollout], tuple[Tensor, Tensor]]:
+    """Log-probs and entropies of a rollout batch by one pass, whichever of the two is asked for first."""
+    kept: list[Any] = []
+
+    def both(rollout: Rollout) -> tuple[Tensor, Tensor]:
+        if not kept or kept[0] is not rollout.response_ids:
+            kept[:] = rollout.response_ids, _teacher_scores(teacher.score_with_entropies, teacher, rollout)
+        return kept[1]
+
+    return both
 
 
 def attempts(rollout: Rollout) -> list[str | None]:
-    """The text of another response to the same prompt that earned more than the group's mean, or None.
-
-    Responses of other processes are not seen.
-    """
+    """`better_attempts` of the responses of this process; those of other processes are not seen."""
     texts = [
         rollout.tokenizer.decode(ids[mask], skip_special_tokens=True)
         for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
     ]
-    groups, rewards = rollout.group_ids.tolist(), rollout.rewards.tolist()
-    members: dict[int, list[int]] = {}
-    for row, group in enumerate(groups):
-        members.setdefault(group, []).append(row)
-    found: list[str | None] = []
-    for row, group in enumerate(groups):
-        mean = sum(rewards[other] for other in members[group]) / len(members[group])
-        better = [other for other in members[group] if other != row and rewards[other] > mean]
-        found.append(texts[better[0]] if better else None)
-    return found
+    return better_attempts(texts, rollout.group_ids.tolist(), rollout.rewards.tolist())
 
 
 class TeacherCallback(TrainerCallback):

@@ -1,11 +1,10 @@
 """The teacher of a benchmark: the fields that it fills, and the exact gradient of its objective."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.pipelines import FieldCollector
@@ -71,18 +70,23 @@ def teacher_collectors(found: BenchTeacher | None) -> dict[str, FieldCollector]:
     if found is None:
         return {}
 
-    def logprobs(sampled: Sampled) -> Tensor:
+    def scores(sampled: Sampled, score: Callable[..., Any]) -> Any:
         owners = sampled.batch.group_ids.tolist()
         rows: list[Row] = [found.rows[owner] for owner in owners]
         if found.teacher.needs_attempts:
             rows = [{**row, "attempt": text} for row, text in zip(rows, _attempts(sampled), strict=True)]
         world, batch = sampled.world, sampled.batch
         prompts = [world.prompts[owner] for owner in owners]
-        return found.teacher.score(
-            prompts, batch.response_ids, batch.response_mask, rows, 1.0, policy=world.model
-        ).double()
+        return score(prompts, batch.response_ids, batch.response_mask, rows, 1.0, policy=world.model)
 
-    return {"teacher_logprobs": logprobs, "ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs")}
+    fields: dict[str, FieldCollector] = {
+        "teacher_logprobs": lambda sampled: scores(sampled, found.teacher.score).double(),
+        "ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs"),
+    }
+    teacher = found.teacher
+    if isinstance(teacher, LocalTeacher):
+        fields["teacher_entropies"] = lambda sampled: scores(sampled, teacher.score_with_entropies)[1].double()
+    return fields
 
 
 def _attempts(sampled: Sampled) -> list[str | None]:

@@ -99,6 +99,18 @@ class Teacher(Protocol):
 class LocalTeacher(Teacher, Protocol):
     """A teacher whose whole distribution can be read here, not its sampled tokens alone."""
 
+    def score_with_entropies(
+        self,
+        prompt_ids: list[list[int]],
+        response_ids: Int[Tensor, "batch response"],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        temperature: float,
+        policy: Any = None,
+    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
+        """`score`, and the teacher's entropy in front of each chosen token, from one pass."""
+        ...
+
     def opened(
         self,
         prompt_ids: list[list[int]],

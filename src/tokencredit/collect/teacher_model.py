@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencredit.collect.models import unwrapped
 from tokencredit.collect.teacher_checks import check_chat, check_end, check_size, check_tokenizers, end_ids
 from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
-from tokencredit.collect.teacher_score import score_rows, used_widths
+from tokencredit.collect.teacher_score import Scores, score_entropies, used_widths
 from tokencredit.errors import TokenCreditError
 
 
@@ -72,8 +72,20 @@ class ModelTeacher:
         policy: Any = None,
     ) -> Float[Tensor, "batch response"]:
         """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
+        return self.score_with_entropies(prompt_ids, response_ids, response_mask, rows, temperature, policy)[0]
+
+    def score_with_entropies(
+        self,
+        prompt_ids: list[list[int]],
+        response_ids: Int[Tensor, "batch response"],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        temperature: float,
+        policy: Any = None,
+    ) -> Scores:
+        """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
         with self.opened(prompt_ids, response_mask, rows) as (model, prompts):
-            return score_rows(
+            return score_entropies(
                 model,
                 prompts,
                 response_ids,
@@ -153,8 +165,20 @@ class SelfTeacher:
         policy: Any = None,
     ) -> Float[Tensor, "batch response"]:
         """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
+        return self.score_with_entropies(prompt_ids, response_ids, response_mask, rows, temperature, policy)[0]
+
+    def score_with_entropies(
+        self,
+        prompt_ids: list[list[int]],
+        response_ids: Int[Tensor, "batch response"],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        temperature: float,
+        policy: Any = None,
+    ) -> Scores:
+        """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
         with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
-            return score_rows(
+            return score_entropies(
                 model,
                 prompts,
                 response_ids,

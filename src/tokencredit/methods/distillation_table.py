@@ -20,6 +20,7 @@ from tokencredit.methods.self_distillation import (
     randomly_directed_self_distillation,
     rlrt,
     rlsd,
+    srpo,
 )
 from tokencredit.methods.spec import Limit, MethodSpec, Scope
 
@@ -40,6 +41,14 @@ def _direction_scope(given: Mapping[str, Any]) -> Scope:
     if given["gap_scale"] == "batch_mean_abs":
         return "batch"
     return "group" if given["zero_spread"] == "drop" else "response"
+
+
+def _switch_requires(given: Mapping[str, Any]) -> frozenset[str]:
+    return GAP if given["h_warm"] is None else GAP | {"teacher_entropies"}
+
+
+def _switch_scope(given: Mapping[str, Any]) -> Scope:
+    return "token" if given["h_warm"] is None else "batch"
 
 
 def _order_scope(given: Mapping[str, Any]) -> Scope:
@@ -172,11 +181,19 @@ DISTILLATION_TRANSFORMS: dict[str, MethodSpec] = {
         limits=(Limit({"lam": 0.0}),),
         keeps_sign=True,
     ),
+    "srpo": MethodSpec(
+        fn=srpo,
+        paper="arXiv:2604.02288",
+        requires=GAP | {"teacher_entropies"},
+        scope="response",
+        domains={"beta": "[0, inf)"},
+    ),
     "antisd": MethodSpec(
         fn=antisd,
         paper="arXiv:2605.11609",
-        requires=GAP,
-        domains={"lam": "[0, inf)", "g": "[0, 1]"},
+        requires=_switch_requires,
+        scope=_switch_scope,
+        domains={"lam": "[0, inf)", "g": "[0, 1]", "h_warm": "(0, inf)"},
         limits=(Limit({"lam": 0.0}), Limit({"g": 0.0})),
     ),
 }
@@ -225,5 +242,6 @@ DISTILLATION_PRESETS: dict[str, list[Any]] = {
     "grpo_sd": ["group_normalized", {"add_teacher_gap": {"lam": 1.0}}],
     "rlsd": ["group_normalized", "rlsd"],
     "rlrt": ["group_normalized", "rlrt"],
+    "srpo": ["group_normalized", "srpo"],
     "antisd": ["group_normalized", "antisd"],
 }

@@ -14,9 +14,10 @@ from tokencredit.masked import chosen, compact, positions, response_lengths, row
 from tokencredit.methods.controls import token_uniforms
 from tokencredit.methods.distillation import teacher_gap
 from tokencredit.records import TokenBatch
-from tokencredit.reduce import group_totals
+from tokencredit.reduce import group_totals, quantile
 
 EPS = 1e-6
+HEALTHY = 0.93  # share of the first entropy below which AntiSD pauses
 
 Direction = Literal[
     "router",
@@ -280,18 +281,48 @@ def rlrt(
     return torch.where((batch.rewards > 0)[:, None], (1.0 - lam) * a + lam * a * weights, a)
 
 
+def srpo(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, beta: float = 1.0
+) -> Float[Tensor, "batch response"]:
+    """SRPO: wrong responses learn from the privileged self where it is sure, all others from the verifier.
+
+        Â′_t = e^{−β H_t} / mean e^{−β H} · δ_t   where r ≤ 0 and the response has a teacher,   Â_t elsewhere
+
+    H is the entropy of the teacher, the mean that of the response. A response without a teacher, such as one whose
+    group holds no correct one, was scored under its own prompt: δ ≡ 0. β = 0 weighs all tokens alike.
+
+    Paper: SRPO (arXiv:2604.02288), β = 1. Deviations: δ is the sampled form of its divergence; over which tokens its
+    mean runs is not known to us.
+    """
+    mask = batch.response_mask
+    gap = teacher_gap(batch)
+    weights = chosen(torch.exp(-beta * chosen(batch.require("teacher_entropies"), mask)), mask)
+    mean = weights.sum(1, keepdim=True) / response_lengths(mask).clamp_min(1)
+    taught = (batch.rewards <= 0) & (gap != 0).any(1)
+    return torch.where(taught[:, None], weights / torch.where(mean > 0, mean, 1.0) * gap, chosen(advantages, mask))
+
+
 def antisd(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, lam: float = 0.5, g: float = 1.0
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    lam: float = 0.5,
+    g: float = 1.0,
+    h_warm: float | None = None,
 ) -> Float[Tensor, "batch response"]:
     """AntiSD: away from the privileged self, with a bounded reward for leaving it.
 
         Â′_t = Â_t − g λ φ(δ_t),   φ(u) = ½ (softplus(u) − ln 2) ≥ −½ ln 2
 
-    g is 1, or 0 where the policy's entropy has fallen too far; whoever watches it sets the number. λ = 0 or g = 0 is
-    the identity.
+    `h_warm` is the teacher's median entropy before the method sets in: with it the step is taken only while the batch's
+    median is at least 0.93 of it. λ = 0 or g = 0 is the identity.
 
-    Paper: AntiSD (arXiv:2605.11609), λ = 0.5. Deviation: its switch on the teacher's entropy is not run here.
+    Paper: AntiSD (arXiv:2605.11609), λ = 0.5. Deviation: its switch stays off until the median is back at `h_warm`;
+    ours keeps no state between steps.
     """
     gap = teacher_gap(batch)
+    if h_warm is not None:
+        median = quantile(batch.require("teacher_entropies"), batch.response_mask, 0.5, batch.reducer)
+        g = g if median >= HEALTHY * h_warm else 0.0
     phi = 0.5 * (torch.nn.functional.softplus(gap) - torch.log(torch.tensor(2.0, dtype=gap.dtype, device=gap.device)))
     return chosen(advantages, batch.response_mask) - g * lam * chosen(phi, batch.response_mask)

@@ -67,7 +67,10 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     options, own = resolve_options(config["collectors"])
     collected = {*built_in(options, None, adapter=adapter), *own, *material.collectors}
     if config["teacher"] is not None:
-        collected.add("teacher_logprobs")
+        # A server gives sampled tokens alone.
+        collected |= {"teacher_logprobs"} | (
+            {"teacher_entropies"} if config["teacher"].get("kind") != "server" else set()
+        )
     trl_checks.check_all(pipeline, config["timing"], collected, arguments)
     _check_whole_groups(pipeline, config["teacher"], arguments)
     return material, arguments
