@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from tokencredit.bench import signals
 from tokencredit.bench.world import Sampled
 from tokencredit.credit import Pipeline, get_pipeline
 from tokencredit.methods import presets
@@ -15,20 +15,16 @@ from tokencredit.records import COLLECTORS, TokenBatch
 FieldCollector = Callable[[Sampled], Tensor]
 
 
-def _attention_entropies(sampled: Sampled) -> Tensor:
-    """Entropy of the attention at the middle layer, from one pass up to it."""
-    from tokencredit.collect.attention import attention_entropies
-
-    ids, mask = sampled.world.padded_prompts()
-    each = len(sampled.batch.response_ids) // len(ids)
-    batch = sampled.batch
-    whole = torch.cat((ids.repeat_interleave(each, 0), batch.response_ids), dim=1)
-    seen = torch.cat((mask.repeat_interleave(each, 0), batch.response_mask), dim=1)
-    return attention_entropies(sampled.world.model, whole, seen, ids.shape[1], batch.response_ids.shape[1])
-
-
 # Batch fields that a benchmark can fill besides those that every batch of it carries; add yours by field name.
-FIELD_COLLECTORS: dict[str, FieldCollector] = {"attention_entropies": _attention_entropies}
+FIELD_COLLECTORS: dict[str, FieldCollector] = {
+    "attention_entropies": signals.entropies,
+    "attention_distances": signals.distances,
+    "attention_influences": signals.influences,
+    "importances": signals.importances,
+    "adapter_residuals": signals.residuals,
+    "doubling_ratios": signals.doubling,
+    "ref_logprobs": signals.reference,
+}
 
 CARRIED = frozenset({"old_logprobs", "current_logprobs", "rollout_logprobs", "entropies", "values"})
 

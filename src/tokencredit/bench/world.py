@@ -76,7 +76,7 @@ def load_task(name: str) -> Any:
 
 def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     """Problems, model and exact values of one cell; the stage of a given model is "given"."""
-    from tokencredit.lab.data import load_model, load_tokenizer
+    from tokencredit.lab.data import load_tokenizer
 
     task = load_task(task_name)
     folder: str | Path
@@ -86,7 +86,7 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
         from tokencredit.lab.model import warm_start
 
         folder = warm_start(task_name, stage=stage)
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    model, tokenizer = _load_policy(folder), load_tokenizer(folder)
     model = in_float64(model) if config.dtype == "float64" else model
     problems = task.problems(config.split, config.prompts, config.seed)
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
@@ -94,6 +94,23 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     _check_lengths(accepted, task.max_response, tokenizer)
     credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
     return World(task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit)
+
+
+def _load_policy(folder: str | Path) -> Any:
+    """A model in eval mode; of a PEFT folder the base with its adapter, whose parameters alone are then trained."""
+    from tokencredit.lab.data import load_model
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return load_model(folder).eval()
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise TokenCreditError(
+            f"the adapter in {str(folder)!r} does not say which model it belongs to",
+            hint="write its folder as `base_model_name_or_path` in adapter_config.json",
+        )
+    return PeftModel.from_pretrained(load_model(base), str(folder), is_trainable=True).eval()
 
 
 def _check_lengths(accepted: list[list[list[int]]], limit: int, tokenizer: Any) -> None:

@@ -1,0 +1,128 @@
+"""Batch fields that the benchmark measures on its model: attention, and how an adapter moves the hidden states."""
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokencredit.bench.world import Sampled, World, sample_responses, verdict
+from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, reference_logprobs
+from tokencredit.collect.answer import answer_importances, answer_mask
+from tokencredit.collect.attention import attention_entropies
+from tokencredit.collect.attention_maps import attention_rhythms
+from tokencredit.seeds import derive
+
+RANK, STEP = 16, 3e-4  # of the adapter that a model without one is given, and the first step of Adam that it takes
+EACH = 16  # responses to a prompt that this step is taken from
+TAIL = 4  # tokens of the answer, for `importances`
+PROBES = 16  # responses that the doubling ratio is measured on
+
+Span = tuple[Tensor, Tensor, int, int]
+
+
+def span_of(world: World, response_ids: Tensor, response_mask: Tensor) -> Span:
+    """Prompts and responses as one sequence, its mask, and the lengths of the parts."""
+    ids, mask = world.padded_prompts()
+    each = len(response_ids) // len(ids)
+    whole = torch.cat((ids.repeat_interleave(each, 0), response_ids), dim=1)
+    return (
+        whole,
+        torch.cat((mask.repeat_interleave(each, 0), response_mask), dim=1),
+        ids.shape[1],
+        response_ids.shape[1],
+    )
+
+
+def _span(sampled: Sampled) -> Span:
+    return span_of(sampled.world, sampled.batch.response_ids, sampled.batch.response_mask)
+
+
+def entropies(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """Entropy of the attention at the middle layer, from one pass up to it."""
+    return attention_entropies(sampled.world.model, *_span(sampled))
+
+
+def distances(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """How far local heads look back."""
+    return _rhythms(sampled)[0]
+
+
+def influences(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """How much later tokens look back at a token."""
+    return _rhythms(sampled)[1]
+
+
+@lru_cache(maxsize=1)
+def _rhythms(sampled: Sampled) -> tuple[Tensor, Tensor]:
+    return attention_rhythms(sampled.world.model, *_span(sampled))
+
+
+def importances(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """Attention that the last tokens of a response pay to those before, in the last layer."""
+    answer = answer_mask(sampled.batch.response_mask, None, None, TAIL)
+    return answer_importances(sampled.world.model, *_span(sampled), answer=answer)
+
+
+def residuals(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """The adapter residual of the model's own adapter, or of a fresh one after one step (`adapted`)."""
+    return adapter_residuals(adapted(sampled.world), *_span(sampled))[0]
+
+
+def doubling(sampled: Sampled) -> Float[Tensor, " batch"]:
+    """The doubling ratio of the same adapter, from the first responses."""
+    ids, mask, prompt, response = _span(sampled)
+    ratio = doubling_ratio(adapted(sampled.world), ids[:PROBES], mask[:PROBES], prompt, response)
+    return torch.full((len(ids),), ratio)
+
+
+def reference(sampled: Sampled) -> Float[Tensor, "batch response"]:
+    """Log-probs of the reference: the adapter off, or, where the policy has none, the fresh adapter on.
+
+    Either way |log π − log π_ref| is the divergence between the model with and without the adapter.
+    """
+    world = sampled.world
+    if hasattr(world.model, "peft_config"):
+        return reference_logprobs(world.model, *_span(sampled))
+    from tokencredit.collect.logprobs import token_logprobs
+
+    return token_logprobs(adapted(world), *_span(sampled))[0]
+
+
+@lru_cache(maxsize=1)
+def adapted(world: World) -> Any:
+    """The model of the world if it has an adapter; else a copy with a fresh LoRA after one policy-gradient step.
+
+    A is peft's random start from a stream of its own, B = STEP · sign ∂J/∂B at B = 0: the first step of Adam, on
+    responses that are sampled for it alone. A residual at B = 0 is 0 everywhere and orders nothing.
+    """
+    if hasattr(world.model, "peft_config"):
+        return world.model
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive("bench adapter"))
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        model = get_peft_model(copy.deepcopy(world.model), config).eval()
+    parameters = [value for name, value in model.named_parameters() if "lora_B" in name]
+    gradients = torch.autograd.grad(_objective(world, model), parameters)
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.copy_(STEP * gradient.sign())
+    return model
+
+
+def _objective(world: World, model: Any) -> Tensor:
+    """Σ A ln π(y): group-centred outcomes of fresh responses."""
+    ids, mask = sample_responses(world, EACH, "bench adapter")
+    owners = [problem for problem in world.problems for _ in range(EACH)]
+    texts = [row[chosen].tolist() for row, chosen in zip(ids, mask, strict=True)]
+    rewards = torch.tensor([verdict(world, owner, text) for owner, text in zip(owners, texts, strict=True)])
+    groups = rewards.view(-1, EACH)
+    advantages = (groups - groups.mean(1, keepdim=True)).flatten()
+    whole, seen, prompt, response = span_of(world, ids, mask)
+    logits = model(input_ids=whole, attention_mask=seen).logits[:, prompt - 1 : prompt - 1 + response]
+    logprobs = torch.log_softmax(logits, -1).gather(2, ids[..., None])[..., 0]
+    return (torch.where(mask, logprobs, 0.0).sum(1) * advantages.to(logprobs)).sum()
