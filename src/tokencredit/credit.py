@@ -15,6 +15,9 @@ from tokencredit.loading import load_attribute
 from tokencredit.methods import estimators, presets, transforms
 from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
 from tokencredit.records import TokenBatch
+from tokencredit.reduce import LocalReducer
+
+TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +199,33 @@ def assign_credit(
 
 
 def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None) -> Float[Tensor, "batch response"]:
-    base = _checked(chain.estimator, _call(chain.estimator, (batch,), generator, None), batch)
+    base = _checked(chain.estimator, _in_tiles(chain.estimator, (batch,), generator, None), batch)
     advantages = base
     for step in chain.active[1:]:
-        advantages = _checked(step, _call(step, (advantages, batch), generator, base), batch)
+        advantages = _checked(step, _in_tiles(step, (advantages, batch), generator, base), batch)
     return advantages
+
+
+def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:
+    """`_call`, on some rows at a time where no row acts on another: temporaries stay in the cache.
+
+    Every tile finds the generator as the call would: draws are a function of it and of the row's own tokens.
+    """
+    batch: TokenBatch = inputs[-1]
+    count, response = batch.response_mask.shape
+    rows = max(1, TILE // max(1, response))
+    if rows >= count or step.scope not in ("token", "response") or not isinstance(batch.reducer, LocalReducer):
+        return _call(step, inputs, generator, base)
+    state = None if generator is None else generator.get_state()
+    found = []
+    for first in range(0, count, rows):
+        tile = slice(first, first + rows)
+        part = replace(batch, **{name: value[tile] for name, value in batch.tensors().items()})
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        own = (*(value[tile] for value in inputs[:-1]), part)
+        found.append(_call(step, own, generator, None if base is None else base[tile]))
+    return torch.cat(found)
 
 
 def _call(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:

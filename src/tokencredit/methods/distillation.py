@@ -6,7 +6,7 @@ The gap is ln π_T − ln π_θ of the sampled token, in nats, at the sampling t
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread
@@ -16,6 +16,7 @@ from tokencredit.records import TokenBatch
 EPS = 1e-8
 GRID = 256  # samples of a weight profile that one rollout lends to another
 TILE = 256  # tokens of `teacher_confidence` at a time: bounds its windows to [batch, TILE, window]
+FEW = 16  # of the largest values of a window: up to here they are carried along, above they are selected anew
 
 
 def teacher_log_ratio(batch: TokenBatch, *, lam: float = 1.0) -> Float[Tensor, "batch response"]:
@@ -241,12 +242,56 @@ def teacher_confidence(
     """
     mask = batch.response_mask
     surprise = compact(-chosen(batch.require("teacher_logprobs"), mask), mask)
-    worst = torch.cat(
-        [_worst_mean(surprise, start, window, q) for start in range(0, mask.shape[1], TILE)] or [surprise], 1
-    )
+    worst = _worst_means(surprise, window, q)
     weights = torch.exp(-alpha * worst).clamp_min(w_min)
     weights = torch.cat((torch.ones_like(weights[:, :1]), weights[:, 1:]), 1)
     return chosen(advantages, mask) * spread(weights, mask)
+
+
+def _worst_means(surprise: Float[Tensor, "batch response"], window: int, q: float) -> Float[Tensor, "batch response"]:
+    """Q of every token; where the windows are full and few values count, in time that does not grow with the window."""
+    width = surprise.shape[1]
+    few = _wanted(torch.tensor(window), q).item()
+    full = window if few <= FEW and window < width else width  # the first token with a full window
+    parts = [_worst_mean(surprise[:, :full], start, window, q) for start in range(0, full, TILE)]
+    if full < width:
+        parts.append(_full_windows(surprise[:, :-1], window, few).clamp_min(0.0) / few)
+    return torch.cat(parts, 1) if parts else surprise
+
+
+def _full_windows(x: Float[Tensor, "batch response"], window: int, few: int) -> Float[Tensor, "batch starts"]:
+    """Sum of the `few` largest of x_p … x_{p + window − 1}, for every p that leaves a whole window.
+
+    In blocks of `window` places each window is the end of one block and the beginning of the next; the largest values
+    of both are carried along, and two falling lists a, b hold theirs among max(a_i, b_{few − 1 − i}).
+    """
+    rows, width = x.shape
+    blocks = -(-width // window)
+    padded = torch.nn.functional.pad(x, (0, blocks * window - width), value=-torch.inf)
+    places = padded.view(rows, blocks, window).permute(2, 0, 1).contiguous()
+    ends = _carried(places.flip(0), few).flip(1).permute(0, 2, 3, 1).reshape(few, rows, -1)
+    begins = _carried(places, few)
+    begins[:, -1] = -torch.inf  # where a window is one block, its end is all of it
+    begins = begins.permute(0, 2, 3, 1).reshape(few, rows, -1)
+    count = width - window + 1
+    return torch.maximum(ends[..., :count], begins.flip(0)[..., window - 1 : window - 1 + count]).sum(0)
+
+
+def _carried(places: Float[Tensor, "window batch block"], few: int) -> Float[Tensor, "few window batch block"]:
+    """The `few` largest values up to each place, falling."""
+    largest = [torch.full_like(places[0], -torch.inf) for _ in range(few)]
+    found = places.new_empty(few, *places.shape)
+    for place, value in enumerate(places):
+        for number in range(few):
+            largest[number], value = torch.maximum(largest[number], value), torch.minimum(largest[number], value)
+            found[number, place] = largest[number]
+    return found
+
+
+def _wanted(seen: Int[Tensor, "*tile"], q: float) -> Int[Tensor, "*tile"]:
+    """How many of the tokens seen count, at least one."""
+    # Rounded before the floor: (1 − 0.9) · 20 is 1.9999999999999996 in floating point.
+    return torch.floor(((1.0 - q) * seen).mul(1e9).round() / 1e9).long().clamp_min(1)
 
 
 def _worst_mean(surprise: Float[Tensor, "batch response"], start: int, window: int, q: float) -> Tensor:
@@ -256,8 +301,7 @@ def _worst_mean(surprise: Float[Tensor, "batch response"], start: int, window: i
     left = surprise[:, max(first, 0) : max(stop - 1, 0)]
     left = torch.nn.functional.pad(left, (max(-first, 0), 0), value=-torch.inf)
     seen = torch.arange(start, stop, device=surprise.device).clamp(max=window)
-    # Rounded before the floor: (1 − 0.9) · 20 is 1.9999999999999996 in floating point.
-    wanted = torch.floor(((1.0 - q) * seen).mul(1e9).round() / 1e9).long().clamp_min(1)
+    wanted = _wanted(seen, q)
     largest = left.unfold(1, window, 1).topk(min(window, int(wanted.max())), dim=2).values.clamp_min(0.0)
     total = largest.cumsum(2).gather(2, (wanted - 1).expand(surprise.shape[0], -1)[..., None])[..., 0]
     return total / wanted

@@ -1,0 +1,57 @@
+"""Some rows at a time give what all rows at once give, bit for bit, where no row acts on another."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from batches import Case, all_cases, make_batch
+
+from tokencredit import assign_credit, credit
+from tokencredit.credit import Pipeline
+from tokencredit.methods import distillation
+from tokencredit.methods.distillation import teacher_confidence
+from tokencredit.reduce import LocalReducer
+
+CASES = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) in ("token", "response")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(seed=5, host_advantages=True)
+    whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
+    sizes = []
+    monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
+    original = credit._call
+
+    def watched(step, inputs, generator, base):
+        sizes.append((step.name, len(inputs[-1].rewards)))
+        return original(step, inputs, generator, base)
+
+    monkeypatch.setattr(credit, "_call", watched)
+    tiled = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(tiled, whole)
+    active = [step.name for step in Pipeline.of(*case.steps).chains[0].active]  # an identity is not called
+    assert sizes.count((case.name, 3)) == 3 * active.count(case.name)  # eleven rows: three of three, and two
+    assert sizes.count((case.name, 2)) == active.count(case.name)
+
+
+def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ranks(LocalReducer):
+        pass
+
+    batch = make_batch(seed=5)
+    monkeypatch.setattr(credit, "TILE", 1)
+    monkeypatch.setattr(credit, "replace", None)  # tiles are made with it
+    assign_credit(["group_centered", "gtpo"], batch)
+    monkeypatch.setattr(credit, "LocalReducer", Ranks)  # over ranks every process must make the same calls
+    assign_credit(["group_centered", "surprisal"], batch)
+
+
+@pytest.mark.parametrize(("window", "q"), [(64, 0.9), (7, 0.5), (1, 0.9), (5, 0.0), (64, 0.0), (90, 0.9), (2, 1.0)])
+def test_windows_in_blocks_are_the_windows_one_by_one(window: int, q: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch(seed=6, response=90, groups=(3, 2), holes=False)
+    batch = replace(batch, response_mask=torch.arange(90) < torch.tensor([[90], [89], [64], [65], [1]]))
+    ones = torch.ones(5, 90)
+    fast = teacher_confidence(ones, batch, window=window, q=q)
+    monkeypatch.setattr(distillation, "FEW", 0)  # every window on its own
+    torch.testing.assert_close(fast, teacher_confidence(ones, batch, window=window, q=q), rtol=1e-13, atol=1e-13)
