@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check slow bench verl clean
+.PHONY: quickstart test check slow bench verl matrix clean
 
 quickstart: .venv/installed  ## set everything up, train GRPO and HAPO side by side, write runs/quickstart/report.html
 	$(BIN)/tokencredit compare examples/quickstart.yaml --credit grpo hapo --seeds 2 --out runs/quickstart
@@ -44,5 +44,35 @@ verl: .venv-verl/installed  ## the verl adapter on real Ray and TransferQueue, i
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# Every seam of a host by itself, then, with verl, the adapter on its real data store. One failure hides no other.
+CONTRACTS = -m pytest -q -c tests/contracts/pytest.ini tests/contracts
+STORE = -m pytest -q -c tests/verl/pytest.ini tests/verl
+TRL_OLDEST = 1.5.0
+VERL_OLDEST = 0.9.0
+
+matrix: .venv/developing .venv-trl-oldest/installed .venv-verl-oldest/installed  ## the contracts of every seam with the oldest and the newest TRL and verl
+	@code=0; \
+	echo "== newest TRL"; $(BIN)/python $(CONTRACTS) || code=1; \
+	echo "== TRL $(TRL_OLDEST)"; .venv-trl-oldest/bin/python $(CONTRACTS) || code=1; \
+	echo "== newest verl"; .venv-verl/bin/python $(CONTRACTS) && .venv-verl/bin/python $(STORE) || code=1; \
+	echo "== verl $(VERL_OLDEST)"; export PYTHONPATH=$(CURDIR)/.venv-verl-oldest/packages; \
+	.venv-verl/bin/python $(CONTRACTS) && .venv-verl/bin/python $(STORE) || code=1; \
+	exit $$code
+
+.venv-trl-oldest/installed: pyproject.toml constraints.txt
+	test -x .venv-trl-oldest/bin/python || $(PYTHON) -m venv .venv-trl-oldest
+	sed 's/^trl==.*/trl==$(TRL_OLDEST)/' constraints.txt > .venv-trl-oldest/constraints.txt
+	# requests: TRL imports it and declares it from 1.10 on
+	.venv-trl-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-trl-oldest/constraints.txt --editable '.[trl]' requests pytest beartype
+	touch $@
+
+# The packages of .venv-verl with another verl in front: two gigabytes less than an environment of its own.
+.venv-verl-oldest/installed: .venv-verl/installed
+	rm -rf .venv-verl-oldest
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv-verl-oldest/packages verl==$(VERL_OLDEST)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-verl build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-verl .venv-trl-oldest .venv-verl-oldest build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

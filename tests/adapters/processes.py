@@ -13,7 +13,7 @@ CONTEXT.set_forkserver_preload(["tokencredit.adapters.trl", "tokencredit.lab.mod
 
 
 def run_ranks(
-    world: int, folder: Path, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0
+    world: int, folder: Path, function: Callable[..., Any], *arguments: Any, timeout: float = 900.0
 ) -> list[int]:
     """Exit codes of `world` processes that call `function(*arguments)` as ranks of one gloo group.
 

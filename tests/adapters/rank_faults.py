@@ -10,7 +10,7 @@ import torch
 from tokencredit.cli.main import main
 from tokencredit.lab.model import build_model, build_tokenizer
 
-PROMPTS = 10
+PROMPTS = 22  # five steps of four, and two left over; a host that resumes in a later epoch repeats the first
 
 
 def save_model(folder: Path) -> Path:
@@ -21,7 +21,7 @@ def save_model(folder: Path) -> Path:
 
 
 def write_config(folder: Path, reward: str = "odd_digits", **changes: Any) -> Path:
-    """A config of four steps on a data set of ten prompts, four to a step: the last two of an epoch are left over."""
+    """A config of five steps, four prompts to a step, responses of at most six characters."""
     rows = [{"prompt": f"{number}+{number}="} for number in range(PROMPTS)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config: dict[str, Any] = {

@@ -2,30 +2,16 @@
 
 import importlib.util
 import inspect
-import os
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from importlib.metadata import PackageNotFoundError, distributions, version
+from typing import Any
 
-import torch
-
+from tokencredit.adapters import launchers, verl_doctor
+from tokencredit.adapters.launchers import Check, check
 from tokencredit.adapters.trl_checks import SUPPORTED
 
-Check = dict[str, str]
-Status = Literal["ok", "fail", "note"]
-
-# Packages of the command line and the versions that the suite runs with.
-NEEDED = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "peft",
-    "reasoning-gym",
-    "matplotlib",
-    "jinja2",
-    "rich",
-)
+# What training with TRL needs, and what the lab and the reports need besides.
+TRAINING = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+REPORTS = ("reasoning-gym", "matplotlib", "jinja2", "rich")
 
 # Methods of GRPOTrainer that CreditGRPOTrainer overrides, with the first arguments that it relies on.
 TRL_SEAMS: dict[str, tuple[str, ...]] = {
@@ -36,21 +22,25 @@ TRL_SEAMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def diagnose() -> list[Check]:
-    """All checks, in the order a reader wants them."""
-    packages = [_package(name) for name in NEEDED]
-    return [*packages, *_trl(), _verl(), _devices(), _launcher()]
+def diagnose(ray_worker: bool = True) -> list[Check]:
+    """All checks, in the order a reader wants them; `ray_worker=False` starts no Ray (some ten seconds with verl)."""
+    packages = [*(_package(name) for name in TRAINING), *(_package(name, lab=True) for name in REPORTS)]
+    return [*packages, *_trl(), *verl_doctor.diagnose(ray_worker), *launchers.diagnose()]
 
 
-def _check(name: str, status: Status, found: str, fix: str = "") -> Check:
-    return {"name": name, "status": status, "found": found, "fix": fix}
+def has_verl() -> bool:
+    """Whether the checks of verl have something to check."""
+    return any(True for _ in distributions(name="verl"))
 
 
-def _package(name: str) -> Check:
+def _package(name: str, *, lab: bool = False) -> Check:
     try:
-        return _check(name, "ok", version(name))
+        return check(name, "ok", version(name))
     except PackageNotFoundError:
-        return _check(name, "fail", "not installed", "pip install 'tokencredit[trl]'")
+        fix = "pip install 'tokencredit[trl]'"
+        if lab and has_verl():  # an environment for a cluster
+            return check(name, "note", "not installed; only needed for the lab and for reports", fix)
+        return check(name, "fail", "not installed", fix)
 
 
 def _trl() -> list[Check]:
@@ -59,7 +49,7 @@ def _trl() -> list[Check]:
     numbers = tuple(int(part) for part in version("trl").split(".")[:2])
     inside = SUPPORTED[0] <= numbers < SUPPORTED[1]
     checks = [
-        _check(
+        check(
             "TRL version",
             "ok" if inside else "fail",
             f"{version('trl')}, supported >=1.5,<2",
@@ -75,33 +65,8 @@ def _seam(trainer: Any, name: str, arguments: tuple[str, ...]) -> Check:
     fix = "this TRL moved a seam that CreditGRPOTrainer needs: pip install trl==1.16.0"
     method = getattr(trainer, name, None)
     if method is None:
-        return _check(f"seam GRPOTrainer.{name}", "fail", "missing", fix)
+        return check(f"seam GRPOTrainer.{name}", "fail", "missing", fix)
     found = tuple(inspect.signature(method).parameters)[1 : 1 + len(arguments)]
     if found != arguments:
-        return _check(f"seam GRPOTrainer.{name}", "fail", f"arguments {found}, expected {arguments}", fix)
-    return _check(f"seam GRPOTrainer.{name}", "ok", "as expected")
-
-
-def _verl() -> Check:
-    try:
-        return _check("verl", "ok", version("verl"))
-    except PackageNotFoundError:
-        return _check("verl", "note", "not installed; only needed for verl on Ray", "")
-
-
-def _devices() -> Check:
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        return _check("devices", "ok", f"{torch.cuda.device_count()} GPU: {', '.join(sorted(names))}")
-    return _check(
-        "devices", "note", f"no GPU; {os.cpu_count()} processors, torch uses {torch.get_num_threads()} threads"
-    )
-
-
-def _launcher() -> Check:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return _check(
-        "processes",
-        "note",
-        f"{world} (WORLD_SIZE); `accelerate launch --cpu` starts one whatever it is told, torchrun does not",
-    )
+        return check(f"seam GRPOTrainer.{name}", "fail", f"arguments {found}, expected {arguments}", fix)
+    return check(f"seam GRPOTrainer.{name}", "ok", "as expected")

@@ -10,14 +10,18 @@ def add_parser(subparsers: Any) -> None:
     """Register the verb."""
     parser = subparsers.add_parser("doctor", help="versions, seams of TRL and verl, devices, what to fix")
     parser.add_argument("--json", action="store_true", help="print as JSON")
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray to look into one of its workers")
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb; 1 when something must be fixed."""
-    from tokencredit.adapters.doctor import diagnose
+    from tokencredit.adapters.doctor import diagnose, has_verl
 
-    checks = diagnose()
+    ray_worker = has_verl() and not arguments.no_ray
+    if ray_worker:
+        print("starting Ray to look into one of its workers …", file=sys.stderr, flush=True)
+    checks = diagnose(ray_worker)
     broken = [check for check in checks if check["status"] == "fail"]
     if arguments.json:
         print(json.dumps({"checks": checks, "ok": not broken}))

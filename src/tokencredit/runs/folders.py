@@ -86,8 +86,17 @@ def label_of(credit: Any) -> str:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint that the host wrote."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
     return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The host writes trainer_state.json last, and not by a rename: a kill can leave it torn."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def append_metrics(folder: Path, step: int, kind: str, metrics: Mapping[str, Any]) -> None:

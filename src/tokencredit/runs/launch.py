@@ -32,6 +32,7 @@ def launch(arguments: Sequence[str], processes: int) -> Ended:
 
     os.environ[world.LAUNCHED] = str(processes)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, which it warns of
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, once a rank
     command = ["--standalone", "--nproc-per-node", str(processes), "-m", "tokencredit.cli.main", *arguments]
     logging.disable(logging.ERROR)  # the agent's own tables; the reason follows in one line
     try:

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,8 +120,9 @@ def leave(code: int) -> int:
     if size() == 1 or not _together():
         return code
     if code == 0:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        with suppress(RuntimeError):  # whoever leaves first closes the connection; all results are written
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
