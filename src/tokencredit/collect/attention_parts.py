@@ -34,10 +34,12 @@ def entropy_of_probs(probs: Tensor) -> Tensor:
 
 
 def softmax_in_place(scores: Tensor) -> Tensor:
+    """Softmax over the keys, written over the scores."""
     return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
 
 
 def without_sinks(probs: Tensor, sinks: Tensor) -> Tensor:
+    """The row without its sinks, renormalised."""
     kept = probs.masked_fill(sinks, 0.0)
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).tiny)
 

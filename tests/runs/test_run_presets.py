@@ -1,0 +1,77 @@
+"""Every preset that needs no teacher trains a step through what `train` and `compare` run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from run_setup import model_folder, small_config, write_yaml  # noqa: F401
+
+from tokencredit import assign_credit
+from tokencredit.cli.main import main
+from tokencredit.credit import Pipeline
+from tokencredit.errors import TokenCreditError
+from tokencredit.methods import PRESETS
+from tokencredit.runs.config import load_config
+from tokencredit.runs.train import train_run
+from tokencredit.store import RecordStore
+
+LORA = {"r": 2, "target_modules": "all-linear"}
+NEEDS_LORA = {"adapter_residuals", "doubling_ratios", "ref_logprobs"}
+
+
+def needs(preset: str) -> frozenset[str]:
+    return Pipeline.parse(preset).requires
+
+
+WITHOUT_TEACHER = [name for name in PRESETS if "teacher_logprobs" not in needs(name)]
+
+
+@pytest.mark.parametrize("preset", WITHOUT_TEACHER)
+def test_a_preset_trains_a_step(preset: str, model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    lora = LORA if needs(preset) & NEEDS_LORA else None
+    evaluation = {"every": 9, "problems": 1}
+    config = load_config(small_config(model_folder, credit=preset, lora=lora, steps=1, evaluation=evaluation))
+    assert train_run(config, tmp_path / "run")["status"] == "finished"
+    (record,) = RecordStore(tmp_path / "run" / "records")
+    assert needs(preset) <= {*record.batch.carried, "host_advantages"}
+    assert bool(record.batch.response_mask.any())
+    if not Pipeline.parse(preset).draws:
+        torch.testing.assert_close(assign_credit(preset, record.batch), record.advantages, rtol=0, atol=0)
+
+
+def test_a_file_sets_collectors(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    collectors = {
+        "attention_entropies": {"layer": 0, "heads": "mean_entropy", "row": "own", "drop_sink": 1},
+        "adapter_residuals": {"layer": "last_prenorm_relative"},
+        "doubling_ratios": {"rows": 2},
+    }
+    both = "0.5 * arca + 0.5 * attention"
+    config = small_config(model_folder, credit=both, lora=LORA, collectors=collectors, steps=2)
+    path = write_yaml(tmp_path / "config.yaml", config)
+    assert main(["train", str(path), "--out", str(tmp_path / "run")]) == 0
+    _, second = RecordStore(tmp_path / "run" / "records")
+    entropies = second.batch.attention_entropies[second.batch.response_mask]
+    assert 0 < float(entropies.max()) <= 1
+    relative = second.batch.adapter_residuals[second.batch.response_mask]
+    assert 0 < float(relative.max()) < 0.5  # over the norm of the state: a small step
+    config = small_config(model_folder, credit={"arca": {"gate": 1.8}}, lora=LORA, collectors=collectors, steps=1)
+    assert main(["train", str(write_yaml(path, config)), "--out", str(tmp_path / "gated")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("collectors", "said"),
+    [
+        ({"attention_entropy": {}}, "did you mean 'attention_entropies'"),
+        ({"attention_entropies": {"layers": 1}}, "did you mean 'layer'"),
+        ({"attention_entropies": {"row": "mine"}}, "available: own, predicting"),
+        ({"attention_entropies": {"drop_sink": -1}}, "must be a whole number of keys, got -1"),
+        ({"attention_influences": {"share": 0.9}}, "must be a number in (0, 0.5], got 0.9"),
+        ({"entropies": {"layer": 1}}, "the collector of `entropies` has no options"),
+        ({"importances": "no_colon"}, "module:attribute"),
+        ({"importances": 3}, "must be a function, its name, or a mapping of options, got 3"),
+    ],
+)
+def test_wrong_collectors_are_refused_when_a_config_is_read(collectors: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenCreditError) as caught:
+        load_config(small_config(tmp_path, collectors=collectors))
+    assert said in str(caught.value)
