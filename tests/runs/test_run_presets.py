@@ -36,7 +36,8 @@ def test_a_preset_trains_a_step(preset: str, model_folder: Path, tmp_path: Path)
     assert needs(preset) <= {*record.batch.carried, "host_advantages"}
     assert bool(record.batch.response_mask.any())
     if not Pipeline.parse(preset).draws:
-        torch.testing.assert_close(assign_credit(preset, record.batch), record.advantages, rtol=0, atol=0)
+        # Rows are back in order here, so sums over a batch round differently.
+        torch.testing.assert_close(assign_credit(preset, record.batch), record.advantages, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_sets_collectors(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811

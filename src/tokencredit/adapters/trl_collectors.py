@@ -87,11 +87,11 @@ def _rhythms(rollout: Rollout, options: Mapping[str, Any]) -> tuple[Tensor, Tens
 
 def _importances(rollout: Rollout, after: str | None, tail: int, layer: int | None) -> Float[Tensor, "batch response"]:
     """How much the answer, by text or by length, attends to the tokens before it."""
-    texts = [
-        rollout.tokenizer.batch_decode([[token] for token in ids[mask].tolist()])
-        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
-    answer = answer_mask(rollout.response_mask, texts if after else None, after, tail)
+    texts = None
+    if after is not None:
+        rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
+        texts = [rollout.tokenizer.batch_decode([[token] for token in ids[mask].tolist()]) for ids, mask in rows]
+    answer = answer_mask(rollout.response_mask, texts, after, tail)
     return answer_importances(rollout.model, *rollout.sequences(), answer=answer, layer=layer)
 
 

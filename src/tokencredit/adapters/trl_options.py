@@ -55,7 +55,10 @@ ACCEPTED: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {
         "a number in (0, 0.5]",
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 0.5,
     ),
-    ("importances", "after"): ("a text, or null", lambda value: value is None or (isinstance(value, str) and value != "")),
+    ("importances", "after"): (
+        "a text, or null",
+        lambda value: value is None or (isinstance(value, str) and value != ""),
+    ),
     ("importances", "tail"): ("a whole number of tokens of at least 1", lambda value: _is_count(value, 1)),
     ("importances", "layer"): (
         "a layer index, or null for the last one",

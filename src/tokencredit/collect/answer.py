@@ -26,11 +26,13 @@ def answer_mask(
     start = n - torch.minimum(torch.full_like(n, tail), (n // 2).clamp_min(1))
     for row, tokens in enumerate(texts or []):
         text = "".join(tokens)
-        end = text.rfind(after or "")
-        if end < 0:
+        found = text.rfind(after or "")
+        if found < 0:
             continue
-        covered, place = 0, 0
-        while place < len(tokens) and covered < end + len(after or ""):
+        stop, covered, place = found + len(after or ""), 0, 0
+        while (
+            place < len(tokens) and covered + len(tokens[place]) <= stop
+        ):  # a token that reaches beyond is of the answer
             covered += len(tokens[place])
             place += 1
         if place < len(tokens):
