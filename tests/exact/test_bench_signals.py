@@ -55,7 +55,7 @@ def test_a_fresh_adapter_moves_by_one_step_of_the_policy_gradient(config: BenchC
     assert {round(float(value), 9) for tensor in moved for value in tensor.unique()} <= {0.0, signals.STEP}
     assert max(float(value.max()) for value in moved) == pytest.approx(signals.STEP)
     with torch.no_grad():
-        before, after = (float(signals._objective(world, policy)) for policy in (world.model, model))
+        before, after = (float(sum(signals._objectives(world, policy))) for policy in (world.model, model))
     assert after > before  # an ascent, on the responses it was taken from
     residuals = signals.residuals(sampled)[sampled.batch.response_mask]
     assert float(residuals.min()) > 0

@@ -1,6 +1,7 @@
 """Batch fields that the benchmark measures on its model: attention, and how an adapter moves the hidden states."""
 
 import copy
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokencredit.seeds import derive
 RANK, STEP = 16, 3e-4  # of the adapter that a model without one is given, and the first step of Adam that it takes
 EACH = 16  # responses to a prompt that this step is taken from
 TAIL = 4  # tokens of the answer, for `importances`
+TILE = 128  # rows of one backward
 PROBES = 16  # responses that the doubling ratio is measured on
 
 Span = tuple[Tensor, Tensor, int, int]
@@ -107,15 +109,18 @@ def adapted(world: World) -> Any:
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         model = get_peft_model(copy.deepcopy(world.model), config).eval()
     parameters = [value for name, value in model.named_parameters() if "lora_B" in name]
-    gradients = torch.autograd.grad(_objective(world, model), parameters)
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    for objective in _objectives(world, model):
+        for total, gradient in zip(gradients, torch.autograd.grad(objective, parameters), strict=True):
+            total += gradient
     with torch.no_grad():
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.copy_(STEP * gradient.sign())
+        for parameter, total in zip(parameters, gradients, strict=True):
+            parameter.copy_(STEP * total.sign())
     return model
 
 
-def _objective(world: World, model: Any) -> Tensor:
-    """Σ A ln π(y): group-centred outcomes of fresh responses."""
+def _objectives(world: World, model: Any) -> Iterator[Tensor]:
+    """Σ A ln π(y) over group-centred outcomes of fresh responses, tile by tile."""
     ids, mask = sample_responses(world, EACH, "bench adapter")
     owners = [problem for problem in world.problems for _ in range(EACH)]
     texts = [row[chosen].tolist() for row, chosen in zip(ids, mask, strict=True)]
@@ -123,6 +128,7 @@ def _objective(world: World, model: Any) -> Tensor:
     groups = rewards.view(-1, EACH)
     advantages = (groups - groups.mean(1, keepdim=True)).flatten()
     whole, seen, prompt, response = span_of(world, ids, mask)
-    logits = model(input_ids=whole, attention_mask=seen).logits[:, prompt - 1 : prompt - 1 + response]
-    logprobs = torch.log_softmax(logits, -1).gather(2, ids[..., None])[..., 0]
-    return (torch.where(mask, logprobs, 0.0).sum(1) * advantages.to(logprobs)).sum()
+    for rows in torch.arange(len(whole)).split(TILE):
+        logits = model(input_ids=whole[rows], attention_mask=seen[rows]).logits[:, prompt - 1 : prompt - 1 + response]
+        logprobs = torch.log_softmax(logits, -1).gather(2, ids[rows][..., None])[..., 0]
+        yield (torch.where(mask[rows], logprobs, 0.0).sum(1) * advantages[rows].to(logprobs)).sum()

@@ -12,7 +12,7 @@ from tokencredit.reduce import group_totals
 SALT = 0x2545F4914F6CDD1D  # keeps token ids apart from group ids, which are hashed by the same function
 
 
-def success_trie(batch: TokenBatch, *, kappa: float = 16.0, threshold: float = 0.0) -> Float[Tensor, "batch response"]:
+def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.0) -> Float[Tensor, "batch response"]:
     """The policy gradient of success, from what the group's responses prove and an estimate for the rest.
 
         Â_t = ω(y_≤t) V̂(y_≤t) / m(y_≤t)   on accepted responses (r > threshold),   0 on the others
