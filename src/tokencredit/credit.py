@@ -220,7 +220,8 @@ def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | 
     found = []
     for first in range(0, count, rows):
         tile = slice(first, first + rows)
-        part = replace(batch, **{name: value[tile] for name, value in batch.tensors().items()})
+        rows_of_tile: dict[str, Any] = {name: value[tile] for name, value in batch.tensors().items()}
+        part = replace(batch, **rows_of_tile)
         if generator is not None and state is not None:
             generator.set_state(state)
         own = (*(value[tile] for value in inputs[:-1]), part)

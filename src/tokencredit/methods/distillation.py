@@ -251,7 +251,7 @@ def teacher_confidence(
 def _worst_means(surprise: Float[Tensor, "batch response"], window: int, q: float) -> Float[Tensor, "batch response"]:
     """Q of every token; where the windows are full and few values count, in time that does not grow with the window."""
     width = surprise.shape[1]
-    few = _wanted(torch.tensor(window), q).item()
+    few = int(_wanted(torch.tensor(window), q))
     full = window if few <= FEW and window < width else width  # the first token with a full window
     parts = [_worst_mean(surprise[:, :full], start, window, q) for start in range(0, full, TILE)]
     if full < width:
