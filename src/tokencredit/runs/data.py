@@ -15,6 +15,7 @@ from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
 from tokencredit.lab.model import SIZES, warm_start
 from tokencredit.lab.tasks import Problem, Task, get_task
+from tokencredit.lab.teachers import with_lab_model
 from tokencredit.loading import load_attribute
 
 
@@ -77,10 +78,7 @@ def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `teacher:` section; `model: tiny` or `small` with a `stage` means a model of the lab."""
     if config["teacher"] is None:
         return None
-    section = dict(config["teacher"])
-    if section.get("model") in SIZES and config["task"] is not None:
-        stage = section.pop("stage", "late")
-        section["model"] = str(warm_start(config["task"], size=section["model"], stage=stage))
+    section = with_lab_model(config["teacher"], config["task"])
     resolve_teacher(section)  # its keys and values, before anything is loaded
     return section
 
