@@ -10,6 +10,7 @@ from tokencredit import assign_credit
 from tokencredit.cli.main import main
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
+from tokencredit.lab import data as lab_data
 from tokencredit.methods import PRESETS
 from tokencredit.runs.config import load_config
 from tokencredit.runs.train import train_run
@@ -17,6 +18,16 @@ from tokencredit.store import RecordStore
 
 LORA = {"r": 2, "target_modules": "all-linear"}
 NEEDS_LORA = {"adapter_residuals", "doubling_ratios", "ref_logprobs"}
+
+
+def odd_digits(completions: list[str], **_: object) -> list[float]:
+    return [float(sum(character in "13579" for character in text)) for text in completions]
+
+
+@pytest.fixture
+def varied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards that differ within groups: an untrained model solves nothing, and then no credit moves."""
+    monkeypatch.setattr(lab_data, "reward_function", lambda task: odd_digits)
 
 
 def needs(preset: str) -> frozenset[str]:
@@ -27,7 +38,14 @@ WITHOUT_TEACHER = [name for name in PRESETS if "teacher_logprobs" not in needs(n
 
 
 @pytest.mark.parametrize("preset", WITHOUT_TEACHER)
-def test_a_preset_trains_a_step(preset: str, model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_preset_trains_a_step(
+    preset: str,
+    model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    if "values" not in needs(preset):  # exact values are checked against the task's own rewards
+        request.getfixturevalue("varied")
     lora = LORA if needs(preset) & NEEDS_LORA else None
     evaluation = {"every": 9, "problems": 1}
     config = load_config(small_config(model_folder, credit=preset, lora=lora, steps=1, evaluation=evaluation))
@@ -40,6 +58,7 @@ def test_a_preset_trains_a_step(preset: str, model_folder: Path, tmp_path: Path)
         torch.testing.assert_close(assign_credit(preset, record.batch), record.advantages, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("varied")
 def test_a_file_sets_collectors(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     collectors = {
         "attention_entropies": {"layer": 0, "heads": "mean_entropy", "row": "own", "drop_sink": 1},
