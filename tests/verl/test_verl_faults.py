@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from tokencredit.store import RecordStore
 
 pytestmark = pytest.mark.usefixtures("store")
 
+HERE = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 FIRST, BROKEN, LAST = 1, 3, 4
 
 
@@ -20,7 +22,8 @@ FIRST, BROKEN, LAST = 1, 3, 4
 class Driver:
     """Where verl's `main_ppo` runs its trainer; the store's other actors outlive it."""
 
-    def train(self, folder: str, first: int, killed_at: int | None) -> list[int]:
+    def train(self, folder: str, first: int, killed_at: int | None, here: list[str]) -> list[int]:
+        sys.path += here  # of the test, which an actor does not inherit
         import transfer_queue as tq
         from verl_setup import build_trainer, credit_config, sampled, store_batch
 
@@ -36,7 +39,7 @@ class Driver:
 
 
 def train(folder: Path, first: int = FIRST, killed_at: int | None = None) -> list[int]:
-    return ray.get(Driver.remote().train.remote(str(folder), first, killed_at), timeout=200)
+    return ray.get(Driver.remote().train.remote(str(folder), first, killed_at, HERE), timeout=200)
 
 
 def test_a_killed_actor_stops_training_and_its_records_are_whole(store: None, tmp_path: Path) -> None:
