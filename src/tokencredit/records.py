@@ -16,7 +16,7 @@ COLLECTORS: Mapping[str, str] = {
     "old_logprobs": "log-probs of the policy that sampled, from the host's scoring pass or `collect.logprobs`",
     "current_logprobs": "log-probs of the policy being updated: `CreditGRPOTrainer(timing='update')`",
     "rollout_logprobs": "log-probs that the rollout engine reported",
-    "ref_logprobs": "the host's KL reference pass (`beta > 0` in TRL), or one pass without the adapter (`collect.adapter`)",
+    "ref_logprobs": "the host's KL reference pass (`beta > 0` in TRL), or `collect.adapter` without the adapter",
     "teacher_logprobs": "a teacher from `collect.teacher` (the `teacher:` section of a config)",
     "teacher_entropies": "a local teacher (`kind: model`, `self` or `base`); a server gives sampled tokens alone",
     "entropies": "the host's scoring pass (`CreditGRPOTrainer` does it) or `collect.logprobs`",
