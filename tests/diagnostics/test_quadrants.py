@@ -108,16 +108,23 @@ def test_credit_metrics_of_hapo_by_hand() -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_every_logged_key_is_explained_once() -> None:
+def logged_keys(heading: str) -> list[str]:
+    """The keys in the table below a heading of the page."""
     text = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text(encoding="utf-8")
-    batch = group()
-    keys = {
-        re.sub("PHR|PLR|NHR|NLR", "QUADRANT", key) for key in credit_metrics(batch, assign_credit("hapo", batch), BASE)
-    }
-    table = text.partition("## Logged keys")[2].partition("\n##")[0]
+    table = text.partition(f"# {heading}")[2].partition("\n##")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    documented = re.findall("`([^`]+)`", " ".join(rows))
-    assert sorted(documented) == sorted(keys)
+    return sorted(re.findall("`([^`]+)`", " ".join(rows)))
+
+
+def test_every_logged_key_is_explained_once() -> None:
+    batch = group()
+    plain = credit_metrics(batch, assign_credit("hapo", batch), BASE)
+    assert logged_keys("Logged keys") == sorted({re.sub("PHR|PLR|NHR|NLR", "QUADRANT", key) for key in plain})
+    taught = replace(batch, teacher_logprobs=torch.full((4, 3), -1.0), old_logprobs=torch.full((4, 3), -2.0))
+    more = credit_metrics(taught, assign_credit("hapo", taught), BASE).keys() - plain.keys()
+    named = {re.sub(r"(gap_abs)/\d", r"\1/TENTH", key) for key in more}
+    named = {re.sub(r"bonus_[a-z]+_(up|down)_[a-z]+", "bonus_ARM_SIGN_OUTCOME", key) for key in named}
+    assert logged_keys("With a teacher") == sorted(named)
 
 
 def test_credit_metrics_with_fields_missing() -> None:

@@ -67,7 +67,7 @@ def test_opd_ascends_the_teachers_objective_and_grpo_does_not(results: dict) -> 
     assert opd["teacher_over_baseline"][0] == pytest.approx(0.0)
     assert method(results, "opsd") == opd
     # The reference of ExOPD is the student as it is: λ (ln ρ − ln π), a multiple of OPD.
-    assert method(results, "exopd")["teacher_direction"] == pytest.approx(opd["teacher_direction"])
+    assert method(results, "exopd")["teacher_direction"] == pytest.approx(opd["teacher_direction"], rel=1e-3)  # float32
     assert method(results, "iw_opd")["teacher_direction"] != opd["teacher_direction"]
 
 

@@ -269,10 +269,10 @@ def _full_windows(x: Float[Tensor, "batch response"], window: int, few: int) -> 
     blocks = -(-width // window)
     padded = torch.nn.functional.pad(x, (0, blocks * window - width), value=-torch.inf)
     places = padded.view(rows, blocks, window).permute(2, 0, 1).contiguous()
-    ends = _carried(places.flip(0), few).flip(1).permute(0, 2, 3, 1).reshape(few, rows, -1)
+    ends = _carried(places.flip(0), few).flip(1).permute(0, 2, 3, 1).reshape(few, rows, blocks * window)
     begins = _carried(places, few)
     begins[:, -1] = -torch.inf  # where a window is one block, its end is all of it
-    begins = begins.permute(0, 2, 3, 1).reshape(few, rows, -1)
+    begins = begins.permute(0, 2, 3, 1).reshape(few, rows, blocks * window)
     count = width - window + 1
     return torch.maximum(ends[..., :count], begins.flip(0)[..., window - 1 : window - 1 + count]).sum(0)
 
