@@ -1,8 +1,11 @@
 """Gradients of the pipelines: sums over the batch exactly, units by random projection, and the success after a step."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from tokencredit.collect.exact_score import trie_scorer
 from tokencredit.collect.exact_trie import build_trie
 from tokencredit.collect.teacher_objective import TeacherObjective
 from tokencredit.seeds import generator
+
+AHEAD = 2  # prompts whose gradients are computed at a time
 
 # ∇ Σ V(x), and Σ ∇V(x) / √(V(x)(1 − V(x))), which GRPO aims at.
 TARGETS = ("success", "standardized")
@@ -211,16 +216,21 @@ def measure(
     total = target.total.new_zeros(replicates, pipelines, target.total.shape[1])
     sketches = target.sketches.new_zeros(pipelines, replicates, *target.sketches.shape[1:])
     size = target.sketches.shape[2]
-    for k, sampled in enumerate(samples):
-        for prompt, ids in enumerate(world.prompts):
-            weights = advantage_weights(sampled.trie, advantages[k], prompt)
-            coordinates, basis = span_of(weights)
-            coordinates = coordinates.to(total)
-            parts = basis_gradients(world.model, ids, sampled.trie, prompt, basis)
-            for columns, part in zip(total[k].split([item.shape[1] for item in parts], dim=1), parts, strict=True):
-                columns.addmm_(coordinates, part)
-            sketches[:, k, target.units[prompt]] += coordinates @ sketched(parts, target.signs, size)
-            advance()
+
+    def prompt_gradients(number: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        k, prompt = divmod(number, len(world.prompts))
+        weights = advantage_weights(samples[k].trie, advantages[k], prompt)
+        coordinates, basis = span_of(weights)
+        coordinates = coordinates.to(total)
+        parts = basis_gradients(world.model, world.prompts[prompt], samples[k].trie, prompt, basis)
+        return coordinates, parts, coordinates @ sketched(parts, target.signs, size)
+
+    for number, (coordinates, parts, sketch) in enumerate(_ahead(prompt_gradients, replicates * len(world.prompts))):
+        k, prompt = divmod(number, len(world.prompts))
+        for columns, part in zip(total[k].split([item.shape[1] for item in parts], dim=1), parts, strict=True):
+            columns.addmm_(coordinates, part)
+        sketches[:, k, target.units[prompt]] += sketch
+        advance()
     found = Measured(
         own=np.stack([[[_inner(a, b) for b in item] for a in item] for item in sketches]),
         cross=np.stack([[[_inner(a, e) for a in item] for e in target.sketches] for item in sketches]),
@@ -229,6 +239,20 @@ def measure(
         after=_after_steps(total[0], target),
     )
     return Measured(**{item.name: getattr(found, item.name)[place] for item in fields(Measured)})
+
+
+def _ahead(work: Callable[[int], Any], count: int) -> Iterator[Any]:
+    """work(0), work(1), … in order; the next one is computed while the caller adds up the last.
+
+    Torch frees the interpreter while it computes. Sums are taken in order, so they do not depend on the timing.
+    """
+    with ThreadPoolExecutor(AHEAD, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
+        waiting = deque(pool.submit(work, number) for number in range(min(AHEAD, count)))
+        for number in range(count):
+            result = waiting.popleft().result()
+            if number + AHEAD < count:
+                waiting.append(pool.submit(work, number + AHEAD))
+            yield result
 
 
 def _distinct(advantages: Sequence[Sequence[Float[Tensor, "batch response"]]]) -> tuple[list[int], list[int]]:
