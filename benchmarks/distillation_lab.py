@@ -29,6 +29,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig
@@ -38,7 +39,7 @@ from tokencredit.collect.exact import encode_accepted, exact_credit
 from tokencredit.collect.teacher_score import score_rows
 from tokencredit.collect.teacher_states import state_divergences
 from tokencredit.diagnostics.bootstrap import paired_bootstrap
-from tokencredit.diagnostics.distillation import position_profile
+from tokencredit.diagnostics.position import position_profile
 from tokencredit.lab import supervised
 from tokencredit.lab.cache import cache_root, cached_folder, fingerprint
 from tokencredit.lab.data import load_model, load_tokenizer, reward_function
@@ -353,13 +354,18 @@ def profile(student: Path, teacher: Path, task: Task) -> dict[str, Any]:
     gaps = score_rows(other, asked, rollouts.ids, rollouts.mask) - score_rows(own, asked, rollouts.ids, rollouts.mask)
     lists = [encode_accepted(tokenizer, task.accepted(problem)) for problem in problems]
     which = torch.arange(len(problems)).repeat_interleave(4)
-    result: dict[str, Any] = position_profile(gaps, rollouts.mask)
+    result: dict[str, Any] = {"mean": tenths(gaps, rollouts.mask), "mean_abs": tenths(gaps.abs(), rollouts.mask)}
     for name, model in (("student", own), ("teacher", other)):
         exact = exact_credit(model, prompts, lists, eos_token_id=tokenizer.eos_token_id)
         values = exact.of_responses(which, rollouts.ids, rollouts.mask).values
-        result[f"value_{name}"] = position_profile(values.float(), rollouts.mask)["mean"]
+        result[f"value_{name}"] = tenths(values, rollouts.mask)
         result[f"success_{name}"] = round(float(exact.prompt_values.mean()), 4)
     return result
+
+
+def tenths(values: Tensor, mask: Tensor) -> list[float | None]:
+    """The mean of each tenth of the responses; None where it has no tokens."""
+    return [None if value != value else round(value, 4) for value in position_profile(values, mask).mean.tolist()]
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.diagnostics.distillation import (
     BONUSES,
     discrepancy_summary,
-    position_profile,
     router_summary,
     teacher_sums,
 )
+from tokencredit.diagnostics.position import position_profile
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.methods.outcome import group_normalized
 
@@ -31,14 +31,6 @@ def batch_of(gaps, mask=None, **fields) -> TokenBatch:
         "teacher_logprobs": gap,
     }
     return TokenBatch(**(values | fields))
-
-
-def test_profile_counts_chosen_tokens_by_share_of_the_way() -> None:
-    # Row 0: halves (1, −3) and (5, 7); row 1 has one chosen token, in the first half.
-    x = torch.tensor([[1.0, NAN, -3.0, 5.0, 7.0], [NAN, 2.0, NAN, NAN, NAN]])
-    mask = torch.tensor([[True, False, True, True, True], [False, True, False, False, False]])
-    assert position_profile(x, mask, bins=2) == {"mean": [0.0, 6.0], "mean_abs": [2.0, 6.0]}
-    assert position_profile(x, mask & False, bins=2) == {"mean": [None, None], "mean_abs": [None, None]}
 
 
 def test_discrepancy_summary() -> None:
@@ -96,8 +88,8 @@ def test_logged_numbers_are_the_summaries() -> None:
     for name in ("weight_mean", "mass_multiplier", "first_share", "half_mass", "distance"):
         assert found[f"credit/teacher/{name}"] == pytest.approx(weights[name])
     assert found["credit/teacher/gap"] == pytest.approx(router["gap_mean"])
-    profile = position_profile(batch.teacher_logprobs - batch.old_logprobs, batch.response_mask)["mean_abs"]
-    for tenth, value in enumerate(profile):
+    gap = (batch.teacher_logprobs - batch.old_logprobs).abs()
+    for tenth, value in enumerate(position_profile(gap, batch.response_mask).mean.nan_to_num().tolist()):
         assert found.get(f"credit/teacher/gap_abs/{tenth}", None) == (pytest.approx(value, abs=1e-4) if value else None)
     assert sum(abs(router[name]) for name in BONUSES) > 0.0
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tokencredit.diagnostics.position import position_profile
+from tokencredit.diagnostics.position import position_profile, profile_sums
 
 
 def test_by_hand() -> None:
@@ -25,3 +25,10 @@ def test_last_token_falls_into_the_last_bin_and_short_rows_leave_bins_empty() ->
 def test_no_token_at_all() -> None:
     found = position_profile(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), bins=3)
     assert found.tokens.sum() == 0 and bool(torch.isnan(found.mean).all())
+
+
+def test_sums_by_hand() -> None:
+    # Row 0: halves (1, −3) and (5, 7); row 1 has one chosen token, in the first half.
+    x = torch.tensor([[1.0, torch.nan, -3.0, 5.0, 7.0], [torch.nan, 2.0, torch.nan, torch.nan, torch.nan]])
+    found = profile_sums(x, ~torch.isnan(x), bins=2)
+    assert found.tolist() == [[0.0, 12.0], [6.0, 12.0], [3.0, 2.0]]

@@ -165,7 +165,25 @@ def test_tasks_that_cannot_be_measured_are_refused(
     config: BenchConfig, tmp_path: Path, task: str, message: str
 ) -> None:
     with pytest.raises(TokenCreditError, match=message):
-        run_bench(replace(config, tasks=(task,)), tmp_path)
+        run_bench(replace(config, tasks=(task,)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # else the corrected command would find another config there
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pipelines": ("hapoo",)}, "did you mean 'hapo'"),
+        ({"model": None, "stages": ("start", "lat")}, "unknown stage 'lat', did you mean 'late'"),
+        ({"teacher": {"kind": "selff"}}, "did you mean 'self'"),
+        ({"tasks": ("bench_world:Letters", "cary")}, "did you mean 'carry'"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_is_written(
+    config: BenchConfig, tmp_path: Path, change: dict, message: str
+) -> None:
+    with pytest.raises(TokenCreditError, match=message):
+        run_bench(replace(config, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +191,7 @@ def test_tasks_that_cannot_be_measured_are_refused(
     [
         ({"promts": 3}, "unknown key of a bench config 'promts', did you mean 'prompts'"),
         ({"prompts": 0}, "`prompts` must be at least 1, got 0"),
-        ({"prompts": "many"}, "`prompts` must be a int, got 'many'"),
+        ({"prompts": "many"}, "`prompts` must be of type int, got 'many'"),
         ({"rollouts": 1}, "`rollouts` must be at least 2"),
         ({"level": 1.5}, r"`level` must be in \(0, 1\), got 1.5"),
         ({"dtype": "float16"}, "unknown dtype 'float16'"),

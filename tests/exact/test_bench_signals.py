@@ -78,7 +78,12 @@ def test_a_peft_folder_is_the_policy_with_its_adapter(config: BenchConfig, tmp_p
     gap = (signals.reference(sampled) - sampled.batch.old_logprobs)[sampled.batch.response_mask]
     assert float(gap.abs().max()) > 1e-3
     result = cell.run_cell(
-        replace(given, pipelines=("grpo", "arca")), TASK, "given", tmp_path / "out", pipelines.FIELD_COLLECTORS
+        replace(given, pipelines=("grpo", "arca")),
+        TASK,
+        "given",
+        tmp_path / "out",
+        pipelines.FIELD_COLLECTORS,
+        lambda: None,
     )
     assert [row["name"] for row in result["methods"]][:3] == ["grpo", "arca", "arca"]
     lora = sum(value.numel() for name, value in world.model.named_parameters() if "lora_" in name)

@@ -16,7 +16,7 @@ from tokencredit.collect.answer import answer_importances, answer_mask
 from tokencredit.collect.attention import attention_entropies
 from tokencredit.collect.attention_maps import attention_rhythms
 from tokencredit.collect.teacher import LocalTeacher, Teacher, build_teacher
-from tokencredit.collect.teacher_prompts import better_attempts
+from tokencredit.collect.teacher_prompts import better_attempts, response_texts
 
 Collector = Callable[[Rollout], Tensor]
 
@@ -42,12 +42,11 @@ def built_in(
             "doubling_ratios": lambda rollout: _doubling_ratios(rollout, layer, rows),
             "ref_logprobs": _reference_logprobs,
         }
-    if teacher is not None:
+    if teacher is not None and not isinstance(teacher, LocalTeacher):
         found["teacher_logprobs"] = lambda rollout: _teacher_scores(teacher.score, teacher, rollout)
     if isinstance(teacher, LocalTeacher):
-        both = _once(teacher)
-        found["teacher_logprobs"] = lambda rollout: both(rollout)[0]
-        found["teacher_entropies"] = lambda rollout: both(rollout)[1]
+        found["teacher_logprobs"] = lambda rollout: _teacher_both(teacher, rollout)[0]
+        found["teacher_entropies"] = lambda rollout: _teacher_both(teacher, rollout)[1]
     return found
 
 
@@ -104,24 +103,16 @@ def _teacher_scores(score: Callable[..., Any], teacher: Teacher, rollout: Rollou
     return score(prompts, rollout.response_ids, rollout.response_mask, rows, rollout.temperature, policy=rollout.model)
 
 
-def _once(teacher: LocalTeacher) -> Callable[[Rollout], tuple[Tensor, Tensor]]:
-    """Log-probs and entropies of a rollout batch by one pass, whichever of the two is asked for first."""
-    kept: list[Any] = []
-
-    def both(rollout: Rollout) -> tuple[Tensor, Tensor]:
-        if not kept or kept[0] is not rollout.response_ids:
-            kept[:] = rollout.response_ids, _teacher_scores(teacher.score_with_entropies, teacher, rollout)
-        return kept[1]
-
-    return both
+def _teacher_both(teacher: LocalTeacher, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies from one pass, whichever of the two is asked for first."""
+    if "teacher" not in rollout.shared:
+        rollout.shared["teacher"] = _teacher_scores(teacher.score_with_entropies, teacher, rollout)
+    return rollout.shared["teacher"]
 
 
 def attempts(rollout: Rollout) -> list[str | None]:
     """`better_attempts` of the responses of this process; those of other processes are not seen."""
-    texts = [
-        rollout.tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
+    texts = response_texts(rollout.tokenizer, rollout.response_ids, rollout.response_mask)
     return better_attempts(texts, rollout.group_ids.tolist(), rollout.rewards.tolist())
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,26 @@ Advantages = list[list[Float[Tensor, "batch response"]]]  # [replicate][pipeline
 
 
 def run_cell(
-    config: BenchConfig, task: str, stage: str, folder: Path, collectors: Mapping[str, FieldCollector]
+    config: BenchConfig,
+    task: str,
+    stage: str,
+    folder: Path,
+    collectors: Mapping[str, FieldCollector],
+    claim: Callable[[], None],
 ) -> dict[str, Any]:
-    """All figures of one cell as JSON-like data; parts that are already in `folder` are not measured again."""
+    """All figures of one cell as JSON-like data; parts that are already in `folder` are not measured again.
+
+    `claim` is called once everything that can be refused was accepted, before anything is written.
+    """
     start = time.monotonic()
+    entries(config.pipelines, controls=config.controls, collectors=collectors)  # names, before a model is loaded
     world = load_world(config, task, stage)
-    samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
     teacher = load_teacher(world, config, task)
     collectors = teacher_collectors(teacher) | dict(collectors)
     found, left_out = entries(config.pipelines, controls=config.controls, collectors=collectors)
+    samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
     advantages = [assign_all(found, sampled, config, collectors) for sampled in samples]
+    claim()
     with bar(f"bench {task} {stage}", None) as advance:
         target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
     return {

@@ -109,5 +109,5 @@ def _as_declared(key: str, value: Any, default: Any) -> Any:
         return value if value is None or key == "teacher" else str(value)
     wanted = (int, float) if isinstance(default, float) else type(default)
     if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
-        raise TokenCreditError(f"`{key}` must be a {type(default).__name__}, got {value!r}")
+        raise TokenCreditError(f"`{key}` must be of type {type(default).__name__}, got {value!r}")
     return float(value) if isinstance(default, float) else value

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.pipelines import FIELD_COLLECTORS, FieldCollector
-from tokencredit.errors import TokenCreditError
+from tokencredit.bench.world import load_task
+from tokencredit.errors import TokenCreditError, unknown
 
 SCHEMA = 1
 
@@ -18,13 +20,15 @@ def run_bench(
     """Run or resume a benchmark in `folder`; the results, which are also written to `results.json` there.
 
     `collectors` adds functions that fill batch fields (`field name -> Sampled -> [batch, response]`), so that pipelines
-    that need them take part. A folder that holds another config is refused.
+    that need them take part. A folder that holds another config is refused. Nothing is written before the first cell's
+    model, teacher, responses and methods were accepted.
     """
     import torch
 
     from tokencredit.bench.cell import run_cell  # needs torch models and transformers: only when something runs
 
-    _claim(folder, config)
+    _check_folder(folder, config)
+    _check_names(config)
     torch.set_num_threads(config.threads)  # before a lab model is built: its weights depend on it
     cells = []
     for task in config.tasks:
@@ -32,7 +36,8 @@ def run_bench(
             path = folder / f"{task.replace(':', '.')}-{stage}"
             done = path / "cell.json"
             if not done.is_file():
-                cell = run_cell(config, task, stage, path, FIELD_COLLECTORS | dict(collectors or {}))
+                claim = partial(_write, folder / "config.json", config.to_mapping())
+                cell = run_cell(config, task, stage, path, FIELD_COLLECTORS | dict(collectors or {}), claim)
                 _write(done, cell)
             cells.append(json.loads(done.read_text()))
     results = {"schema": SCHEMA, "config": config.to_mapping(), "cells": cells}
@@ -40,13 +45,23 @@ def run_bench(
     return results
 
 
-def _claim(folder: Path, config: BenchConfig) -> None:
-    """Write the config into a fresh folder, or check that the folder belongs to it."""
+def _check_names(config: BenchConfig) -> None:
+    """Tasks and stages of all cells, before the first one runs for minutes."""
+    from tokencredit.lab.model import STAGES
+
+    for task in config.tasks:
+        load_task(task)
+    for stage in config.stages:
+        if config.model is None and stage not in STAGES:
+            raise unknown("stage", stage, STAGES)
+
+
+def _check_folder(folder: Path, config: BenchConfig) -> None:
+    """A folder with results belongs to one config."""
     path = folder / "config.json"
-    given = json.loads(json.dumps(config.to_mapping()))
     if not path.is_file():
-        _write(path, given)
         return
+    given = json.loads(json.dumps(config.to_mapping()))
     kept = json.loads(path.read_text())
     if kept != given:
         other = next(key for key in sorted(kept | given) if kept.get(key) != given.get(key))

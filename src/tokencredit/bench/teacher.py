@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.pipelines import FieldCollector
@@ -13,7 +15,7 @@ from tokencredit.collect.exact_score import score_trie
 from tokencredit.collect.exact_trie import Trie, build_trie
 from tokencredit.collect.teacher import LocalTeacher, Teacher, build_teacher
 from tokencredit.collect.teacher_objective import TeacherObjective, teacher_objective
-from tokencredit.collect.teacher_prompts import better_attempts
+from tokencredit.collect.teacher_prompts import better_attempts, response_texts
 from tokencredit.seeds import generator
 
 Row = Mapping[str, Any]
@@ -79,22 +81,23 @@ def teacher_collectors(found: BenchTeacher | None) -> dict[str, FieldCollector]:
         prompts = [world.prompts[owner] for owner in owners]
         return score(prompts, batch.response_ids, batch.response_mask, rows, 1.0, policy=world.model)
 
-    fields: dict[str, FieldCollector] = {
-        "teacher_logprobs": lambda sampled: scores(sampled, found.teacher.score).double(),
-        "ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs"),
-    }
     teacher = found.teacher
-    if isinstance(teacher, LocalTeacher):
-        fields["teacher_entropies"] = lambda sampled: scores(sampled, teacher.score_with_entropies)[1].double()
+    fields: dict[str, FieldCollector] = {"ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs")}
+    if not isinstance(teacher, LocalTeacher):
+        return fields | {"teacher_logprobs": lambda sampled: scores(sampled, teacher.score).double()}
+
+    @lru_cache(maxsize=1)
+    def both(sampled: Sampled) -> tuple[Tensor, Tensor]:
+        return scores(sampled, teacher.score_with_entropies)
+
+    fields["teacher_logprobs"] = lambda sampled: both(sampled)[0].double()
+    fields["teacher_entropies"] = lambda sampled: both(sampled)[1].double()
     return fields
 
 
 def _attempts(sampled: Sampled) -> list[str | None]:
-    batch, tokenizer = sampled.batch, sampled.world.tokenizer
-    texts = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(batch.response_ids, batch.response_mask, strict=True)
-    ]
+    batch = sampled.batch
+    texts = response_texts(sampled.world.tokenizer, batch.response_ids, batch.response_mask)
     return better_attempts(texts, batch.group_ids.tolist(), batch.rewards.tolist())
 
 

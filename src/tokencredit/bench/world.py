@@ -1,6 +1,5 @@
 """A task, a model and sampled responses: what one cell of the benchmark measures."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokencredit.collect.exact import ExactCredit, PrefixCredit, encode_accepted
 from tokencredit.collect.exact_score import in_float64, score_trie
 from tokencredit.collect.exact_trie import Trie, build_trie
 from tokencredit.errors import TokenCreditError
+from tokencredit.loading import load_attribute
 from tokencredit.records import TokenBatch
 from tokencredit.seeds import generator
 
@@ -57,13 +57,7 @@ def load_task(name: str) -> Any:
         from tokencredit.lab.tasks import get_task
 
         return get_task(name)
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise TokenCreditError(
-            f"cannot load the task {name!r}: {error}", hint="write `module:attribute`, importable from here"
-        ) from error
+    found = load_attribute(name, "the task")
     task = found() if isinstance(found, type) or (not hasattr(found, "problems") and callable(found)) else found
     for needed in ("problems", "verify", "accepted", "max_response"):
         if not hasattr(task, needed):

@@ -108,7 +108,9 @@ def teacher_section(text: str, stages: Mapping[str, Any]) -> dict[str, Any]:
         section = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise TokenCreditError(f"--teacher is no YAML: {' '.join(str(error).split())}") from error
-    return dict(section)
+    if not isinstance(section, dict):
+        raise TokenCreditError(f"--teacher must be a stage, a folder or a YAML mapping, got {text!r}")
+    return section
 
 
 def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str] | None:

@@ -1,7 +1,7 @@
 """Local teachers: another checkpoint, or the policy itself with other weights or another prompt."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,55 @@ from tokencredit.collect.teacher_score import Scores, score_entropies, used_widt
 from tokencredit.errors import TokenCreditError
 
 
-class ModelTeacher:
+class _Scoring:
+    """Scores of a model that is at hand: `opened` gives it with the prompts that it sees."""
+
+    given: Mapping[str, Any]
+
+    def opened(
+        self,
+        prompt_ids: list[list[int]],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        policy: Any = None,
+    ) -> AbstractContextManager[tuple[Any, list[list[int]]]]:
+        raise NotImplementedError
+
+    def score(
+        self,
+        prompt_ids: list[list[int]],
+        response_ids: Int[Tensor, "batch response"],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        temperature: float,
+        policy: Any = None,
+    ) -> Float[Tensor, "batch response"]:
+        """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
+        return self.score_with_entropies(prompt_ids, response_ids, response_mask, rows, temperature, policy)[0]
+
+    def score_with_entropies(
+        self,
+        prompt_ids: list[list[int]],
+        response_ids: Int[Tensor, "batch response"],
+        response_mask: Bool[Tensor, "batch response"],
+        rows: list[Mapping[str, Any]],
+        temperature: float,
+        policy: Any = None,
+    ) -> Scores:
+        """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
+        with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
+            return score_entropies(
+                model,
+                prompts,
+                response_ids,
+                response_mask,
+                temperature=temperature,
+                batch_size=self.given["batch_size"],
+                device=next(model.parameters()).device,
+            )
+
+
+class ModelTeacher(_Scoring):
     """Another checkpoint with the student's tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, given: Mapping[str, Any]) -> None:
@@ -62,39 +110,6 @@ class ModelTeacher:
         self.prompts.check(rows, policy_tokenizer)
         self._student = policy_tokenizer
 
-    def score(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Float[Tensor, "batch response"]:
-        """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
-        return self.score_with_entropies(prompt_ids, response_ids, response_mask, rows, temperature, policy)[0]
-
-    def score_with_entropies(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Scores:
-        """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
-        with self.opened(prompt_ids, response_mask, rows) as (model, prompts):
-            return score_entropies(
-                model,
-                prompts,
-                response_ids,
-                response_mask,
-                temperature=temperature,
-                batch_size=self.given["batch_size"],
-                device=self._device(response_ids.device),
-            )
-
     @contextmanager
     def opened(
         self,
@@ -104,16 +119,14 @@ class ModelTeacher:
         policy: Any = None,
     ) -> Iterator[tuple[Any, list[list[int]]]]:
         """The model that scores and the prompts that it sees, for whoever wants more than the sampled tokens."""
-        self._device(response_mask.device)
+        self._join(response_mask.device)
         yield self.model, _prompts(self.prompts, rows, prompt_ids, self._student, response_mask, self.model)
 
-    def _device(self, policys: torch.device) -> torch.device:
-        """Where the teacher lives; it joins the policy at the first call unless it has a place of its own."""
+    def _join(self, device: torch.device) -> None:
+        """Move to where the policy is, at the first call, unless the teacher has a place of its own."""
         own = next(self.model.parameters()).device
-        if self.given["device"] is None and self.given["quantization"] == "none" and own != policys:
-            self.model = self.model.to(policys)
-            return policys
-        return own
+        if self.given["device"] is None and self.given["quantization"] == "none" and own != device:
+            self.model = self.model.to(device)
 
     def after_step(self, policy: Any) -> None:
         """A fixed teacher does not move."""
@@ -125,7 +138,7 @@ class ModelTeacher:
         pass
 
 
-class SelfTeacher:
+class SelfTeacher(_Scoring):
     """The policy as its own teacher: under a privileged prompt, with other weights, or both.
 
     * live: the weights that sampled. * frozen: a copy of the trainable parameters as they were at the first call.
@@ -154,38 +167,6 @@ class SelfTeacher:
         if policy is not None:
             self._check_policy(policy)
         self._student = policy_tokenizer
-
-    def score(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Float[Tensor, "batch response"]:
-        """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
-        return self.score_with_entropies(prompt_ids, response_ids, response_mask, rows, temperature, policy)[0]
-
-    def score_with_entropies(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Scores:
-        """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
-        with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
-            return score_entropies(
-                model,
-                prompts,
-                response_ids,
-                response_mask,
-                temperature=temperature,
-                batch_size=self.given["batch_size"],
-            )
 
     @contextmanager
     def opened(

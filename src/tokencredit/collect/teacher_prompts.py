@@ -4,6 +4,8 @@ import string
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.seeds import derive
 
@@ -146,6 +148,11 @@ def check_fits(prompts: list[list[int]], lengths: list[int], limit: int | None) 
                 f"row {number} needs {len(prompt)} prompt and {length} response tokens, the teacher takes {limit}",
                 hint="shorten the privileged text or the responses; a truncated prompt would be another teacher",
             )
+
+
+def response_texts(tokenizer: Any, ids: Tensor, mask: Tensor) -> list[str]:
+    """The chosen tokens of each row as text, special tokens left out."""
+    return [tokenizer.decode(row[chosen], skip_special_tokens=True) for row, chosen in zip(ids, mask, strict=True)]
 
 
 def better_attempts(texts: Sequence[str], groups: Sequence[int], rewards: Sequence[float]) -> list[str | None]:

@@ -6,9 +6,10 @@ Each summary is a ratio of sums, so that ranks and micro-batches add up; `teache
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.diagnostics.position import profile_sums
 from tokencredit.masked import chosen, positions, response_lengths, row_quantile
 from tokencredit.methods.distillation import discrepancy_weights, mass_multiplier, teacher_gap
 from tokencredit.methods.self_distillation import bonus_direction, scaled_gap, signed_gap
@@ -17,30 +18,6 @@ from tokencredit.records import TokenBatch
 BINS = 10
 ARMS, SIGNS, VERDICTS = ("attract", "repel"), ("up", "down"), ("correct", "wrong")
 BONUSES = tuple(f"bonus_{arm}_{sign}_{verdict}" for arm in ARMS for sign in SIGNS for verdict in VERDICTS)
-
-
-def position_profile(
-    x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int = BINS
-) -> dict[str, list[float | None]]:
-    """Mean of `x` and of |x| over the chosen tokens of each of `bins` equal stretches of the responses.
-
-    stretch of token t of n:  ⌊bins · t / n⌋
-    """
-    total, mass, count = _profile_sums(x, mask, bins)
-    return {
-        name: [round(float(t / c), 4) if c else None for t, c in zip(sums, count, strict=True)]
-        for name, sums in (("mean", total), ("mean_abs", mass))
-    }
-
-
-def _profile_sums(
-    x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int
-) -> Float[Tensor, "3 bin"]:
-    """Σ x, Σ |x| and the number of tokens of each stretch."""
-    place = (positions(mask) * bins // response_lengths(mask).clamp_min(1)).clamp(0, bins - 1)
-    values = chosen(x, mask)[mask].double()
-    columns = torch.stack((values, values.abs(), torch.ones_like(values)))
-    return columns.new_zeros(3, bins).index_add_(1, place[mask], columns)
 
 
 def discrepancy_summary(batch: TokenBatch, *, gamma: float = 0.5) -> dict[str, float]:
@@ -102,7 +79,7 @@ def router_summary(
     bonus = signed_gap(scaled_gap(teacher_gap(batch), batch, "mean_abs"), router, beta=beta)
     found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router)).tolist())
     total, mass, count = (
-        batch.reducer.total(_profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
+        batch.reducer.total(profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
     )
     return found | {"gap_mean": total / max(count, 1.0), "gap_abs": mass / max(count, 1.0)}
 
@@ -154,7 +131,7 @@ def teacher_sums(
     if batch.teacher_logprobs is None or batch.old_logprobs is None:
         return {}
     named = {
-        "teacher_profile": _profile_sums(teacher_gap(batch), batch.response_mask, BINS).flatten(),
+        "teacher_profile": profile_sums(teacher_gap(batch), batch.response_mask, BINS).flatten(),
         "teacher_discrepancy": _discrepancy_sums(batch, 0.5),
     }
     if batch.entropies is not None and base is not None:

@@ -26,9 +26,15 @@ def position_profile(
     A response shorter than `bins` leaves some bins empty; each token has one vote, so long responses weigh more. Give
     `advantages.abs()` to see where credit goes.
     """
-    place = positions(mask) * bins // response_lengths(mask).clamp_min(1)
-    index = place[mask]
-    x = chosen(values, mask)[mask]
-    totals = torch.zeros(bins, dtype=torch.float64, device=x.device).index_add_(0, index, x)
-    tokens = torch.zeros_like(totals).index_add_(0, index, torch.ones_like(x))
+    totals, _, tokens = profile_sums(values, mask, bins)
     return PositionProfile(torch.where(tokens > 0, totals / tokens.clamp_min(1.0), torch.nan), tokens)
+
+
+def profile_sums(
+    values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int = 10
+) -> Float[Tensor, "3 bin"]:
+    """Σ x, Σ |x| and the number of tokens of each relative position: what processes can add up."""
+    place = positions(mask) * bins // response_lengths(mask).clamp_min(1)
+    x = chosen(values, mask)[mask].double()
+    columns = torch.stack((x, x.abs(), torch.ones_like(x)))
+    return columns.new_zeros(3, bins).index_add_(1, place[mask], columns)

@@ -63,7 +63,7 @@ def rollout_seed(prompts: list[Any], trainer: "GRPOTrainer") -> int:
 
     An evaluation has no number within its step, so its prompts take that place.
     """
-    run = (trainer.args.seed, trainer.state.global_step, 0)
+    run = (trainer.args.seed, trainer.state.global_step)
     if trainer.model.training:
         return derive("rollout", "train", *run, trainer._step % trainer.args.gradient_accumulation_steps)
     return derive("rollout", "eval", *run, json.dumps(prompts, sort_keys=True))

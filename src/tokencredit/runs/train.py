@@ -57,23 +57,23 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     from tokencredit.runs.data import load_material
 
     quiet()
-    torch.set_num_threads(
-        int(config["threads"])
-    )  # before a lab model is built: idle threads that spin are worse than none
+    torch.set_num_threads(int(config["threads"]))  # before a lab model is built: idle threads that spin cost more
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
     pipeline = Pipeline.parse(config["credit"])
     adapter = config["lora"] is not None or hasattr(material.model, "peft_config")
     options, own = resolve_options(config["collectors"])
-    collected = {*built_in(options, None, adapter=adapter), *own, *material.collectors}
-    if config["teacher"] is not None:
-        # A server gives sampled tokens alone.
-        collected |= {"teacher_logprobs"} | (
-            {"teacher_entropies"} if config["teacher"].get("kind") != "server" else set()
-        )
+    collected = {*built_in(options, None, adapter=adapter), *own, *material.collectors, *_of_teacher(config["teacher"])}
     trl_checks.check_all(pipeline, config["timing"], collected, arguments)
     _check_whole_groups(pipeline, config["teacher"], arguments)
     return material, arguments
+
+
+def _of_teacher(teacher: Mapping[str, Any] | None) -> set[str]:
+    """The fields that a `teacher:` section fills; a server gives the log-probs of sampled tokens alone."""
+    if teacher is None:
+        return set()
+    return {"teacher_logprobs"} if teacher.get("kind") == "server" else {"teacher_logprobs", "teacher_entropies"}
 
 
 def grpo_config(config: Mapping[str, Any], folder: Path, max_response: int) -> Any:
