@@ -82,7 +82,7 @@ def test_a_peft_folder_is_the_policy_with_its_adapter(config: BenchConfig, tmp_p
         TASK,
         "given",
         tmp_path / "out",
-        pipelines.FIELD_COLLECTORS,
+        {},
         lambda: None,
     )
     assert [row["name"] for row in result["methods"]][:3] == ["grpo", "arca", "arca"]

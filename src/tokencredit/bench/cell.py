@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from tokencredit.bench import figures, show
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
-from tokencredit.bench.pipelines import Entry, FieldCollector, entries, fill
+from tokencredit.bench.pipelines import FIELD_COLLECTORS, Entry, FieldCollector, entries, fill
 from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
 from tokencredit.bench.world import Sampled, World, draw, load_world
 from tokencredit.collect.exact_gradient import trainable
@@ -24,6 +25,7 @@ from tokencredit.credit import assign_credit
 from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.progress import bar
+from tokencredit.records import TokenBatch
 from tokencredit.seeds import generator
 
 FIELDS = tuple(item.name for item in fields(Measured))
@@ -41,16 +43,18 @@ def run_cell(
 ) -> dict[str, Any]:
     """All figures of one cell as JSON-like data; parts that are already in `folder` are not measured again.
 
+    `collectors` fill fields before the benchmark's own do; a teacher fills its fields for the methods that it teaches.
     `claim` is called once everything that can be refused was accepted, before anything is written.
     """
     start = time.monotonic()
-    entries(config.pipelines, controls=config.controls, collectors=collectors)  # names, before a model is loaded
+    entries(config.pipelines, controls=config.controls, collectors={})  # names, before a model is loaded
     world = load_world(config, task, stage)
     teacher = load_teacher(world, config, task)
-    collectors = teacher_collectors(teacher) | dict(collectors)
-    found, left_out = entries(config.pipelines, controls=config.controls, collectors=collectors)
+    plain = FIELD_COLLECTORS | dict(collectors)
+    taught = teacher_collectors(teacher) | dict(collectors)
+    found, left_out = entries(config.pipelines, controls=config.controls, collectors=plain | taught)
     samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
-    advantages = [assign_all(found, sampled, config, collectors) for sampled in samples]
+    advantages = [assign_all(found, sampled, config, plain, taught) for sampled in samples]
     claim()
     with bar(f"bench {task} {stage}", None) as advance:
         target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
@@ -69,17 +73,35 @@ def run_cell(
 
 
 def assign_all(
-    found: Sequence[Entry], sampled: Sampled, config: BenchConfig, collectors: Mapping[str, FieldCollector]
+    found: Sequence[Entry],
+    sampled: Sampled,
+    config: BenchConfig,
+    collectors: Mapping[str, FieldCollector],
+    taught: Mapping[str, FieldCollector] = MappingProxyType({}),
 ) -> list[Float[Tensor, "batch response"]]:
-    """Advantages of every pipeline; random ones draw from a stream that their name and the replicate decide."""
-    needed = frozenset().union(*(entry.pipeline.requires for entry in found))
-    batch = fill(sampled, needed, collectors)
+    """Advantages of every pipeline; random ones draw from a stream that their name and the replicate decide.
+
+    Pipelines that a teacher teaches have their fields from `taught` first: their reference is the student as it is,
+    that of the others the model with the adapter off.
+    """
+    plain = _filled([entry for entry in found if not _is_taught(entry)], sampled, collectors)
+    with_teacher = _filled([entry for entry in found if _is_taught(entry)], sampled, {**collectors, **taught})
     return [
         assign_credit(
-            entry.pipeline, batch, generator=generator("bench draw", config.seed, sampled.replicate, entry.name)
+            entry.pipeline,
+            with_teacher if _is_taught(entry) else plain,
+            generator=generator("bench draw", config.seed, sampled.replicate, entry.name),
         )
         for entry in found
     ]
+
+
+def _is_taught(entry: Entry) -> bool:
+    return "teacher_logprobs" in entry.pipeline.requires
+
+
+def _filled(found: Sequence[Entry], sampled: Sampled, collectors: Mapping[str, FieldCollector]) -> TokenBatch:
+    return fill(sampled, frozenset().union(*(entry.pipeline.requires for entry in found)), collectors)
 
 
 def _measured(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.pipelines import FIELD_COLLECTORS, FieldCollector
+from tokencredit.bench.pipelines import FieldCollector
 from tokencredit.bench.world import load_task
 from tokencredit.errors import TokenCreditError, unknown
 
@@ -37,7 +37,7 @@ def run_bench(
             done = path / "cell.json"
             if not done.is_file():
                 claim = partial(_write, folder / "config.json", config.to_mapping())
-                cell = run_cell(config, task, stage, path, FIELD_COLLECTORS | dict(collectors or {}), claim)
+                cell = run_cell(config, task, stage, path, collectors or {}, claim)
                 _write(done, cell)
             cells.append(json.loads(done.read_text()))
     results = {"schema": SCHEMA, "config": config.to_mapping(), "cells": cells}
