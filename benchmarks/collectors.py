@@ -19,10 +19,8 @@ CPU time of one thread, variants interleaved.
 import argparse
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,21 +28,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import torch
 from head import clock, peak
-from overhead import StepClock
+from overhead import StepClock, measure, report, show
 from torch import Tensor
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
+from tokencredit.adapters.trl_taps import PassTaps
 from tokencredit.collect import attention
 from tokencredit.collect.adapter import adapter_residuals, capture_states, reference_pass
 from tokencredit.collect.attention import attention_entropies, middle_layer, probe_attention
 from tokencredit.collect.attention_rows import row_statistics
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import eval_mode
-from tokencredit.lab import data
-from tokencredit.lab.model import build_model, build_tokenizer, warm_start
-from tokencredit.lab.rollout import rollout_func
+from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.sampler import sample
 from tokencredit.progress import track
 from tokencredit.runs.train import quiet
@@ -143,24 +137,25 @@ OWN_PASSES: dict[str, Any] = {
     "attention_entropies": lambda rollout: attention_entropies(rollout.model, *rollout.sequences()),
     "adapter_residuals": lambda rollout: adapter_residuals(rollout.model, *rollout.sequences())[0],
 }
-# By family: its settings, and the arguments of each variant; None is TRL's own trainer.
-TRAINERS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any] | None]]] = {
+LORA = peft.LoraConfig(r=16, target_modules=TARGETS)
+# By family: settings of the trainer, and the arguments of each variant; none is TRL's own trainer.
+TRAINERS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "full fine-tuning, no KL": (
         {},
         {
-            "stock": None,
+            "stock": {},
             "attention entropy": {"credit": "attention"},
             "attention entropy, own pass": {"credit": "attention", "collectors": OWN_PASSES},
         },
     ),
     "LoRA, no KL": (
-        {"lora": True},
-        {"stock": None, "attention entropy": {"credit": "attention"}, "ARCA, one pass": {"credit": "arca"}},
+        {"lora": LORA},
+        {"stock": {}, "attention entropy": {"credit": "attention"}, "ARCA, one pass": {"credit": "arca"}},
     ),
     "LoRA, KL": (
-        {"lora": True, "beta": 0.04},
+        {"lora": LORA, "beta": 0.04},
         {
-            "stock": None,
+            "stock": {},
             "attention entropy": {"credit": "attention"},
             "ARCA": {"credit": "arca"},
             "ARCA, own two passes": {"credit": "arca", "collectors": OWN_PASSES},
@@ -172,104 +167,32 @@ TRAINERS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any] | None]]] = {
 def trainers(args: argparse.Namespace) -> None:
     """One table a family."""
     quiet()
-    folder = warm_start("countdown")
     print(
         f"{args.prompts * 16} responses of at most 20 tokens, countdown's tiny model, {args.rounds * args.steps} steps"
     )
     for title, (settings, variants) in TRAINERS.items():
-        with tempfile.TemporaryDirectory() as out:
-            built = {
-                name: build(Path(out) / str(n), folder, args, settings, variants[name])
-                for n, name in enumerate(variants)
-            }
-            times: dict[str, list[float]] = {name: [] for name in built}
-            own: dict[str, list[float]] = {name: [] for name in built}
-            for turn in track(range(args.rounds), title):
-                names = list(built)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    trainer, step_clock = built[name]
-                    once(trainer, step_clock)
-                    times[name] += step_clock.times[1:]
-                    own[name] += [i / t for i, t in zip(step_clock.own[1:], step_clock.times[1:], strict=True)]
-        print(f"\n{title:32s}ratio  middle half    quietest  own code")
-        for name in built:
-            ratios = [mine / stock for mine, stock in zip(times[name], times["stock"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            quietest = sum(fastest(times[name], args.steps)) / sum(fastest(times["stock"], args.steps))
-            share = statistics.median(own[name])
-            print(f"{name:32s}{middle:5.3f}  {low:.3f}-{high:.3f}  {quietest:8.3f}  {share:8.2%}", flush=True)
+        rows = report(*measure(variants, args, title=title, during=taps_counted, **settings))
+        print()
+        show(title, rows)
 
 
-def fastest(times: list[float], steps: int) -> list[float]:
-    """The fastest round of each step; a step is the same rollout batch in every round."""
-    return [min(times[step::steps]) for step in range(steps)]
-
-
-def build(
-    out: Path, model: Path, args: argparse.Namespace, settings: dict[str, Any], credit: dict[str, Any] | None
-) -> tuple[GRPOTrainer, StepClock]:
-    """A trainer with a clock that also counts the time in our own code; the first step of a round warms up."""
-    config = GRPOConfig(
-        str(out),
-        max_steps=args.steps + 1,
-        per_device_train_batch_size=args.prompts * 16,
-        num_generations=16,
-        max_completion_length=20,
-        learning_rate=0.0,
-        beta=settings.get("beta", 0.0),
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        activation_checkpointing=False,
-        dataloader_pin_memory=False,
-    )
-    kind = GRPOTrainer if credit is None else CreditGRPOTrainer
-    trainer = kind(
-        model=data.load_model(model),
-        processing_class=data.load_tokenizer(model),
-        reward_funcs=data.reward_function("countdown"),
-        train_dataset=data.prompt_dataset("countdown", "train", 512),
-        args=config,
-        rollout_func=rollout_func,
-        peft_config=peft.LoraConfig(r=16, target_modules=TARGETS) if settings.get("lora") else None,
-        **(credit or {}),
-    )
-    step_clock = StepClock()
-    if credit is not None:
-        step_clock.watch(trainer)
-        trainer._taps.around = counted_around(trainer._taps.around, step_clock)
-    trainer.add_callback(step_clock)
-    trainer.remove_callback(PrinterCallback)
-    return trainer, step_clock
-
-
-def counted_around(around: Callable[..., Any], step_clock: StepClock) -> Callable[..., Any]:
-    """The tap of a pass with its setting up and taking down on the clock."""
+@contextmanager
+def taps_counted(step_clock: StepClock) -> Iterator[None]:
+    """What taps do inside the host's passes is on the clock too: setting up, taking down, and row statistics."""
+    around, statistics_of_rows = PassTaps.around, attention.row_statistics
 
     @contextmanager
     def counted(*args: Any, **kwargs: Any) -> Iterator[None]:
         tap = around(*args, **kwargs)
-        step_clock._counted(tap.__enter__)()
+        step_clock.counted(tap.__enter__)()
         yield
-        step_clock._counted(tap.__exit__)(None, None, None)
+        step_clock.counted(tap.__exit__)(None, None, None)
 
-    return counted
-
-
-def once(trainer: GRPOTrainer, step_clock: StepClock) -> None:
-    """The steps of one round, from the start; row statistics inside the passes count as our own code."""
-    plain = attention.row_statistics
-    attention.row_statistics = step_clock._counted(plain)
-    step_clock.times.clear()
-    step_clock.own.clear()
-    trainer._step = 0
-    trainer._buffered_inputs = None
+    PassTaps.around, attention.row_statistics = counted, step_clock.counted(statistics_of_rows)
     try:
-        trainer.train()
+        yield
     finally:
-        attention.row_statistics = plain
+        PassTaps.around, attention.row_statistics = around, statistics_of_rows
 
 
 def main() -> None:

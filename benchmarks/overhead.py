@@ -15,7 +15,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-OWN = (
-    "_row_keys",
-    "_collect",
-    "_measure_old_policy",
-    "_at_update",
-    "_assign",
-)  # what the credit trainer adds to a step
+# What the credit trainer adds to a step.
+OWN = ("_row_keys", "_collect", "_measure_old_policy", "_at_update", "_assign")
 
 
 class StepClock(TrainerCallback):
@@ -68,9 +64,11 @@ class StepClock(TrainerCallback):
     def watch(self, trainer: GRPOTrainer) -> None:
         """Count the time inside the outermost call of the trainer's own methods."""
         for name in OWN:
-            setattr(trainer, name, self._counted(getattr(trainer, name)))
+            setattr(trainer, name, self.counted(getattr(trainer, name)))
 
-    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`method`, with its time on the clock."""
+
         def counted(*args: Any, **kwargs: Any) -> Any:
             begin = time.thread_time()
             self.depth += 1
@@ -84,16 +82,18 @@ class StepClock(TrainerCallback):
         return counted
 
 
-def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int) -> tuple[GRPOTrainer, StepClock]:
-    """A trainer of one variant with a clock; `steps` is one more than what is measured, the first step warms up."""
+def build(
+    folder: Path, arguments: argparse.Namespace, credit: dict[str, Any], *, beta: float = 0.0, lora: Any = None
+) -> tuple[GRPOTrainer, StepClock]:
+    """A trainer with a clock: TRL's own without `credit`. One step more than is measured, the first warms up."""
     config = GRPOConfig(
-        str(folder / name.replace(" ", "-")),
-        max_steps=steps + 1,
-        per_device_train_batch_size=prompts * 16,
+        str(folder),
+        max_steps=arguments.steps + 1,
+        per_device_train_batch_size=arguments.prompts * 16,
         num_generations=16,
         max_completion_length=20,
         learning_rate=0.0,
-        beta=0.0,
+        beta=beta,
         logging_steps=1,
         report_to=[],
         save_strategy="no",
@@ -103,7 +103,8 @@ def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int)
         activation_checkpointing=False,
         dataloader_pin_memory=False,
     )
-    kind = CreditGRPOTrainer if VARIANTS[name] else GRPOTrainer
+    model_folder = warm_start("countdown")
+    kind = CreditGRPOTrainer if credit else GRPOTrainer
     trainer = kind(
         model=data.load_model(model_folder),
         processing_class=data.load_tokenizer(model_folder),
@@ -111,7 +112,8 @@ def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int)
         train_dataset=data.prompt_dataset("countdown", "train", 512),
         args=config,
         rollout_func=rollout_func,
-        **VARIANTS[name],
+        peft_config=lora,
+        **credit,
     )
     clock = StepClock()
     if kind is CreditGRPOTrainer:
@@ -124,22 +126,31 @@ def build(name: str, folder: Path, model_folder: Path, steps: int, prompts: int)
 Times = dict[str, list[list[float]]]  # by variant: [round][step]; a step is the same rollout batch in every round
 
 
-def measure(rounds: int, steps: int, prompts: int) -> tuple[Times, Times]:
-    """Step times, and the time in the trainer's own code."""
-    model_folder = warm_start("countdown")
-    times: Times = {name: [] for name in VARIANTS}
-    own: Times = {name: [] for name in VARIANTS}
+def measure(
+    variants: Mapping[str, dict[str, Any]],
+    arguments: argparse.Namespace,
+    *,
+    title: str = "rounds",
+    during: Callable[[StepClock], AbstractContextManager[Any]] = lambda clock: nullcontext(),
+    **settings: Any,
+) -> tuple[Times, Times]:
+    """Step times, and the time in the trainer's own code; variants take turns, each round `during` its context."""
+    times: Times = {name: [] for name in variants}
+    own: Times = {name: [] for name in variants}
+    names = list(variants)
     with tempfile.TemporaryDirectory() as folder:
-        built = {name: build(name, Path(folder), model_folder, steps, prompts) for name in VARIANTS}
-        names = list(VARIANTS)
-        for turn in track(range(rounds), "rounds"):
+        built = {
+            name: build(Path(folder) / str(n), arguments, variants[name], **settings) for n, name in enumerate(names)
+        }
+        for turn in track(range(arguments.rounds), title):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 trainer, clock = built[name]
                 clock.times.clear()
                 clock.own.clear()
                 trainer._step = 0
                 trainer._buffered_inputs = None
-                trainer.train()
+                with during(clock):
+                    trainer.train()
                 times[name].append(clock.times[1:])
                 own[name].append(clock.own[1:])
     return times, own
@@ -176,18 +187,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
-    rows = report(*measure(arguments.rounds, arguments.steps, arguments.prompts))
+    rows = report(*measure(VARIANTS, arguments))
     if arguments.json:
         print(json.dumps(rows))
         return
-    print(f"{'variant':<24} {'step, s':>8} {'median':>8}   {'middle half':<12} {'quietest':>8} {'own code':>9}")
+    show("variant", rows)
+    print(f"{rows[0]['steps']} steps each, {arguments.prompts} prompts x 16, one thread")
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """The rows of `report` as a table."""
+    print(f"{title:<28} {'step, s':>8} {'median':>8}   {'middle half':<12} {'quietest':>8} {'own code':>9}")
     for row in rows:
         spread = f"{row['low']:.3f}–{row['high']:.3f}"
         print(
-            f"{row['variant']:<24} {row['step_seconds']:>8.3f} {row['median']:>8.3f}   {spread:<12} "
+            f"{row['variant']:<28} {row['step_seconds']:>8.3f} {row['median']:>8.3f}   {spread:<12} "
             f"{row['quietest']:>8.3f} {row['own_share']:>9.2%}"
         )
-    print(f"{rows[0]['steps']} steps each, {arguments.prompts} prompts x 16, one thread")
 
 
 if __name__ == "__main__":
