@@ -54,5 +54,4 @@ def test_the_default_policy_beats_random_recipes() -> None:
         return float(bench.policy_row(pool, name, policy, 60).split()[2])
 
     assert truth("mono", "default") - truth("mono", "random") >= 0.15
-    # level, not better: the difference of 60 searches each has a standard error of .06
-    assert abs(truth("hump", "default") - truth("hump", "random")) <= 0.12
+    assert truth("hump", "default") - truth("hump", "random") >= 0.0

@@ -31,7 +31,8 @@ class Surrogate:
         cross = _covariance(_distances(points, self.inputs, self.groups), inner, self.hyper)
         mean = self.level + cross @ self.weights
         solved = np.linalg.solve(self.factor, cross.T)
-        own = np.exp(2 * self.hyper[0]) * (0.5 + 0.5 * (points**2).mean(1)) + OFFSET_VARIANCE
+        square = (points**2).mean(1)
+        own = np.exp(2 * self.hyper[0]) * (0.5 + 0.25 * square + 0.25 * square**2) + OFFSET_VARIANCE
         return mean, np.sqrt(np.maximum(own - (solved**2).sum(0), 1e-12))
 
     @property
@@ -57,11 +58,12 @@ def fit(
 ) -> Surrogate:
     """MAP fit.
 
-        k(x, x′) = a² [½ M₅₂(√Σ_g d_g²/ℓ_g²) + ½ x·x′/D] + 4,   d_g² = mean squared difference inside group g
+        k(x, x′) = a² [½ M₅₂(√Σ_g d_g²/ℓ_g²) + ¼ u + ¼ u²] + 4,   u = x·x′/D
         y ~ N(median(y), k + σ²/R)
 
-    Priors: a ~ LN(ln 1.5, 0.7), σ ~ LN(ln noise_sd, 0.3), ℓ_g ~ LN(0, 0.7). The linear half is what lets fifteen
-    points say more than "near what was good"; the median and the offset keep one bad run from moving the level.
+    d_g² is the mean squared difference inside group g. Priors: a ~ LN(ln 1.5, 0.7), σ ~ LN(ln noise_sd, 0.3), ℓ_g ~
+    LN(0, 0.7). The polynomial half is what lets fifteen points say more than "near what was good": u that more of
+    something is better, u² that a moderate amount is. The median and the offset keep one bad run from moving the level.
     """
     groups = tuple(groups)
     names = list(dict.fromkeys(groups))
@@ -117,7 +119,7 @@ def _covariance(distances: np.ndarray, inner: np.ndarray, hyper: np.ndarray) -> 
     scaled = np.exp(-2 * hyper[..., 2:]) @ distances.reshape(len(distances), -1)
     radius = np.sqrt(5 * scaled).reshape(*hyper.shape[:-1], *inner.shape)
     matern = (1 + radius + radius**2 / 3) * np.exp(-radius)
-    return amplitude * (0.5 * matern + 0.5 * inner) + OFFSET_VARIANCE
+    return amplitude * (0.5 * matern + 0.25 * inner + 0.25 * inner**2) + OFFSET_VARIANCE
 
 
 def log_expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> np.ndarray:
