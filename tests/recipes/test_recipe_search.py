@@ -256,6 +256,27 @@ def test_surrogate_recovers_a_linear_trend_and_ignores_an_outlier() -> None:
     assert 0.1 < model.noise_sd < 0.9
 
 
+def test_surrogate_knows_that_a_moderate_amount_can_be_best() -> None:
+    x = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])[:, None]
+    model = fit(x, ["signal"], 40 - x[:, 0] ** 2, noise_sd=0.1)
+    centre, edge, beyond = model.predict(np.array([[0.0], [2.0], [4.0]]))[0]
+    assert centre == pytest.approx(40.0, abs=0.3) and edge == pytest.approx(36.0, abs=0.3)
+    assert beyond < 32.0  # goes on falling, where "near what was good" would come back to the level
+
+
+def test_the_variance_of_a_point_is_the_kernels() -> None:
+    # Far from all data only the prior is left: a² [½ + ¼ u + ¼ u²] + 4 less what the polynomial half explains.
+    x = np.array([[0.0], [1e-9]])
+    model = fit(x, ["signal"], np.array([40.0, 40.0]), noise_sd=1e-3)
+    sd = model.predict(np.array([[3.0]]))[1][0]  # u = 9; u = 0 at the data, so of the kernel only the 4 is shared
+    amplitude, length = np.exp(2 * model.hyper[0]), np.exp(model.hyper[2])
+    radius = np.sqrt(5.0) * 3.0 / length
+    shared = amplitude * 0.5 * (1 + radius + radius**2 / 3) * np.exp(-radius) + 4.0
+    at_data = amplitude * 0.5 + 4.0
+    expected = amplitude * (0.5 + 0.25 * 9 + 0.25 * 81) + 4.0 - shared**2 / at_data
+    assert sd == pytest.approx(np.sqrt(expected), rel=1e-3)
+
+
 def test_log_expected_improvement_is_finite_far_below() -> None:
     # at z = 0 the improvement is sd φ(0) = .3989 sd
     values = log_expected_improvement(np.array([1.0, -30.0, -1e5]), np.array([2.0, 1.0, 1.0]), 1.0)
