@@ -1,5 +1,7 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +73,26 @@ class Killer:
         return metrics
 
 
-@pytest.mark.parametrize("policy", ["default", "paper"])
-def test_a_search_killed_anywhere_resumes_to_the_same_history(tmp_path: Path, policy: str) -> None:
-    whole = comparable(search_of(tmp_path / "whole", policy=policy).run())
-    for at in range(1, 9) if policy == "default" else (2, 6):
+@pytest.mark.parametrize(
+    ("policy", "budget", "kills"),
+    [("default", 15, range(1, 16)), ("paper", 8, (2, 6))],
+)
+def test_a_search_killed_anywhere_resumes_to_the_same_history(
+    tmp_path: Path, policy: str, budget: int, kills: Sequence[int]
+) -> None:
+    search = partial(search_of, policy=policy, budget=budget)
+    whole = comparable(search(tmp_path / "whole").run())
+    for at in kills:
         folder = tmp_path / f"killed-{at}"
         killer = Killer(at, after=at % 2 == 0)
         with pytest.raises(KeyboardInterrupt):
-            search_of(folder, evaluator=killer, policy=policy).run()
+            search(folder, evaluator=killer).run()
         if at == 6:  # a kill while a line is written leaves a torn tail
             with (folder / HISTORY).open("ab") as file:
                 file.write(b'{"slot": 6, "kin')
         again = Killer(99, after=False)
-        assert comparable(search_of(folder, evaluator=again, policy=policy).run()) == whole
-        assert len(killer.paid) + len(again.paid) == len({*killer.paid, *again.paid}) == 8
+        assert comparable(search(folder, evaluator=again).run()) == whole
+        assert len(killer.paid) + len(again.paid) == len({*killer.paid, *again.paid}) == budget
         slots = [json.loads(line)["slot"] for line in (folder / "candidates.jsonl").read_text().splitlines()]
         assert slots == sorted(slots)
         assert [
