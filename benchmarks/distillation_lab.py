@@ -8,7 +8,7 @@ is exact. Runs are files: a killed script goes on where it was.
     python benchmarks/distillation_lab.py models  --size mini
     python benchmarks/distillation_lab.py opd     --size mini --seeds 5
     python benchmarks/distillation_lab.py dasd    --size tiny --seeds 5 --beta 0.5
-    python benchmarks/distillation_lab.py table   --what opd
+    python benchmarks/distillation_lab.py table   --what opd --size mini --baseline iw_opd_constant
     python benchmarks/distillation_lab.py profile --task chain --terms 4 --warm 250
 """
 
@@ -72,7 +72,7 @@ def main() -> None:
         task = chain_task(terms=args.terms, sums=min(3, args.terms - 1))
     own = args.out / args.task / args.size / (args.what if args.beta is None else f"{args.what}-beta-{args.beta}")
     if args.command == "table":
-        print(json.dumps(table(own), indent=1))
+        print(json.dumps(table(own, args.baseline), indent=1))
         return
     student, teacher = models(args, task)
     if args.command == "models":
@@ -83,7 +83,7 @@ def main() -> None:
         for seed in track(range(args.seeds), "seeds"):
             for method in args.methods or list(OPD if args.what == "opd" else DASD):
                 run(args, task, method, seed, student, teacher, own / method / f"seed-{seed}.json")
-        print(json.dumps(table(own), indent=1))
+        print(json.dumps(table(own, args.baseline), indent=1))
 
 
 def parsed() -> argparse.Namespace:
@@ -94,6 +94,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--task", choices=["countdown", "chain"], default="countdown")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--at", type=int, nargs="*", help="steps after which to look, instead of four spread over the run")
     parser.add_argument("--terms", type=int, default=6, help="of a chain; a response has about 9 characters a term")
     parser.add_argument("--size", choices=sorted(STUDENTS), default="tiny", help="of the student")
     parser.add_argument("--warm", type=int, help="supervised steps of the student, instead of the task's")
@@ -102,6 +103,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--beta", type=float, help="of every arm of DASD, instead of the preset's")
     parser.add_argument("--methods", nargs="*", help="instead of the usual ones")
+    parser.add_argument("--baseline", help="of the paired differences in the table; usually opd, or grpo for DASD")
     args = parser.parse_args()
     args.what = args.command if args.command in ("opd", "dasd") else args.what
     return args
@@ -255,7 +257,7 @@ def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: P
     config: dict[str, Any] = {"kind": "model", "model": str(teacher), "batch_size": 128}
     if args.what == "dasd":
         config = {"kind": "self", "template": PRIVILEGED, "batch_size": 128}
-    steps = sorted({max(1, args.steps * share // 6) for share in (1, 2, 4, 6)})
+    steps = args.at or sorted({max(1, args.steps * share // 6) for share in (1, 2, 4, 6)})
     watch = Watch(task, steps, tokenizer, teacher if args.what == "opd" else None)
     with tempfile.TemporaryDirectory() as folder:
         trainer = CreditGRPOTrainer(
@@ -315,15 +317,17 @@ def rows_of(task: Task, count: int, seed: int) -> Dataset:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def table(folder: Path) -> dict[str, Any]:
-    """Mean of each method and its paired difference to the first method, for every measure and evaluated step.
+def table(folder: Path, baseline: str | None = None) -> dict[str, Any]:
+    """Mean of each method and its paired difference to the baseline, for every measure and evaluated step.
 
     Intervals are 95 % bootstrap over seeds and problems.
     """
     runs: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("seed-*.json")):
         runs.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
-    first = next((name for name in ("opd", "grpo") if name in runs), None)
+    if baseline and baseline not in runs:
+        raise SystemExit(f"{folder} has no runs of {baseline}; it has {', '.join(runs) or 'none at all'}")
+    first = baseline or next((name for name in ("opd", "grpo") if name in runs), None)
     found: dict[str, Any] = {}
     for name, by_seed in runs.items():
         shared = sorted(by_seed.keys() & runs[first].keys()) if first else []
