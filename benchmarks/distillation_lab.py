@@ -94,7 +94,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--task", choices=["countdown", "chain"], default="countdown")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--at", type=int, nargs="*", help="steps after which to look, instead of four spread over the run")
+    parser.add_argument(
+        "--at", type=int, nargs="*", help="steps after which to look, instead of four spread over the run"
+    )
     parser.add_argument("--terms", type=int, default=6, help="of a chain; a response has about 9 characters a term")
     parser.add_argument("--size", choices=sorted(STUDENTS), default="tiny", help="of the student")
     parser.add_argument("--warm", type=int, help="supervised steps of the student, instead of the task's")

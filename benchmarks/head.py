@@ -2,12 +2,14 @@
 
 One thread, CPU time of the thread, the variants interleaved round by round with a matrix product of the same size:
 `GEMM` is what one product token × hidden × vocab costs. Workspace is the peak of resident memory above inputs and
-gradients. verl's fused head is not measured: its package pulls in a cluster runtime.
+gradients. verl's fused head, as it runs without Liger and flash-attn, takes part where verl is installed: with
+`.venv-verl/bin/python`, which `make verl` sets up.
 
     python benchmarks/head.py
     python benchmarks/head.py --vocab 151936 --tokens 256 --rounds 3
     python benchmarks/head.py --part memory --tokens 4096 --vocab 32768 --hidden 64
-    python benchmarks/head.py --part memory --tokens 4096 --vocab 151936 --hidden 64 --families 1 --only ours
+    python benchmarks/head.py --part memory --tokens 4096 --vocab 151936 --hidden 64 --families 1
+    .venv-verl/bin/python benchmarks/head.py --families 3
     python benchmarks/head.py --part digits
 """
 
@@ -34,6 +36,11 @@ from tokencredit.collect.head_divergence import head_divergence
 from tokencredit.collect.head_gemm import onednn_available
 from tokencredit.collect.head_objective import head_objective
 from tokencredit.progress import track
+
+try:
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+except ImportError:
+    FusedLinearForPPO = None
 
 Run = Callable[[], Tensor]
 SELECTED = 0.2  # share of the tokens that carry gradient, in the rows that say so
@@ -93,12 +100,16 @@ def setting(tokens: int, hidden: int, vocab: int) -> dict[str, dict[str, Run]]:
     def first(pair: tuple[Tensor, Tensor], weights: Tensor = a) -> Tensor:
         return (pair[0] * weights).sum()
 
+    def verl(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return FusedLinearForPPO()(h, weight, targets)[:2]
+
     live = few != 0
-    return {
+    families = {
         "log-prob and entropy, both with gradient, head trained": {
             "naive": lambda: both(naive(w)),
             "TRL, from logits": lambda: both(from_logits()),
             "TRL, chunked": lambda: both(chunked(w)),
+            "verl, fused": lambda: both(verl(w)),
             "ours, recompute": lambda: both(head_logprobs(h, w, targets)),
             "ours, objective in forward": lambda: head_objective(
                 h, w, targets, lambda logprobs, entropies, rows: logprobs * a[rows] + BONUS * entropies
@@ -107,11 +118,13 @@ def setting(tokens: int, hidden: int, vocab: int) -> dict[str, dict[str, Run]]:
         "head frozen (LoRA), entropy a value": {
             "naive": lambda: first(naive(frozen)),
             "TRL, chunked": lambda: first(chunked(frozen)),
+            "verl, fused": lambda: first(verl(frozen)),
             "ours, frozen": lambda: first(head_logprobs(h, frozen, targets)),
         },
         "20 % of the tokens carry gradient, head trained": {
             "naive": lambda: first(naive(w), few),
             "TRL, chunked": lambda: first(chunked(w), few),
+            "verl, fused": lambda: first(verl(w), few),
             "ours, recompute": lambda: first(head_logprobs(h, w, targets), few),
             "ours, objective in forward": lambda: head_objective(
                 h, w, targets, lambda logprobs, entropies, rows: logprobs * few[rows]
@@ -120,6 +133,10 @@ def setting(tokens: int, hidden: int, vocab: int) -> dict[str, dict[str, Run]]:
         },
         "reverse KL to a teacher, student trained": divergence(h, w, frozen, a),
     }
+    if FusedLinearForPPO is None:
+        for variants in families.values():
+            variants.pop("verl, fused", None)
+    return families
 
 
 def divergence(h: Tensor, w: Tensor, frozen: Tensor, a: Tensor) -> dict[str, Run]:
