@@ -30,6 +30,9 @@ except ValueError as error:
 """
 
 
+STATE = "from tokencredit.adapters.verl_doctor import plugin_state; print(plugin_state())"
+
+
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     import os
 
@@ -46,6 +49,11 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_import_verl_registers_our_trainers() -> None:
     assert str(sorted(verl_doctor.NAMES)) in run(REGISTERED).stdout
+
+
+def test_doctor_does_not_load_what_verl_did_not() -> None:
+    assert run(STATE).stdout.strip() == "loaded"
+    assert run(STATE, VERL_USE_EXTERNAL_PLUGINS="none").stdout.startswith("verl did not load it: no entry point")
 
 
 def test_a_broken_plugin_is_reported_by_stderr_doctor_and_trainer() -> None:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from typing import Any, Literal
@@ -45,7 +46,9 @@ def diagnose(ray_worker: bool = True) -> list[Check]:
 def plugin_state() -> str:
     """ "loaded", or why `import verl` did not register the trainers in this process."""
     importlib.import_module("verl")
-    adapter = importlib.import_module("tokencredit.adapters.verl")
+    adapter = sys.modules.get("tokencredit.adapters.verl")  # importing it here would hide that verl did not
+    if adapter is None:
+        return f"verl did not load it: no entry point {GROUP} here, or VERL_USE_EXTERNAL_PLUGINS leaves it out"
     if adapter.FAILURE is not None:
         return f"{type(adapter.FAILURE).__name__}: {adapter.FAILURE}"
     registry = importlib.import_module("verl.trainer.ppo.v1.trainer_base").TRAINER_REGISTRY
