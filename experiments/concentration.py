@@ -6,7 +6,7 @@ doubling ratio says whether the residual is signal. One model of the lab, GRPO b
 in adapters, rollouts and order of training.
 
     python experiments/concentration.py --seeds 2
-    python experiments/concentration.py --seeds 1 --steps 40 --responses 1024
+    python experiments/concentration.py --seeds 3 --steps 40 --responses 1024
 """
 
 import argparse
@@ -170,14 +170,16 @@ def measure(name: str, model: Any, start: Any, args: argparse.Namespace, seed: i
 
 
 def show(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    wide = max(16, 6 * args.seeds + 1)
+    columns = ("G, p=1", "EffN/T", "G, p=2", "EffN/T", "doubling")
     print(f"{args.task}, {args.steps} steps of {args.prompts * GROUP} responses, {args.responses} measured, by seed")
-    print(f"{'arm':12s}{'signal':20s}{'G, p=1':16s}{'EffN/T':16s}{'G, p=2':16s}{'EffN/T':16s}{'doubling':14s}reward")
+    print(f"{'arm':12s}{'signal':20s}" + "".join(f"{name:{wide}s}" for name in columns) + "reward")
     for arm, signal in dict.fromkeys((row["arm"], row["signal"]) for row in rows):
         mine = [row for row in rows if (row["arm"], row["signal"]) == (arm, signal)]
         cells = [" ".join(f"{row[key]:.3f}" for row in mine) for key in ("G1", "E1", "G2", "E2")]
-        doubling = " ".join(f"{row['doubling']:.2f}" for row in mine if row["doubling"] is not None)
+        cells.append(" ".join(f"{row['doubling']:.2f}" for row in mine if row["doubling"] is not None))
         reward = " ".join(f"{row['reward']:.3f}" for row in mine)
-        print(f"{arm:12s}{signal:20s}" + "".join(f"{cell:16s}" for cell in cells) + f"{doubling:14s}{reward}")
+        print(f"{arm:12s}{signal:20s}" + "".join(f"{cell:{wide}s}" for cell in cells) + reward)
     print(f"mean response: {sum(row['tokens'] for row in rows) / len(rows):.1f} tokens")
 
 
