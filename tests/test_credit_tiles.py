@@ -1,4 +1,4 @@
-"""Some rows at a time give what all rows at once give, bit for bit, where no row acts on another."""
+"""Some rows at a time give what all rows at once give, bit for bit, where the others do not act on them."""
 
 from dataclasses import replace
 
@@ -10,8 +10,10 @@ from tokencredit import assign_credit, credit
 from tokencredit.credit import Pipeline
 from tokencredit.methods import distillation
 from tokencredit.methods.distillation import teacher_confidence
+from tokencredit.records import TokenBatch
 from tokencredit.reduce import LocalReducer
 
+GROUPED = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) == "group"]
 CASES = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) in ("token", "response")]
 
 
@@ -35,16 +37,48 @@ def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     assert sizes.count((case.name, 2)) == active.count(case.name)
 
 
+def by_group(batch: TokenBatch) -> TokenBatch:
+    """The same batch with neighbours in a group."""
+    order = batch.group_ids.argsort(stable=True)
+    return replace(batch, **{name: value[order] for name, value in batch.tensors().items()})
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=repr)
+def test_whole_groups_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = by_group(make_batch(seed=5, groups=(4, 2, 1, 3, 1), host_advantages=True))
+    whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
+    groups = []
+    monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
+    original = credit._call
+
+    def watched(step, inputs, generator, base):
+        groups.append((step.name, inputs[-1].group_ids.bincount(minlength=100).tolist()))
+        return original(step, inputs, generator, base)
+
+    monkeypatch.setattr(credit, "_call", watched)
+    batch = replace(batch, group_ids=batch.group_ids - batch.group_ids.min())
+    assert torch.equal(assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3)), whole)
+    active = [step.name for step in Pipeline.of(*case.steps).chains[0].active]
+    seen = [counts for name, counts in groups if name == case.name]
+    assert len(seen) > active.count(case.name)
+    assert max(sum(counts) for counts in seen) == 4  # the largest group, more than a tile
+    full = batch.group_ids.bincount(minlength=100).tolist()
+    assert all(count in (0, full[group]) for counts in seen for group, count in enumerate(counts))
+
+
 def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ranks(LocalReducer):
         pass
 
     batch = make_batch(seed=5)
+    together = by_group(batch)
     monkeypatch.setattr(credit, "TILE", 1)
     monkeypatch.setattr(credit, "replace", None)  # tiles are made with it
-    assign_credit(["group_centered", "gtpo"], batch)
+    assign_credit(["group_centered", "gtpo"], batch)  # the rows of a group are not neighbours
+    with pytest.raises(TypeError):
+        assign_credit(["group_centered"], together)
     monkeypatch.setattr(credit, "LocalReducer", Ranks)  # over ranks every process must make the same calls
-    assign_credit(["group_centered", "surprisal"], batch)
+    assign_credit(["group_centered", "empg", "surprisal"], together)
 
 
 @pytest.mark.parametrize(("window", "q"), [(64, 0.9), (7, 0.5), (1, 0.9), (5, 0.0), (64, 0.0), (90, 0.9), (2, 1.0)])

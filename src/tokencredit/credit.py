@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -207,19 +208,17 @@ def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None) -> 
 
 
 def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:
-    """`_call`, on some rows at a time where no row acts on another: temporaries stay in the cache.
+    """`_call`, on some rows at a time where other rows do not act on them: temporaries stay in the cache.
 
     Every tile finds the generator as the call would: draws are a function of it and of the row's own tokens.
     """
     batch: TokenBatch = inputs[-1]
-    count, response = batch.response_mask.shape
-    rows = max(1, TILE // max(1, response))
-    if rows >= count or step.scope not in ("token", "response") or not isinstance(batch.reducer, LocalReducer):
+    tiles = _tiles(batch, step.scope)
+    if len(tiles) < 2:
         return _call(step, inputs, generator, base)
     state = None if generator is None else generator.get_state()
     found = []
-    for first in range(0, count, rows):
-        tile = slice(first, first + rows)
+    for tile in tiles:
         rows_of_tile: dict[str, Any] = {name: value[tile] for name, value in batch.tensors().items()}
         part = replace(batch, **rows_of_tile)
         if generator is not None and state is not None:
@@ -227,6 +226,28 @@ def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | 
         own = (*(value[tile] for value in inputs[:-1]), part)
         found.append(_call(step, own, generator, None if base is None else base[tile]))
     return torch.cat(found)
+
+
+def _tiles(batch: TokenBatch, scope: str) -> list[slice]:
+    """Stretches of rows that a step of this scope may see alone; none where it has to see all rows at once.
+
+    Whole groups where a group acts on itself, and only if the rows of each lie together. Over several ranks every
+    process must make the same calls, so nothing is cut.
+    """
+    count, response = batch.response_mask.shape
+    rows = max(1, TILE // max(1, response))
+    if rows >= count or scope not in ("token", "response", "group") or not isinstance(batch.reducer, LocalReducer):
+        return []
+    cuts = list(range(1, count))
+    if scope == "group":
+        cuts = (batch.group_ids.diff().nonzero()[:, 0] + 1).tolist()
+        if len(cuts) + 1 != batch.group_ids.unique().numel():
+            return []
+    edges = [0]
+    for cut, following in pairwise([*cuts, count]):
+        if following - edges[-1] > rows:
+            edges.append(cut)
+    return [slice(first, last) for first, last in pairwise([*edges, count])]
 
 
 def _call(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:

@@ -80,8 +80,11 @@ def group_totals(
     stats: Float[Tensor, "batch stat"], group_ids: Int[Tensor, " batch"], reducer: Reducer = LOCAL
 ) -> Float[Tensor, "batch stat"]:
     """Sum of each column over the rows of a group, on all processes; row i holds the totals of its own group."""
-    labels = reducer.labels(group_ids)
-    index = torch.searchsorted(labels, group_ids)
+    if isinstance(reducer, LocalReducer):
+        labels, index = group_ids.unique(return_inverse=True)
+    else:
+        labels = reducer.labels(group_ids)
+        index = torch.searchsorted(labels, group_ids)
     table = stats.new_zeros(labels.numel(), stats.shape[1]).index_add_(0, index, stats)
     return reducer.total(table)[index]
 

@@ -48,12 +48,7 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     stats = torch.stack((rest, rest * won, lost, lost * won, tried * won), dim=2)
     stats = torch.cat((stats[:, :1], stats), dim=1)  # of the prompt only `lost` is read, which does not depend on s
     known, proven, mass, gained, winners = _totals(stats, keys, inside, batch)
-    rate = gained[:, :1] / mass[:, :1].clamp_min(1e-12)
-    rates = []
-    for t in range(1, keys.shape[1]):
-        rate = (gained[:, t : t + 1] + kappa * rate) / (mass[:, t : t + 1] + kappa).clamp_min(1e-12)
-        rates.append(rate)
-    values = proven[:, 1:] + (1.0 - known[:, 1:]).clamp_min(0.0) * (torch.cat(rates, 1) if rates else rest)
+    values = proven[:, 1:] + (1.0 - known[:, 1:]).clamp_min(0.0) * _rates(gained, mass, kappa)
     credit = _found_weight(logprobs.cumsum(1), size) * values / winners[:, 1:].clamp_min(1.0)
     return spread(torch.where(inside & (won > 0), credit, 0.0), mask)
 
@@ -71,13 +66,26 @@ def _lost_weight(logprobs: Float[Tensor, "batch step"], size: Float[Tensor, "bat
     return _found_weight(logprobs, size) * (size * torch.log1p(-logprobs.clamp_max(0.0).exp())).exp()
 
 
+def _rates(
+    gained: Float[Tensor, "batch prefix"], mass: Float[Tensor, "batch prefix"], kappa: float
+) -> Float[Tensor, "batch response"]:
+    """ρ of every prefix but the empty one: (gained + κ ρ of the parent) / (mass + κ)."""
+    steps, weights = gained.T.contiguous(), (mass + kappa).clamp_min(1e-12).T.contiguous()
+    rate = steps[0] / mass[:, 0].clamp_min(1e-12)
+    for t in range(1, len(steps)):
+        rate = steps[t].add_(rate, alpha=kappa).div_(weights[t])
+    return steps[1:].T
+
+
 def _prefix_keys(batch: TokenBatch, inside: Bool[Tensor, "batch response"]) -> Int[Tensor, "batch prefix"]:
-    """A 64-bit hash of the group and of each prefix of the chosen tokens, the empty one first."""
+    """A 64-bit hash of the group and of each prefix of the chosen tokens, the empty one first.
+
+    A sum of hashes of (place, token): equal for equal prefixes, for others equal with probability 2⁻⁶⁴.
+    """
     ids = compact(batch.response_ids.long(), batch.response_mask)
-    keys = [mix64(batch.group_ids.long())]
-    for t in range(ids.shape[1]):
-        keys.append(torch.where(inside[:, t], mix64(keys[-1] ^ mix64(ids[:, t] + SALT)), keys[-1]))
-    return torch.stack(keys, dim=1)
+    places = mix64(torch.arange(ids.shape[1], device=ids.device))
+    tokens = torch.where(inside, mix64(mix64(ids + SALT) ^ places), 0)
+    return torch.cat((torch.zeros_like(tokens[:, :1]), tokens), 1).cumsum(1) + mix64(batch.group_ids.long())[:, None]
 
 
 def _totals(
