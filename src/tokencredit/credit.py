@@ -39,6 +39,12 @@ class Step:
         )
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """The hyperparameters that are not at their defaults."""
+        defaults = self.spec.defaults
+        return {key: value for key, value in self.hyperparameters.items() if value != defaults[key]}
+
+    @property
     def requires(self) -> frozenset[str]:
         """Batch fields that this step reads."""
         return frozenset() if self.is_identity else self.spec.required(self.hyperparameters)

@@ -15,6 +15,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.runs import folders
 from tokencredit.runs.compare import plan_runs, results
 from tokencredit.runs.config import load_config
+from tokencredit.runs.folders import label_of
 
 
 def test_plans_pair_methods_within_a_seed() -> None:
@@ -30,6 +31,36 @@ def test_plans_pair_methods_within_a_seed() -> None:
         plan_runs(load_config({"task": "countdown"}), ["grpo", "grpo"], range(1))
     with pytest.raises(TokenCreditError, match="did you mean 'grpo'"):
         plan_runs(load_config({"task": "countdown"}), ["grpoo"], range(1))
+
+
+SUM = {"weighted_sum": [{"weight": 0.5, "credit": "grpo"}, {"weight": 1.0, "credit": ["signed_outcome"]}]}
+
+
+@pytest.mark.parametrize(
+    ("credit", "label"),
+    [
+        ("hapo", "hapo"),
+        ({"hapo": {"alpha": 0.3}}, "hapo(alpha=0.3)"),
+        (["group_normalized", "entropy_bonus"], "group_normalized → entropy_bonus"),
+        (
+            ["group_normalized", {"attention_schedule": {"direction": "high_to_low", "beta": 0.5}}],
+            "group_normalized → attention_schedule(direction=high_to_low)",
+        ),
+        (SUM, "0.5 (group_normalized) + signed_outcome"),
+    ],
+)
+def test_labels_tell_pipelines_apart(credit: object, label: str) -> None:
+    assert label_of(credit) == label
+
+
+def test_pipelines_of_the_same_steps_are_compared() -> None:
+    credits = [["group_normalized", {"attention_schedule": {"direction": d}}] for d in ("high_to_low", "anchors")]
+    plans = plan_runs(load_config({"task": "countdown"}), credits, range(1))
+    assert len({plan.path for plan in plans}) == 2
+    shifted = [["group_normalized", {"constant_scale": {"scale": scale}}] for scale in (-2.0, 2.0)]
+    assert len({plan.path for plan in plan_runs(load_config({"task": "countdown"}), shifted, range(1))}) == 2
+    with pytest.raises(TokenCreditError, match="would share a folder"):
+        plan_runs(load_config({"task": "countdown"}), ["grpo +hapo", "grpo+ hapo"], range(1))
 
 
 def test_results_by_hand(tmp_path: Path) -> None:

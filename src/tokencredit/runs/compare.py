@@ -38,6 +38,10 @@ def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise TokenCreditError(f"method {sorted(repeated)[0]!r} is named twice", hint="name each method once")
+    names = [_file_name(label) for label in labels]
+    clash = [label for label, name in zip(labels, names, strict=True) if names.count(name) > 1]
+    if clash:
+        raise TokenCreditError(f"{clash[0]!r} and {clash[1]!r} would share a folder", hint="compare them one by one")
     if not labels or not seeds:
         raise TokenCreditError("a comparison needs at least one method and one seed")
     plans = []

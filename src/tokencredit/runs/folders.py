@@ -72,16 +72,27 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def label_of(credit: Any) -> str:
-    """How tables and plots name a credit."""
+    """How tables and plots name a credit: a preset by its name, a pipeline by its steps and what they set.
+
+    `group_normalized → attention_schedule(direction=high_to_low)`; defaults are left out, weights only if they are 1.
+    """
     from tokencredit.credit import Pipeline
 
     if isinstance(credit, Mapping) and len(credit) == 1 and "weighted_sum" not in credit:
         (name, given), *_ = credit.items()
-        return name if not given else f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})"
+        return _with_settings(name, given or {})
     if isinstance(credit, str):
         return credit
-    pipeline = Pipeline.parse(credit)
-    return " → ".join(step.name for chain in pipeline.chains[:1] for step in (chain.estimator, *chain.transforms))
+    labels = []
+    for chain in Pipeline.parse(credit).chains:
+        steps = (chain.estimator, *chain.transforms)
+        label = " → ".join(_with_settings(step.name, step.changed) for step in steps)
+        labels.append(label if chain.weight == 1 else f"{chain.weight:g} ({label})")
+    return " + ".join(labels)
+
+
+def _with_settings(name: str, given: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name
 
 
 def last_checkpoint(folder: Path) -> Path | None:
