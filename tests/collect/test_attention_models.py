@@ -1,6 +1,7 @@
 """Attention entropies of real small models against `output_attentions` of eager attention."""
 
 import logging
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tokencredit.collect.attention import (
     attention_layers,
     middle_layer,
     probe_attention,
+    tap_spans,
     visibility_of,
 )
 from tokencredit.collect.attention_maps import attention_rhythms
@@ -237,3 +239,28 @@ def test_rhythms_average_the_local_and_the_far_heads() -> None:
         influences[:, 2].double(), far[:, PROMPT + 12 :, PROMPT + 2].mean(1), rtol=1e-5, atol=1e-6
     )
     assert influences[:, -10:].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral with a window", "gemma2 with soft-caps and windows"])
+@pytest.mark.parametrize("options", [{}, {"row": "own", "layer": [0, 2]}, {"heads": "mean_entropy", "drop_sink": 1}])
+def test_spans_of_packed_and_of_padded_rows(name: str, options: dict[str, Any]) -> None:
+    model = build(name)
+    rows = [torch.randint(3, 60, (length,)) for length in (12, 17, 5)]
+    edges = [0, 12, 29, 34]
+    places = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    passes = {
+        "packed": (
+            [(0, a, b) for a, b in pairwise(edges)],
+            {"input_ids": torch.cat(rows)[None], "position_ids": places},
+        ),
+        "padded": ([(i, 0, len(row)) for i, row in enumerate(rows)], {"input_ids": padded, "attention_mask": seen}),
+    }
+    for spans, inputs in passes.values():
+        with torch.no_grad(), tap_spans(model, spans, **options) as found:
+            model(**inputs, use_cache=False)
+        (flat,) = found
+        for row, (first, stop) in zip(rows, pairwise(edges), strict=True):
+            wanted = attention_entropies(model, row[None], None, 2, len(row) - 2, **options)[0]
+            torch.testing.assert_close(flat[first:stop][1:-1], wanted, atol=2e-6, rtol=1e-5)

@@ -26,6 +26,8 @@ SOURCES: Mapping[str, tuple[str, str]] = {
         "teacher_logprobs",
         "set distillation.enabled=True, or +credit.teacher=reference for the reference worker",
     ),
+    "attention_entropies": ("attention_entropies", "set actor_rollout_ref.actor.strategy=fsdp or fsdp2"),
+    "adapter_residuals": ("adapter_residuals", "set actor_rollout_ref.actor.strategy=fsdp or fsdp2, and train a LoRA"),
 }
 NEEDED = ("uid", "responses", "response_mask", "rm_scores", "advantages")
 

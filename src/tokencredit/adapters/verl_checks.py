@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokencredit.adapters.verl import MODES, PREFIX
 from tokencredit.adapters.verl_batch import SOURCES, stored_names
-from tokencredit.adapters.verl_settings import CreditSettings, section_of
+from tokencredit.adapters.verl_settings import TAKEN, CreditSettings, section_of
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import COLLECTORS
@@ -20,6 +20,7 @@ SUPPORTED = (0, 9), (0, 10)  # verl versions: from, and before
 # Advantages that differ between the tokens of a response, from a critic or a token baseline.
 TOKEN_ESTIMATORS = ("gae", "optimal_token_baseline", "tir_optimal_token_baseline")
 ACTOR = "actor_rollout_ref.actor"
+ENGINES = ("fsdp", "fsdp2")  # whose forward step answers for signals
 
 GUARDED: set[type] = set()  # verl's trainers that refuse credit, in this process
 
@@ -40,6 +41,7 @@ def check_all(pipeline: Pipeline, settings: CreditSettings, config: DictConfig) 
     timing = resolve_timing(pipeline, settings.timing)
     check_algorithm(pipeline, config)
     check_fields(pipeline, settings, config)
+    check_signals(pipeline, timing, config)
     if timing == "update":
         check_update(pipeline, settings, config)
     return timing
@@ -133,6 +135,39 @@ def check_fields(pipeline: Pipeline, settings: CreditSettings, config: DictConfi
             f"entropies of bf16 logits are off by up to 0.2 nat; set {ACTOR}.entropy_from_logits_with_chunking=True",
             stacklevel=3,
         )
+
+
+def check_signals(pipeline: Pipeline, timing: str, config: DictConfig) -> None:
+    """Signals of hidden states come from the FSDP engine, whole sequences at a time, in verl's scoring pass."""
+    wanted = sorted(pipeline.requires & set(TAKEN))
+    if not wanted:
+        return
+    who = f"{pipeline.name} needs {' and '.join(f'`{name}`' for name in wanted)}"
+    strategy = OmegaConf.select(config, f"{ACTOR}.strategy")
+    if strategy not in ENGINES:
+        raise TokenCreditError(
+            f"{who} from the workers, got {ACTOR}.strategy={strategy}", hint=f"set {ACTOR}.strategy=fsdp or fsdp2"
+        )
+    for key in (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"):
+        if (OmegaConf.select(config, key) or 1) > 1:
+            raise TokenCreditError(f"{who} of whole sequences, got {key}={OmegaConf.select(config, key)}", hint="set 1")
+    if "adapter_residuals" in wanted and not trains_lora(config):
+        raise TokenCreditError(
+            f"{who}, and the policy has no adapter: actor_rollout_ref.model.lora_rank=0",
+            hint="set actor_rollout_ref.model.lora_rank=16 (and lora_alpha), or train with TRL",
+        )
+    if timing == "update":
+        raise TokenCreditError(
+            f"{who}, which the driver reads from the scoring pass; got credit.timing='update'",
+            hint="use credit.timing=rollout",
+        )
+
+
+def trains_lora(config: DictConfig) -> bool:
+    """Whether verl takes the reference from the actor with its adapter off."""
+    keys = ("lora.rank", "lora_rank")
+    ranks = [OmegaConf.select(config, f"actor_rollout_ref.model.{key}") or 0 for key in keys]
+    return max(ranks) > 0 or OmegaConf.select(config, "actor_rollout_ref.model.lora_adapter_path") is not None
 
 
 def _check_teacher(pipeline: Pipeline, config: DictConfig) -> None:

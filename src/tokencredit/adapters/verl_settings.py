@@ -1,17 +1,19 @@
 """What a verl run says about credit: the group `+credit` (or `+tokencredit`) at the top of its Hydra config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tokencredit.adapters.trl_options import resolve_options
 from tokencredit.credit import Pipeline, get_pipeline
 from tokencredit.errors import TokenCreditError, unknown
 
 SECTIONS = ("credit", "tokencredit")
 TIMINGS = ("auto", "rollout", "update")
 TEACHERS = ("distillation", "reference")
+TAKEN = ("attention_entropies", "adapter_residuals")  # in the workers, from verl's own passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class CreditSettings:
       the policy that is being updated; "auto" takes "update" only for methods that need that policy.
     * `teacher`: which of verl's workers `teacher_logprobs` come from.
     * `records`: a folder for `CreditRecord`s, one every `record_every` steps. `seed`: of methods that draw.
+    * `collectors`: options of `attention_entropies` and `adapter_residuals`, as in the `collectors:` section of a run.
     """
 
     method: Any
@@ -32,6 +35,7 @@ class CreditSettings:
     records: str | None = None
     record_every: int = 1
     seed: int = 0
+    collectors: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.timing not in TIMINGS:
@@ -40,6 +44,15 @@ class CreditSettings:
             raise unknown("credit.teacher", self.teacher, TEACHERS)
         if isinstance(self.record_every, bool) or not isinstance(self.record_every, int) or self.record_every < 1:
             raise TokenCreditError(f"`credit.record_every` must be a whole number from 1, got {self.record_every!r}")
+
+        for name in self.collectors:
+            if name not in TAKEN:
+                raise unknown("credit.collectors entry", name, TAKEN)
+        self.options()
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Options of the signals that the workers take, defaults filled in."""
+        return resolve_options(self.collectors)[0]
 
     def pipeline(self) -> Pipeline:
         """The pipeline that `method` and `args` describe."""

@@ -18,10 +18,10 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.config import omega_conf_to_dataclass
 
 from tokencredit import seeds
-from tokencredit.adapters import verl_batch, verl_checks
+from tokencredit.adapters import verl_batch, verl_checks, verl_signals
 from tokencredit.adapters.verl import PREFIX
 from tokencredit.adapters.verl_loss import credit_loss
-from tokencredit.adapters.verl_settings import read_settings
+from tokencredit.adapters.verl_settings import TAKEN, read_settings
 from tokencredit.credit import assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
@@ -55,6 +55,31 @@ class CreditStep:
             actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
             loss = partial(credit_loss, config=actor, credit=self.pipeline.to_config(), names=self._stored_names())
             self.actor_rollout_wg.set_loss_fn(loss)
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """verl's scoring pass, which also leaves the signals that the pipeline needs."""
+        if not self._signals:
+            return super()._compute_old_log_prob(batch, metrics)
+        verl_signals.ask(batch, self._signals)
+        try:
+            output = super()._compute_old_log_prob(batch, metrics)
+        finally:
+            verl_signals.ask_no_more(batch)
+        verl_signals.keep_response(batch.keys, batch.partition_id, {name: name for name in self._signals})
+        return output
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Where the residuals' pass was the reference's, verl need not run it again."""
+        if not ("adapter_residuals" in self._signals and verl_checks.trains_lora(self.config)):
+            return super()._compute_ref_log_prob(batch, metrics)
+        verl_signals.keep_response(batch.keys, batch.partition_id, {verl_signals.REFERENCE: "ref_log_prob"})
+        return batch
+
+    @property
+    def _signals(self) -> dict[str, dict[str, Any]]:
+        """Options of the signals that the workers have to take."""
+        wanted = sorted(self.pipeline.requires & set(TAKEN))
+        return {name: self.settings.options()[name] for name in wanted}
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         output = super()._compute_advantage(batch, metrics)
@@ -149,6 +174,8 @@ class CreditTrainerSeparateAsync(CreditStep, PPOTrainerSeparateAsync):
 
     builtin_mode = "separate_async"
 
+
+verl_signals.install()
 
 # A run that asks for credit and forgets to choose one of these trainers must not train silently without it.
 for _trainer in (PPOTrainer, RayPPOTrainer):

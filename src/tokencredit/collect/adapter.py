@@ -150,10 +150,11 @@ def reference_logprobs(
 
 
 @contextmanager
-def capture_states(model: nn.Module, response_length: int, layer: Layer = "last_postnorm") -> Iterator[StateTap]:
+def capture_states(model: nn.Module, response_length: int | None, layer: Layer = "last_postnorm") -> Iterator[StateTap]:
     """Inside, every pass of the model leaves its states in the tap: no pass is run for them.
 
-    Put it around a host's scoring pass and its reference pass. Responses are the last `response_length` columns.
+    Put it around a host's scoring pass and its reference pass. Responses are the last `response_length` columns; None
+    keeps every column, for hosts that pack sequences.
     """
     check_adapter(model)
     tap = StateTap(layer)
@@ -161,7 +162,7 @@ def capture_states(model: nn.Module, response_length: int, layer: Layer = "last_
     def keep(states: list[Tensor]) -> None:
         (tap.reference if adapter_is_off(model) else tap.policy).append(states)
 
-    rows = slice(-response_length - 1, -1)
+    rows = slice(None) if response_length is None else slice(-response_length - 1, -1)
     with _hooks(model, layer, rows, keep):
         yield tap
 

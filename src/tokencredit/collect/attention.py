@@ -125,6 +125,47 @@ def tap_entropies(
 
 
 @contextmanager
+def tap_spans(
+    model: nn.Module,
+    spans: Sequence[tuple[int, int, int]],
+    *,
+    layer: int | Sequence[int] | None = None,
+    heads: Heads = "mean_rows",
+    drop_sink: int = 0,
+    row: Literal["predicting", "own"] = "predicting",
+    context: Context = "visible",
+) -> Iterator[list[Float[Tensor, " token"]]]:
+    """`tap_entropies` for sequences that lie anywhere: `spans` are (row, first, stop) of each, packed or padded.
+
+    One flat entry a pass, the spans one after another; place i of a span holds Ê of token i + 1, as a host's log-probs
+    do, and its last place means nothing. A span sees itself alone, whatever the host's kernel is told of packing.
+    """
+    found: list[Tensor] = []
+    layers = _layers(model, layer)
+    options: dict[str, Any] = {"heads": heads, "drop_sink": drop_sink, "context": context}
+
+    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
+        parts = []
+        for index, first, stop in spans:
+            own = Visibility(*(_of_span(plane, index, first, stop) for plane in visibility))
+            near, far = (x[index : index + 1, :, first:stop] for x in (q, k))
+            part = row_statistics(near, far, own, scale=scale, softcap=softcap, **options).entropies[0]
+            parts.append(part.roll(-1) if row == "own" else part)
+        return torch.cat(parts)
+
+    with probe_attention(model, layers, measure, with_grad=True) as probe:
+        yield found
+    found += [torch.stack(answers).mean(0) for answers in zip(*(probe.found[index] for index in layers), strict=True)]
+
+
+def _of_span(plane: Callable[..., Tensor] | None, index: int, first: int, stop: int) -> Callable[..., Tensor] | None:
+    """The part of a mask that lies inside one span."""
+    if plane is None:
+        return None
+    return lambda _, rows: plane(index, slice(rows.start + first, rows.stop + first))[..., first:stop]
+
+
+@contextmanager
 def probe_attention(
     model: nn.Module, layers: Sequence[int], measure: Measure, *, stop_early: bool = False, with_grad: bool = False
 ) -> Iterator[AttentionProbe]:
