@@ -45,18 +45,18 @@ verl: .venv-verl/installed  ## the verl adapter on real Ray and TransferQueue, i
 	touch $@
 
 # Every seam of a host by itself, then, with verl, the adapter on its real data store. One failure hides no other.
-CONTRACTS = -m pytest -q -c tests/contracts/pytest.ini tests/contracts
+CONTRACT = -m pytest -q -c tests/contracts/pytest.ini tests/contracts
 STORE = -m pytest -q -c tests/verl/pytest.ini tests/verl
 TRL_OLDEST = 1.5.0
 VERL_OLDEST = 0.9.0
 
 matrix: .venv/developing .venv-trl-oldest/installed .venv-verl-oldest/installed  ## the contracts of every seam with the oldest and the newest TRL and verl
 	@code=0; \
-	echo "== newest TRL"; $(BIN)/python $(CONTRACTS) || code=1; \
-	echo "== TRL $(TRL_OLDEST)"; .venv-trl-oldest/bin/python $(CONTRACTS) || code=1; \
-	echo "== newest verl"; .venv-verl/bin/python $(CONTRACTS) && .venv-verl/bin/python $(STORE) || code=1; \
+	echo "== newest TRL"; $(BIN)/python $(CONTRACT)/test_trl_contract.py || code=1; \
+	echo "== TRL $(TRL_OLDEST)"; .venv-trl-oldest/bin/python $(CONTRACT)/test_trl_contract.py || code=1; \
+	echo "== newest verl"; .venv-verl/bin/python $(CONTRACT)/test_verl_contract.py && .venv-verl/bin/python $(STORE) || code=1; \
 	echo "== verl $(VERL_OLDEST)"; export PYTHONPATH=$(CURDIR)/.venv-verl-oldest/packages; \
-	.venv-verl/bin/python $(CONTRACTS) && .venv-verl/bin/python $(STORE) || code=1; \
+	.venv-verl/bin/python $(CONTRACT)/test_verl_contract.py && .venv-verl/bin/python $(STORE) || code=1; \
 	exit $$code
 
 .venv-trl-oldest/installed: pyproject.toml constraints.txt

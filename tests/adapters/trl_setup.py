@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
+from tokencredit.adapters.trl_checks import checkpointing_field
 from tokencredit.lab.model import build_model, build_tokenizer
 
 ALPHABET = "0123456789+=,"
@@ -33,7 +34,7 @@ def config(folder: Path, **changes: Any) -> GRPOConfig:
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        checkpointing_field(GRPOConfig): False,
         "save_strategy": "no",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,

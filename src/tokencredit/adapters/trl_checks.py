@@ -1,5 +1,6 @@
 """What cannot work with TRL is refused before training, with the option, its value and the remedy."""
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -155,3 +156,9 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
 
     guarded.__name__ = name
     return guarded
+
+
+def checkpointing_field(config: type) -> str:
+    """The name under which a config of TRL holds gradient checkpointing: transformers 6 changes it."""
+    names = {field.name for field in dataclasses.fields(config)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokencredit.adapters.trl_checks import checkpointing_field
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.recipes.evaluate import RESULT, _finished, _items_json, _write_json, key_of
 from tokencredit.recipes.objective import EvaluationFailed, Evaluator, Metrics, Request, TaskScore, metrics_to_json
@@ -143,7 +144,7 @@ def fine_tune(
         "logging_strategy": "no",
         "disable_tqdm": True,
         "bf16": False,
-        _checkpointing(SFTConfig): False,  # TRL's default is on, which costs a third on a tiny model
+        checkpointing_field(SFTConfig): False,  # TRL's default is on, which costs a third on a tiny model
         "dataloader_pin_memory": False,
         **(settings.trainer or {}),
     }
@@ -163,12 +164,6 @@ def fine_tune(
         tokenizer,
         {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))},
     )
-
-
-def _checkpointing(config: Any) -> str:
-    """The field's name, which transformers 6 changes."""
-    names = {entry.name for entry in fields(config)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def evaluate_model(settings: SftSettings, model: Any, tokenizer: Any, split: str) -> Metrics:
