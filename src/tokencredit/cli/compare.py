@@ -69,7 +69,7 @@ def print_table(results: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="success on held-out problems, 95 % bootstrap intervals over seeds and problems")
     columns = ("method", "seeds", "start", "end", f"end − {results[0]['label']}", "training reward, last 10 steps")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # no label is cut
     for row in results:
         cells = [show(row.get(name)) for name in ("start", "end", "difference")]
         table.add_row(row["label"], str(row["seeds"]), *cells, f"{row['reward']:.3f}")
