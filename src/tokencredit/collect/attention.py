@@ -247,13 +247,26 @@ def _attend(
     layer = getattr(module, "layer_idx", None)
     if layer in probe.layers and (probe.with_grad or not torch.is_grad_enabled()):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        visibility = visibility_of(attention_mask, query.shape[2], key.shape[2], probe.original, kwargs)
-        with torch.no_grad():
+        visibility = visibility_of(
+            attention_mask, query.shape[2], key.shape[2], probe.original, kwargs, device=query.device
+        )
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # of the host; it would round scores
             answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
         probe.found.setdefault(layer, []).append(answer)
         if probe.stop_early and probe.complete:
             raise EnoughError
-    return _original(module, probe.original)(module, query, key, value, attention_mask, **kwargs)
+    with _named(module.config, probe.original):
+        return _original(module, probe.original)(module, query, key, value, attention_mask, **kwargs)
+
+
+@contextmanager
+def _named(config: Any, name: str) -> Iterator[None]:
+    """The config as the model's own attention knows it: flash attention loads the kernel that is named there."""
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = NAME
 
 
 def _original(module: nn.Module, name: str) -> Callable[..., Any]:
@@ -267,8 +280,19 @@ def _make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, **kwargs)
 
 
-def visibility_of(mask: Any, queries: int, keys: int, implementation: str, kwargs: dict[str, Any]) -> Visibility:
-    """Reads the model's mask: None, [batch, keys] (flash), or [batch, 1, queries, keys], bool or additive."""
+def visibility_of(
+    mask: Any,
+    queries: int,
+    keys: int,
+    implementation: str,
+    kwargs: dict[str, Any],
+    *,
+    device: torch.device | None = None,
+) -> Visibility:
+    """Reads the model's mask: None, [batch, keys] (flash), or [batch, 1, queries, keys], bool or additive.
+
+    `device` is where the queries lie: a flash kernel that is told a window alone gets no tensor to go by.
+    """
     flash = "flash" in implementation
     window = kwargs.get("sliding_window") if flash else None
     packed = kwargs.get("cu_seq_lens_q") if flash else None
@@ -280,7 +304,7 @@ def visibility_of(mask: Any, queries: int, keys: int, implementation: str, kwarg
     if mask is None and window is None and packed is None:
         return Visibility()
     if mask is None or mask.ndim == 2:
-        return Visibility(_from_lengths(mask, queries, keys, window, packed))
+        return Visibility(_from_lengths(mask, queries, keys, window, packed, device))
     shared = mask.shape[0] == 1
     plane = lambda sequence, rows: mask[0 if shared else sequence, 0, rows, :keys]  # noqa: E731
     if mask.dtype == torch.bool:
@@ -289,12 +313,16 @@ def visibility_of(mask: Any, queries: int, keys: int, implementation: str, kwarg
 
 
 def _from_lengths(
-    padding: Tensor | None, queries: int, keys: int, window: int | None, packed: Tensor | None
+    padding: Tensor | None,
+    queries: int,
+    keys: int,
+    window: int | None,
+    packed: Tensor | None,
+    device: torch.device | None,
 ) -> Callable[[int | slice, slice], Tensor]:
     """Visible keys where a flash kernel gets lengths in place of a mask."""
 
     def visible(sequence: int | slice, rows: slice) -> Tensor:
-        device = packed.device if packed is not None else padding.device if padding is not None else None
         own = torch.arange(rows.start, rows.stop, device=device)[:, None] + keys - queries
         other = torch.arange(keys, device=device)[None]
         seen = other <= own
