@@ -13,6 +13,8 @@ import sample_runs
 from tokencredit.cli import report as cli
 from tokencredit.errors import TokenCreditError
 from tokencredit.report import write_report
+from tokencredit.report.html import _title
+from tokencredit.report.runs import Run
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 # Each is one token, and the label, task, model, status and settings of its run.
@@ -191,3 +193,10 @@ def test_bad_places_are_refused(tmp_path: Path) -> None:
     folder = sample_runs.write_run(tmp_path / "run", "grpo", 0, steps=0)
     with pytest.raises(TokenCreditError, match="is a folder"):
         write_report([folder], tmp_path)
+
+
+def test_a_title_that_would_be_a_paragraph_counts_the_methods() -> None:
+    names = ["grpo", "hapo", "group_normalized → attention_schedule(direction=high_to_low)"]
+    runs = [Run(folder=Path(name), name=name, label=name, task="countdown") for name in names]
+    assert _title(runs[:2]) == "grpo, hapo on countdown"
+    assert _title(runs) == "3 methods on countdown"

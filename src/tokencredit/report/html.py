@@ -18,6 +18,8 @@ from tokencredit.report.runs import NOT_STARTED, Run, by_label, load_runs
 from tokencredit.report.signals import concentration_table
 from tokencredit.report.tokens import COLOURS, carries, prompt_views, visible
 
+TITLE = 60  # characters of method names that a title may hold
+
 
 def write_report(run_paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Write the report of the runs in `run_paths` (run or comparison folders) to `out`, and return its path.
@@ -79,7 +81,10 @@ def render(runs: Sequence[Run]) -> str:
 
 def _title(runs: Sequence[Run]) -> str:
     tasks = list(dict.fromkeys(run.task for run in runs if run.task))
-    return f"{', '.join(by_label(runs))} on {', '.join(tasks)}" if tasks else ", ".join(by_label(runs))
+    labels = list(by_label(runs))
+    named = ", ".join(labels)
+    methods = named if len(named) <= TITLE else f"{len(labels)} methods"
+    return f"{methods} on {', '.join(tasks)}" if tasks else methods
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, str]]:
