@@ -1,5 +1,7 @@
 """Credit from the trie of a group's own responses: values of shared prefixes, probabilities instead of frequencies."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from tokencredit.masked import chosen, compact, response_lengths, spread
 from tokencredit.methods.controls import mix64
 from tokencredit.records import TokenBatch
-from tokencredit.reduce import group_totals
+from tokencredit.reduce import LocalReducer, group_totals
 
 SALT = 0x2545F4914F6CDD1D  # keeps token ids apart from group ids, which are hashed by the same function
 
@@ -43,14 +45,13 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     copies = group_totals(one, keys.gather(1, length)[:, 0].contiguous(), batch.reducer)
     whole = logprobs.sum(1, keepdim=True)
     rest = (whole - logprobs.cumsum(1)).clamp_max(0.0).exp() / copies  # π(c|s) behind each token
-    lost = (_lost_weight(whole, size) / copies).expand_as(rest)
-    tried, won = torch.ones_like(rest), success[:, None]
-    stats = torch.stack((rest, rest * won, lost, lost * won, tried * won), dim=2)
-    stats = torch.cat((stats[:, :1], stats), dim=1)  # of the prompt only `lost` is read, which does not depend on s
-    known, proven, mass, gained, winners = _totals(stats, keys, inside, batch)
+    lost = (_lost_weight(whole, size) / copies).expand_as(keys)
+    won = success[:, None].expand_as(keys)
+    rest = torch.cat((rest[:, :1], rest), dim=1)  # of the prompt only `lost` is read
+    known, proven, mass, gained, winners = _totals((rest, rest * won, lost, lost * won, won), keys, inside, batch)
     values = proven[:, 1:] + (1.0 - known[:, 1:]).clamp_min(0.0) * _rates(gained, mass, kappa)
     credit = _found_weight(logprobs.cumsum(1), size) * values / winners[:, 1:].clamp_min(1.0)
-    return spread(torch.where(inside & (won > 0), credit, 0.0), mask)
+    return spread(torch.where(inside & (success[:, None] > 0), credit, 0.0), mask)
 
 
 def _found_weight(logprobs: Float[Tensor, "batch step"], size: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch step"]:
@@ -89,12 +90,19 @@ def _prefix_keys(batch: TokenBatch, inside: Bool[Tensor, "batch response"]) -> I
 
 
 def _totals(
-    stats: Float[Tensor, "batch prefix stat"],
+    stats: Sequence[Float[Tensor, "batch prefix"]],
     keys: Int[Tensor, "batch prefix"],
     inside: Bool[Tensor, "batch response"],
     batch: TokenBatch,
-) -> tuple[Tensor, ...]:
-    """Sums of each statistic over the responses of the group that pass each prefix, [batch, prefix] each."""
-    passes = torch.cat((torch.ones_like(inside[:, :1]), inside), dim=1)[:, :, None]
-    found = group_totals(torch.where(passes, stats, 0.0).flatten(0, 1), keys.flatten(), batch.reducer)
-    return found.view(stats.shape).unbind(2)
+) -> list[Float[Tensor, "batch prefix"]]:
+    """Sums of each statistic over the responses of the group that pass each prefix."""
+    passes = torch.cat((torch.ones_like(inside[:, :1]), inside), dim=1)
+    met = _met(keys, passes) if isinstance(batch.reducer, LocalReducer) else passes
+    found = group_totals(torch.stack([stat[met] for stat in stats], dim=1), keys[met], batch.reducer)
+    return [stat.masked_scatter(met, total) for stat, total in zip(stats, found.unbind(1), strict=True)]
+
+
+def _met(keys: Int[Tensor, "batch prefix"], passes: Bool[Tensor, "batch prefix"]) -> Bool[Tensor, "batch prefix"]:
+    """Where responses meet: prefixes of several. Long responses part early, and alone each is its own sum."""
+    _, index, count = keys[passes].unique(return_inverse=True, return_counts=True)
+    return passes.masked_scatter(passes, (count > 1)[index])
