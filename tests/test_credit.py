@@ -420,3 +420,13 @@ def test_seeds_are_typed_and_stable() -> None:
     assert all(0 <= derive("x", i) < 2**63 for i in range(100))
     a, b = (torch.rand(4, generator=generator("stream", i)) for i in range(2))
     assert not torch.equal(a, b) and torch.equal(a, torch.rand(4, generator=generator("stream", 0)))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_batches_without_a_token(name: str) -> None:
+    full = make_batch(seed=2, host_advantages=True)
+    for width in (0, 3):  # every response empty: no column at all, or columns of padding
+        cut = {key: value[:, :width] if value.ndim > 1 else value for key, value in full.tensors().items()}
+        empty = replace(full, **cut | {"response_mask": torch.zeros(len(full.rewards), width, dtype=torch.bool)})
+        found = assign_credit(name, empty, generator=torch.Generator().manual_seed(1))
+        assert found.shape == (len(full.rewards), width) and not found.any()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.loading import load_attribute
@@ -198,11 +199,19 @@ def assign_credit(
     pipeline = Pipeline.parse(pipeline)
     for name in sorted(pipeline.requires):
         batch.require(name)
+    if batch.response_mask.shape[1] == 0:  # on one rank perhaps: every process makes the same calls
+        return assign_credit(pipeline, _with_a_column(batch), generator=generator)[:, :0]
     total = torch.zeros_like(batch.response_mask, dtype=torch.float64)
     with torch.no_grad():
         for chain in pipeline.chains:
             total = total + chain.weight * _run(chain, batch, generator)
     return torch.where(batch.response_mask, total, 0.0).float()
+
+
+def _with_a_column(batch: TokenBatch) -> TokenBatch:
+    """A batch of empty responses that has one column of padding."""
+    wide: dict[str, Any] = {name: pad(value, (0, 1)) for name, value in batch.tensors().items() if value.ndim > 1}
+    return replace(batch, **wide)
 
 
 def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None) -> Float[Tensor, "batch response"]:

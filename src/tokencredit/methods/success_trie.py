@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokencredit.masked import chosen, compact, response_lengths, spread
 from tokencredit.methods.controls import mix64
@@ -47,7 +48,7 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     rest = (whole - logprobs.cumsum(1)).clamp_max(0.0).exp() / copies  # π(c|s) behind each token
     lost = (_lost_weight(whole, size) / copies).expand_as(keys)
     won = success[:, None].expand_as(keys)
-    rest = torch.cat((rest[:, :1], rest), dim=1)  # of the prompt only `lost` is read
+    rest = pad(rest, (1, 0))  # of the prompt only `lost` is read
     known, proven, mass, gained, winners = _totals((rest, rest * won, lost, lost * won, won), keys, inside, batch)
     values = proven[:, 1:] + (1.0 - known[:, 1:]).clamp_min(0.0) * _rates(gained, mass, kappa)
     credit = _found_weight(logprobs.cumsum(1), size) * values / winners[:, 1:].clamp_min(1.0)
@@ -86,7 +87,7 @@ def _prefix_keys(batch: TokenBatch, inside: Bool[Tensor, "batch response"]) -> I
     ids = compact(batch.response_ids.long(), batch.response_mask)
     places = mix64(torch.arange(ids.shape[1], device=ids.device))
     tokens = torch.where(inside, mix64(mix64(ids + SALT) ^ places), 0)
-    return torch.cat((torch.zeros_like(tokens[:, :1]), tokens), 1).cumsum(1) + mix64(batch.group_ids.long())[:, None]
+    return pad(tokens, (1, 0)).cumsum(1) + mix64(batch.group_ids.long())[:, None]
 
 
 def _totals(
