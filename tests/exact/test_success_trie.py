@@ -1,6 +1,7 @@
 """Our own estimator, worked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.collect.exact_gradient import advantage_weights, exact_weights
 from tokencredit.collect.exact_trie import build_trie
 from tokencredit.methods.success_trie import success_trie
+from tokencredit.reduce import LOCAL
 
 
 def batch_of(rows: list[list[int]], probs: list[list[float]], rewards: list[float], groups: list[int]) -> TokenBatch:
@@ -108,3 +110,34 @@ def test_exact_where_every_response_is_found() -> None:
 def test_the_preset_is_the_estimator() -> None:
     batch = batch_of([[1, 2], [1, 3]], [[0.5, 0.5], [0.5, 0.5]], [1.0, 0.0], [0, 0])
     torch.testing.assert_close(assign_credit(get_pipeline("success_trie"), batch), success_trie(batch).float())
+
+
+class Handed:
+    """A reducer of one process that counts the numbers it is handed."""
+
+    numbers = 0
+
+    def total(self, local: torch.Tensor) -> torch.Tensor:
+        self.numbers += local.numel()
+        return local
+
+    maximum = total
+
+    def labels(self, group_ids: torch.Tensor) -> torch.Tensor:
+        return self.total(group_ids.unique())
+
+
+def test_prefixes_of_groups_that_lie_on_one_process_stay_there() -> None:
+    rng = torch.Generator().manual_seed(0)
+    rows, width = 24, 200
+    batch = TokenBatch(
+        response_ids=torch.randint(0, 3, (rows, width), generator=rng),
+        response_mask=torch.ones(rows, width, dtype=torch.bool),
+        rewards=(torch.rand(rows, generator=rng) < 0.5).double(),
+        group_ids=torch.arange(rows) // 4,
+        old_logprobs=torch.rand(rows, width, generator=rng, dtype=torch.float64).log(),
+        reducer=(reducer := Handed()),
+    )
+    found = success_trie(batch)
+    assert reducer.numbers < 5 * rows < rows * width  # labels and sizes of groups and of whole responses
+    assert torch.equal(found, success_trie(replace(batch, reducer=LOCAL)))

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from tokencredit.masked import chosen, compact, response_lengths, spread
 from tokencredit.methods.controls import mix64
 from tokencredit.records import TokenBatch
-from tokencredit.reduce import LocalReducer, group_totals
+from tokencredit.reduce import LOCAL, group_totals
 
 SALT = 0x2545F4914F6CDD1D  # keeps token ids apart from group ids, which are hashed by the same function
 
@@ -49,7 +49,7 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     lost = (_lost_weight(whole, size) / copies).expand_as(keys)
     won = success[:, None].expand_as(keys)
     rest = pad(rest, (1, 0))  # of the prompt only `lost` is read
-    known, proven, mass, gained, winners = _totals((rest, rest * won, lost, lost * won, won), keys, inside, batch)
+    known, proven, mass, gained, winners = _totals((rest, rest * won, lost, lost * won, won), keys, inside, size, batch)
     values = proven[:, 1:] + (1.0 - known[:, 1:]).clamp_min(0.0) * _rates(gained, mass, kappa)
     credit = _found_weight(logprobs.cumsum(1), size) * values / winners[:, 1:].clamp_min(1.0)
     return spread(torch.where(inside & (success[:, None] > 0), credit, 0.0), mask)
@@ -94,13 +94,21 @@ def _totals(
     stats: Sequence[Float[Tensor, "batch prefix"]],
     keys: Int[Tensor, "batch prefix"],
     inside: Bool[Tensor, "batch response"],
+    size: Float[Tensor, "batch 1"],
     batch: TokenBatch,
-) -> list[Float[Tensor, "batch prefix"]]:
-    """Sums of each statistic over the responses of the group that pass each prefix."""
+) -> tuple[Tensor, ...]:
+    """Sums of each statistic over the responses of the group that pass each prefix.
+
+    Only of groups that are cut between processes does anything leave this one.
+    """
     passes = torch.cat((torch.ones_like(inside[:, :1]), inside), dim=1)
-    met = _met(keys, passes) if isinstance(batch.reducer, LocalReducer) else passes
-    found = group_totals(torch.stack([stat[met] for stat in stats], dim=1), keys[met], batch.reducer)
-    return [stat.masked_scatter(met, total) for stat, total in zip(stats, found.unbind(1), strict=True)]
+    cut = group_totals(torch.ones_like(size), batch.group_ids) < size
+    table = torch.stack(tuple(stats)).flatten(1)
+    for met, reducer in ((_met(keys, passes & ~cut), LOCAL), (passes & cut, batch.reducer)):
+        at = met.flatten().nonzero()[:, 0]
+        totals = group_totals(table.index_select(1, at).T, keys.flatten()[at], reducer)
+        table.index_copy_(1, at, totals.T)
+    return table.view(len(stats), *keys.shape).unbind()
 
 
 def _met(keys: Int[Tensor, "batch prefix"], passes: Bool[Tensor, "batch prefix"]) -> Bool[Tensor, "batch prefix"]:
