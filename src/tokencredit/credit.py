@@ -4,20 +4,17 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.loading import load_attribute
 from tokencredit.methods import estimators, presets, transforms
 from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
-from tokencredit.records import TokenBatch
-from tokencredit.reduce import LocalReducer
+from tokencredit.records import TokenBatch, stretches, with_a_column
 
 TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
 
@@ -200,18 +197,12 @@ def assign_credit(
     for name in sorted(pipeline.requires):
         batch.require(name)
     if batch.response_mask.shape[1] == 0:  # on one rank perhaps: every process makes the same calls
-        return assign_credit(pipeline, _with_a_column(batch), generator=generator)[:, :0]
+        return assign_credit(pipeline, with_a_column(batch), generator=generator)[:, :0]
     total = torch.zeros_like(batch.response_mask, dtype=torch.float64)
     with torch.no_grad():
         for chain in pipeline.chains:
             total = total + chain.weight * _run(chain, batch, generator)
     return torch.where(batch.response_mask, total, 0.0).float()
-
-
-def _with_a_column(batch: TokenBatch) -> TokenBatch:
-    """A batch of empty responses that has one column of padding."""
-    wide: dict[str, Any] = {name: pad(value, (0, 1)) for name, value in batch.tensors().items() if value.ndim > 1}
-    return replace(batch, **wide)
 
 
 def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None) -> Float[Tensor, "batch response"]:
@@ -228,7 +219,7 @@ def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | 
     Every tile finds the generator as the call would: draws are a function of it and of the row's own tokens.
     """
     batch: TokenBatch = inputs[-1]
-    tiles = _tiles(batch, step.scope)
+    tiles = stretches(batch, step.scope, TILE)
     if len(tiles) < 2:
         return _call(step, inputs, generator, base)
     state = None if generator is None else generator.get_state()
@@ -241,28 +232,6 @@ def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | 
         own = (*(value[tile] for value in inputs[:-1]), part)
         found.append(_call(step, own, generator, None if base is None else base[tile]))
     return torch.cat(found)
-
-
-def _tiles(batch: TokenBatch, scope: str) -> list[slice]:
-    """Stretches of rows that a step of this scope may see alone; none where it has to see all rows at once.
-
-    Whole groups where a group acts on itself, and only if the rows of each lie together. Over several ranks every
-    process must make the same calls, so nothing is cut.
-    """
-    count, response = batch.response_mask.shape
-    rows = max(1, TILE // max(1, response))
-    if rows >= count or scope not in ("token", "response", "group") or not isinstance(batch.reducer, LocalReducer):
-        return []
-    cuts = list(range(1, count))
-    if scope == "group":
-        cuts = (batch.group_ids.diff().nonzero()[:, 0] + 1).tolist()
-        if len(cuts) + 1 != batch.group_ids.unique().numel():
-            return []
-    edges = [0]
-    for cut, following in pairwise([*cuts, count]):
-        if following - edges[-1] > rows:
-            edges.append(cut)
-    return [slice(first, last) for first, last in pairwise([*edges, count])]
 
 
 def _call(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:
