@@ -180,6 +180,7 @@ def collected(model: Any, ids: list[torch.Tensor], lengths: list[int], shape: An
     ("overrides", "message"),
     [
         ((), "`adapter_residuals`, and the policy has no adapter: actor_rollout_ref.model.lora_rank=0"),
+        (("actor_rollout_ref.model.lora.rank=4",), "the policy has no adapter"),  # Megatron's key
         ((LORA, "actor_rollout_ref.actor.strategy=megatron"), "got actor_rollout_ref.actor.strategy=megatron"),
         ((LORA, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"), "ulysses_sequence_parallel_size=2"),
         ((LORA, "+credit.timing=update"), "got credit.timing='update'"),

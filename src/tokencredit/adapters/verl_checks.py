@@ -164,10 +164,8 @@ def check_signals(pipeline: Pipeline, timing: str, config: DictConfig) -> None:
 
 
 def trains_lora(config: DictConfig) -> bool:
-    """Whether verl takes the reference from the actor with its adapter off."""
-    keys = ("lora.rank", "lora_rank")
-    ranks = [OmegaConf.select(config, f"actor_rollout_ref.model.{key}") or 0 for key in keys]
-    return max(ranks) > 0 or OmegaConf.select(config, "actor_rollout_ref.model.lora_adapter_path") is not None
+    """Whether verl's FSDP engine trains an adapter: `lora_rank` alone decides, not `lora.rank` or an adapter's path."""
+    return (OmegaConf.select(config, "actor_rollout_ref.model.lora_rank") or 0) > 0
 
 
 def _check_teacher(pipeline: Pipeline, config: DictConfig) -> None:

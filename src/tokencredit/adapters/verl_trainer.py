@@ -70,7 +70,7 @@ class CreditStep:
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """Where the residuals' pass was the reference's, verl need not run it again."""
-        if not ("adapter_residuals" in self._signals and verl_checks.trains_lora(self.config)):
+        if "adapter_residuals" not in self._signals:
             return super()._compute_ref_log_prob(batch, metrics)
         verl_signals.keep_response(batch.keys, batch.partition_id, {verl_signals.REFERENCE: "ref_log_prob"})
         return batch
