@@ -88,6 +88,18 @@ def test_doctor_names_a_switched_off_plugin(monkeypatch: pytest.MonkeyPatch) -> 
     assert failed["name"] == "VERL_USE_EXTERNAL_PLUGINS" and "unset" in failed["fix"]
 
 
+def test_doctor_looks_for_what_workers_import_from_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trl
+
+    monkeypatch.setattr(trl, verl_doctor.VALUE_HEAD, object, raising=False)
+    assert verl_doctor._beside_trl()["status"] == "ok"
+    monkeypatch.delattr(trl, verl_doctor.VALUE_HEAD)
+    found = verl_doctor._beside_trl()
+    assert found["status"] == "note" and "AutoModelForCausalLMWithValueHead" in found["found"]
+    monkeypatch.setattr(verl_doctor, "distributions", lambda name: [])
+    assert verl_doctor._beside_trl()["found"] == "not installed"
+
+
 def test_doctor_names_a_moved_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 

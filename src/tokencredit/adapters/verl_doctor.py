@@ -18,6 +18,8 @@ NAMES = ("tokencredit_sync", "tokencredit_colocate_async", "tokencredit_separate
 # What verl's default trainer needs and `pip install verl` does not bring along.
 NEEDED = ("ray", "tensordict", "TransferQueue")
 
+VALUE_HEAD = "AutoModelForCausalLMWithValueHead"
+
 # Module, object, first arguments: what the adapter overrides or calls.
 SEAMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.__init__", ("self", "config")),
@@ -46,6 +48,7 @@ def diagnose(ray_worker: bool = True) -> list[Check]:
     if not any(True for _ in distributions(name="verl")):
         return [_check("verl", "note", "not installed; only needed for verl on Ray")]
     checks = [_verl_version(), *(_package(name) for name in NEEDED), _entry_point(), _policy()]
+    checks.append(_beside_trl())
     if any(check["status"] == "fail" for check in checks):
         return checks  # what follows would only repeat it
     checks += [_driver(), *(_seam(*seam) for seam in SEAMS)]
@@ -95,6 +98,21 @@ def _policy() -> Check:
     allowed = policy.lower() == "auto" or "tokencredit" in {name.strip() for name in policy.lower().split(",")}
     fix = "" if allowed else "unset VERL_USE_EXTERNAL_PLUGINS, or add tokencredit to it"
     return _check("VERL_USE_EXTERNAL_PLUGINS", "ok" if allowed else "fail", policy, fix)
+
+
+def _beside_trl() -> Check:
+    """verl's workers take this class from any TRL that is installed, and stop where it has none."""
+    name = "TRL beside verl"
+    if not any(True for _ in distributions(name="trl")):
+        return _check(name, "ok", "not installed")
+    for module in ("trl.experimental.ppo", "trl"):
+        try:
+            getattr(importlib.import_module(module), VALUE_HEAD)
+            return _check(name, "ok", f"{module} has what verl's workers import")
+        except (ImportError, AttributeError):
+            continue
+    found = f"trl {version('trl')} has no {VALUE_HEAD}, which verl's workers import as they build a model"
+    return _check(name, "note", found, "train with verl in an environment without TRL: pip uninstall trl")
 
 
 def _driver() -> Check:
