@@ -1,5 +1,7 @@
 """The trainer's credit step on real rows of the real data store: equals the pure function, and TRL's path."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,13 +134,55 @@ def test_a_field_that_only_some_rows_have_is_missing() -> None:
         build_trainer(credit_config("+credit=hapo"))._compute_advantage(meta, {})
 
 
-def test_a_worker_that_returns_nan_stops_training_with_the_place() -> None:
+@pytest.mark.parametrize(
+    ("stored_name", "field", "method"),
+    [
+        ("entropy", "entropies", "hapo"),
+        ("old_log_probs", "old_logprobs", "surprisal"),
+        ("ref_log_prob", "ref_logprobs", "policy_divergence"),
+    ],
+)
+def test_a_worker_that_returns_nan_stops_training_with_the_place(stored_name: str, field: str, method: str) -> None:
     batch = sampled()
     row, column = batch.response_mask.nonzero()[-1].tolist()
-    broken = rows_of(batch)["entropy"].to_padded_tensor(0.0)
+    broken = rows_of(batch)[stored_name].to_padded_tensor(0.0)
     broken[row, column] = torch.nan
-    meta = store_batch(batch, entropy=nested(broken, widths(batch)))
-    with pytest.raises(TokenCreditError, match=f"`entropies` must be finite(.)*row {row}, token {column}"):
+    meta = store_batch(batch, **{stored_name: nested(broken, widths(batch))})
+    with pytest.raises(TokenCreditError, match=f"step 3: `{field}` must be finite(.)*row {row}, token {column}"):
+        build_trainer(credit_config(f"+credit={method}"))._compute_advantage(meta, {})
+
+
+def test_a_reward_that_is_nan_stops_training_with_its_row() -> None:
+    batch = sampled()
+    scores = rows_of(batch)["rm_scores"].to_padded_tensor(0.0)
+    scores[4, 0] = torch.nan
+    meta = store_batch(batch, rm_scores=nested(scores, widths(batch)))
+    with pytest.raises(TokenCreditError, match="step 3: `rewards` must be finite, got nan in row 4"):
+        build_trainer(credit_config("+credit=hapo"))._compute_advantage(meta, {})
+
+
+@pytest.mark.parametrize("method", ["hapo", "gtpo", "empg", "forking_tokens", "surprisal"])
+def test_empty_responses_get_nothing_and_change_no_other(method: str) -> None:
+    batch = with_host(sampled(seed=10))  # rewards of empty responses count in the host's estimator, as they should
+    empty = (batch.group_ids == batch.group_ids[0]) | (torch.arange(len(batch.rewards)) == 5)
+    emptied = replace(batch, response_mask=batch.response_mask & ~empty[:, None])
+    meta = store_batch(emptied)
+    metrics: dict[str, Any] = {}
+    build_trainer(credit_config(f"+credit={method}"))._compute_advantage(meta, metrics)
+    kept = {name: value[~empty] for name, value in emptied.tensors().items()}
+    alone = TokenBatch(**kept, progress=batch.progress)
+    found = stored(meta, "advantages")
+    assert_rows(
+        [row for row, gone in zip(found, empty, strict=True) if not gone], as_rows(assign_credit(method, alone), alone)
+    )
+    assert all(float(row.abs().sum()) == 0.0 for row, gone in zip(found, empty, strict=True) if gone)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_batch_without_a_chosen_token_is_refused_by_verl_itself() -> None:
+    batch = sampled()
+    meta = store_batch(replace(batch, response_mask=torch.zeros_like(batch.response_mask)))
+    with pytest.raises(ValueError, match="response_mask must contain at least one valid token"):
         build_trainer(credit_config("+credit=hapo"))._compute_advantage(meta, {})
 
 

@@ -130,3 +130,15 @@ def test_the_trainer_hands_its_loss_to_the_actor_worker(store: None, monkeypatch
     output = model_output(batch, current.detach(), data)
     local, _ = credit_loss(actor_config(), output, data, credit="fipo", names=NAMES)
     assert ray.get(remote.loss.remote(output, data), timeout=200) == pytest.approx(float(local), abs=1e-7)
+
+
+def test_nan_in_an_actor_s_forward_reaches_the_driver_with_its_place(store: None) -> None:
+    batch, current = batch_and_current(0.3)
+    row, column = batch.response_mask.nonzero()[-1].tolist()
+    broken = current.detach().clone()
+    broken[row, column] = torch.nan
+    data = micro_batch(batch)
+    remote = Actor.remote()
+    remote.set_loss_fn.remote(partial(credit_loss, config=actor_config(), credit="fipo", names=NAMES))
+    with pytest.raises(TokenCreditError, match=f"`current_logprobs` must be finite(.)*row {row}, token {column}"):
+        ray.get(remote.loss.remote(model_output(batch, broken, data), data), timeout=200)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,26 @@ class Worker:
 
 def test_ray_actors_see_the_plugin(store: None) -> None:
     assert ray.get(Worker.remote().trainers.remote(), timeout=200) == sorted(verl_doctor.NAMES)
+
+
+# The command of docs/verl.md: its task runner is an actor of a Ray of its own. verl asks for batch sizes first.
+MAIN = [
+    *("-m", "verl.trainer.main_ppo", "algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=8"),
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+    *("ray_kwargs.ray_init.num_cpus=4", "+ray_kwargs.ray_init.include_dashboard=False"),
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+    "trainer.v1.trainer_mode=tokencredit_sync",
+]
+
+
+def test_verls_task_runner_builds_our_trainer_without_user_code(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, *MAIN, "+credit=happo"], capture_output=True, text=True, timeout=500, cwd=tmp_path
+    )
+    assert done.returncode != 0
+    assert "TaskRunnerV1.run" in done.stderr
+    assert "TokenCreditError: unknown credit method 'happo', did you mean 'hapo'?" in done.stderr
 
 
 def test_doctor_finds_nothing_to_mend(store: None) -> None:

@@ -85,7 +85,10 @@ class CreditStep:
         output = super()._compute_advantage(batch, metrics)
         at_rollout = self.timing == "rollout" and not self.pipeline.is_identity
         if at_rollout or self._records_this_step():
-            self._assign(output, metrics, at_rollout)
+            try:
+                self._assign(output, metrics, at_rollout)
+            except TokenCreditError as error:
+                raise TokenCreditError(f"step {self.global_steps}: {error.message}", hint=error.hint) from error
         return output
 
     def _records_this_step(self) -> bool:
