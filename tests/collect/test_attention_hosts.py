@@ -1,15 +1,12 @@
 """Attention entropies in a pass of a host: under autocast, and where a flash kernel is at work."""
 
-import sys
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
+import flash_kernel
 import pytest
 import torch
 import transformers
-from torch import Tensor
-from transformers import modeling_flash_attention_utils as flash_utils
 
 from tokencredit.collect.attention import attention_entropies, tap_entropies, tap_spans, visibility_of
 
@@ -28,44 +25,9 @@ def build(**options: Any) -> Any:
     return model
 
 
-def varlen_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-) -> Tensor:
-    """What `flash_attn_varlen_func` computes, one sequence after another."""
-    assert causal
-    parts = []
-    for first, stop in pairwise(cu_seqlens_q.tolist()):
-        own, keys, values = (x[first:stop].transpose(0, 1) for x in (q, k, v))
-        seen = torch.ones(stop - first, stop - first, dtype=torch.bool).tril()
-        seen = seen if window_size[0] < 0 else seen.triu(-window_size[0])
-        part = torch.nn.functional.scaled_dot_product_attention(
-            own, keys, values, attn_mask=seen, scale=softmax_scale, enable_gqa=True
-        )
-        parts.append(part.transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flash kernel for the CPU where transformers looks for the real one: by the name in the model's config."""
-    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
-    vars(package).update(
-        flash_attn_varlen_func=varlen_attention, flash_attn_func=None, flash_attn_with_kvcache=None, __path__=[]
-    )
-    vars(padding).update(pad_input=flash_utils._pad_input, unpad_input=flash_utils._unpad_input)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
-    monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
+    flash_kernel.install(monkeypatch)
 
 
 @pytest.mark.parametrize("window", [{}, {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}])

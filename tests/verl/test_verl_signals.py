@@ -6,15 +6,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import peft
+import flash_kernel
 import pytest
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations import flash_attention
+from verl.models.transformers import monkey_patch
 from verl.utils import tensordict_utils
 from verl.workers.engine.fsdp import transformer_impl
+from verl_models import collected, tiny
 from verl_setup import PARTITION, as_rows, build_trainer, credit_config, sampled, store_batch, stored, widths
 
 from tokencredit import assign_credit
@@ -27,20 +29,6 @@ from tokencredit.errors import TokenCreditError
 LENGTHS = ((3, 5), (2, 7), (4, 1))  # prompt and response of each row
 BOTH = {name: OPTIONS[name] for name in ("attention_entropies", "adapter_residuals")}
 LORA = "actor_rollout_ref.model.lora_rank=4"
-
-
-def tiny(seed: int = 0, **changes: Any) -> Any:
-    """A LoRA model whose adapter does something."""
-    torch.manual_seed(seed)
-    shape = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    model = Qwen3ForCausalLM(Qwen3Config(**shape | heads | changes))
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
-    model = peft.get_peft_model(model, lora)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 @pytest.fixture
@@ -110,6 +98,25 @@ def test_sliding_windows_are_seen(engine: Any) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_flash_attention_is_tapped(engine: Any, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids()
+    rows = zip(ids, LENGTHS, strict=True)
+    wanted = [attention_entropies(engine.module, row[None], None, *spans)[0] for row, spans in rows]
+    flash_kernel.install(monkeypatch)
+    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: False)  # it asks TRL for a class that is gone
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", flash_attention._flash_attention_forward)
+    monkey_patch.apply_monkey_patch(
+        engine.module.get_base_model(), use_remove_padding=packed
+    )  # verl puts its own call in between
+    engine.module.config._attn_implementation = "flash_attention_2"
+    asked = {"attention_entropies": OPTIONS["attention_entropies"]}
+    _, output = engine.forward_step(micro_batch(ids, packed, asked), None, True)
+    for index, (prompt, response) in enumerate(LENGTHS):
+        got = output["model_output"][verl_signals.column("attention_entropies")][index][prompt - 1 :][:response]
+        torch.testing.assert_close(got, wanted[index], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_the_host_s_own_columns_are_untouched(engine: Any, packed: bool) -> None:
     ids = random_ids()
     _, plain = engine.forward_step(micro_batch(ids, packed), None, True)
@@ -164,23 +171,12 @@ def test_the_credit_step_equals_the_pure_function(store: None, engine: Any, meth
         torch.testing.assert_close(got, row, atol=near, rtol=near)
 
 
-def collected(model: Any, ids: list[torch.Tensor], lengths: list[int], shape: Any) -> dict[str, torch.Tensor]:
-    """What our collectors say of the same rows."""
-    found = {name: torch.zeros(shape) for name in ("old_logprobs", "ref_logprobs", *BOTH)}
-    for row, (tokens, length) in enumerate(zip(ids, lengths, strict=True)):
-        logits = model(tokens[None]).logits[0, 2:-1].detach()
-        found["old_logprobs"][row, :length] = logits.log_softmax(-1).gather(1, tokens[3:, None])[:, 0]
-        residuals, reference = adapter_residuals(model, tokens[None], None, 3, length, ref_temperature=1.0)
-        found["adapter_residuals"][row, :length], found["ref_logprobs"][row, :length] = residuals[0], reference[0]
-        found["attention_entropies"][row, :length] = attention_entropies(model, tokens[None], None, 3, length)[0]
-    return found
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ((), "`adapter_residuals`, and the policy has no adapter: actor_rollout_ref.model.lora_rank=0"),
-        (("actor_rollout_ref.model.lora.rank=4",), "the policy has no adapter"),  # Megatron's key
+        (("actor_rollout_ref.model.lora_adapter_path=adapter",), "no adapter: actor_rollout_ref.model.lora_rank=0"),
+        (("actor_rollout_ref.model.lora.rank=4",), "no adapter: actor_rollout_ref.model.lora_rank=0"),
         ((LORA, "actor_rollout_ref.actor.strategy=megatron"), "got actor_rollout_ref.actor.strategy=megatron"),
         ((LORA, "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"), "ulysses_sequence_parallel_size=2"),
         ((LORA, "+credit.timing=update"), "got credit.timing='update'"),
