@@ -179,11 +179,21 @@ def test_empty_responses_get_nothing_and_change_no_other(method: str) -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_a_batch_without_a_chosen_token_is_refused_by_verl_itself() -> None:
+def test_a_batch_without_a_chosen_token_is_refused_by_verl_itself_where_it_corrects_for_the_rollout() -> None:
     batch = sampled()
     meta = store_batch(replace(batch, response_mask=torch.zeros_like(batch.response_mask)))
     with pytest.raises(ValueError, match="response_mask must contain at least one valid token"):
         build_trainer(credit_config("+credit=hapo"))._compute_advantage(meta, {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_a_chosen_token_gets_nothing(method: str) -> None:
+    batch = sampled()
+    meta = store_batch(replace(batch, response_mask=torch.zeros_like(batch.response_mask)), drop=["rollout_log_probs"])
+    metrics: dict[str, Any] = {}
+    build_trainer(credit_config(f"+credit={method}"))._compute_advantage(meta, metrics)
+    assert all(float(row.abs().sum()) == 0.0 for row in stored(meta, "advantages"))
+    assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_token_level_advantages_of_the_host_are_refused() -> None:
