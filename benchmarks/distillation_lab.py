@@ -55,6 +55,7 @@ from tokencredit.seeds import derive, generator
 OPD = ("opd", "iw_opd", "iw_opd_constant", "iw_opd_unit_mass", "opd_decay", "opd_prefix", "opd_suffix", "opd_random")
 DASD = ("grpo", "dasd", "dasd_permuted", "dasd_flipped", "dasd_conformity", "dasd_novelty", "rlsd")
 STUDENTS = SIZES | {"mini": Size(2, 64, 2)}
+SETTINGS = ("task", "steps", "at", "terms", "size", "warm", "prompts", "rollouts", "learning_rate", "beta")
 EVALUATED = 64  # held-out problems
 PASSES = 8  # k of pass@k
 PRIVILEGED = "{answer}:{prompt}"  # what the teacher of DASD sees; the student is trained on both kinds of prompt
@@ -250,8 +251,13 @@ def sampled(model: Any, tokenizer: Any, problems: list[Problem], task: Task, eac
 
 
 def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: Path, teacher: Path, path: Path) -> None:
-    """One training run, written as a file when it is finished."""
+    """One training run, written as a file when it is finished; a file of other settings is refused."""
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"models": [student.name, teacher.name]}
     if path.is_file():
+        before = json.loads(path.read_text())["settings"]
+        other = [name for name, value in settings.items() if before.get(name) != value]
+        if other:
+            raise SystemExit(f"{path} was run with another {', '.join(other)}: choose another --out, or delete it")
         return
     tokenizer, model = load_tokenizer(student), load_model(student)
     model.set_attn_implementation("eager")
@@ -276,7 +282,6 @@ def run(args: argparse.Namespace, task: Task, method: str, seed: int, student: P
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) for key, value in vars(args).items()} | {"models": [student.name, teacher.name]}
     written = path.with_suffix(".unfinished")
     written.write_text(json.dumps({"settings": settings, **watch.found, "log": trainer.state.log_history}))
     written.replace(path)
