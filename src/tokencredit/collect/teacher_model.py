@@ -1,5 +1,6 @@
 """Local teachers: another checkpoint, or the policy itself with other weights or another prompt."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -15,11 +16,12 @@ from tokencredit.collect.teacher_score import Scores, score_entropies, used_widt
 from tokencredit.errors import TokenCreditError
 
 
-class _Scoring:
+class _Scoring(ABC):
     """Scores of a model that is at hand: `opened` gives it with the prompts that it sees."""
 
     given: Mapping[str, Any]
 
+    @abstractmethod
     def opened(
         self,
         prompt_ids: list[list[int]],
@@ -27,7 +29,7 @@ class _Scoring:
         rows: list[Mapping[str, Any]],
         policy: Any = None,
     ) -> AbstractContextManager[tuple[Any, list[list[int]]]]:
-        raise NotImplementedError
+        """The teacher's model and its prompts, in token ids, for as long as it scores."""
 
     def score(
         self,
