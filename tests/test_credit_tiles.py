@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import Case, all_cases, make_batch
 
-from tokencredit import assign_credit, credit, records
+from tokencredit import assign_credit, credit, tiles
 from tokencredit.credit import Pipeline
 from tokencredit.methods import distillation
 from tokencredit.methods.distillation import teacher_confidence
@@ -77,7 +77,7 @@ def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPat
     assign_credit(["group_centered", "gtpo"], batch)  # the rows of a group are not neighbours
     with pytest.raises(TypeError):
         assign_credit(["group_centered"], together)
-    monkeypatch.setattr(records, "LocalReducer", Ranks)  # over ranks every process must make the same calls
+    monkeypatch.setattr(tiles, "LocalReducer", Ranks)  # over ranks every process must make the same calls
     assign_credit(["group_centered", "empg", "surprisal"], together)
 
 

@@ -14,7 +14,8 @@ from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.loading import load_attribute
 from tokencredit.methods import estimators, presets, transforms
 from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
-from tokencredit.records import TokenBatch, stretches, with_a_column
+from tokencredit.records import TokenBatch, with_a_column
+from tokencredit.tiles import stretches
 
 TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
 

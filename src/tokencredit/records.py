@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.reduce import LOCAL, LocalReducer, Reducer
+from tokencredit.reduce import LOCAL, Reducer
 
 # What fills each optional field, named in the error when it is missing.
 COLLECTORS: Mapping[str, str] = {
@@ -176,25 +175,3 @@ def with_a_column(batch: TokenBatch) -> TokenBatch:
     """A batch without columns, every response empty, with one column of padding."""
     wide: dict[str, Any] = {name: pad(value, (0, 1)) for name, value in batch.tensors().items() if value.ndim > 1}
     return replace(batch, **wide)
-
-
-def stretches(batch: TokenBatch, scope: str, tokens: int) -> list[slice]:
-    """Rows, about `tokens` tokens at a time, that a method of this scope may see alone; none where it needs all.
-
-    Whole groups where a group acts on itself, and only if the rows of each lie together. Over several ranks every
-    process must make the same calls, so nothing is cut.
-    """
-    count, response = batch.response_mask.shape
-    rows = max(1, tokens // max(1, response))
-    if rows >= count or scope not in ("token", "response", "group") or not isinstance(batch.reducer, LocalReducer):
-        return []
-    cuts = list(range(1, count))
-    if scope == "group":
-        cuts = (batch.group_ids.diff().nonzero()[:, 0] + 1).tolist()
-        if len(cuts) + 1 != batch.group_ids.unique().numel():
-            return []
-    edges = [0]
-    for cut, following in pairwise([*cuts, count]):
-        if following - edges[-1] > rows:
-            edges.append(cut)
-    return [slice(first, last) for first, last in pairwise([*edges, count])]
