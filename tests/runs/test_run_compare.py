@@ -59,8 +59,8 @@ def test_pipelines_of_the_same_steps_are_compared() -> None:
     assert len({plan.path for plan in plans}) == 2
     shifted = [["group_normalized", {"constant_scale": {"scale": scale}}] for scale in (-2.0, 2.0)]
     assert len({plan.path for plan in plan_runs(load_config({"task": "countdown"}), shifted, range(1))}) == 2
-    with pytest.raises(TokenCreditError, match="would share a folder"):
-        plan_runs(load_config({"task": "countdown"}), ["grpo +hapo", "grpo+ hapo"], range(1))
+    with pytest.raises(TokenCreditError, match="'grpo \\+hapo' and 'grpo\\+ hapo' would share"):
+        plan_runs(load_config({"task": "countdown"}), ["hapo", "grpo +hapo", "grpo+ hapo"], range(1))
 
 
 def test_results_by_hand(tmp_path: Path) -> None:

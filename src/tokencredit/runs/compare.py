@@ -38,10 +38,11 @@ def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise TokenCreditError(f"method {sorted(repeated)[0]!r} is named twice", hint="name each method once")
-    names = [_file_name(label) for label in labels]
-    clash = [label for label, name in zip(labels, names, strict=True) if names.count(name) > 1]
-    if clash:
-        raise TokenCreditError(f"{clash[0]!r} and {clash[1]!r} would share a folder", hint="compare them one by one")
+    by_folder: dict[str, str] = {}
+    for label in labels:
+        other = by_folder.setdefault(_file_name(label), label)
+        if other != label:
+            raise TokenCreditError(f"{other!r} and {label!r} would share a folder", hint="write one of them otherwise")
     if not labels or not seeds:
         raise TokenCreditError("a comparison needs at least one method and one seed")
     plans = []

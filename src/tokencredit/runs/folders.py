@@ -74,7 +74,7 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 def label_of(credit: Any) -> str:
     """How tables and plots name a credit: a preset by its name, a pipeline by its steps and what they set.
 
-    `group_normalized → attention_schedule(direction=high_to_low)`; defaults are left out, weights only if they are 1.
+    `group_normalized → attention_schedule(direction=high_to_low)`; defaults are left out, and so is a weight of 1.
     """
     from tokencredit.credit import Pipeline
 
