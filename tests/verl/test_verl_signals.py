@@ -21,7 +21,7 @@ from verl_setup import PARTITION, as_rows, build_trainer, credit_config, sampled
 
 from tokencredit import assign_credit
 from tokencredit.adapters import verl_signals
-from tokencredit.adapters.trl_options import OPTIONS
+from tokencredit.adapters.collector_options import OPTIONS
 from tokencredit.collect.adapter import adapter_residuals
 from tokencredit.collect.attention import attention_entropies
 from tokencredit.errors import TokenCreditError
@@ -182,6 +182,7 @@ def test_the_credit_step_equals_the_pure_function(store: None, engine: Any, meth
         ((LORA, "+credit.timing=update"), "got credit.timing='update'"),
         ((LORA, "+credit.collectors.entropies.layer=2"), "credit.collectors entry"),
         ((LORA, "+credit.collectors.adapter_residuals.layer=head"), "head"),
+        ((LORA, "+credit.collectors.adapter_residuals=mine:residuals"), "works with TRL alone"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: tuple[str, ...], message: str) -> None:

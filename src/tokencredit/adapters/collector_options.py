@@ -1,4 +1,4 @@
-"""Options of the trainer's own collectors: names, defaults, what is accepted; refused before a model is loaded."""
+"""Options of the collectors that run inside a host: names, defaults, what is accepted; refused before a model loads."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.loading import load_attribute
 from tokencredit.records import OPTIONAL_FIELDS
 
+SHARED = frozenset({"attention_entropies", "adapter_residuals"})  # fields that a pass of the host can give
 LAYERS = ("last_postnorm", "last_prenorm", "last_prenorm_relative", "mean_all")
 
 # Defaults by field. Fields that one pass fills together share the options of the first.

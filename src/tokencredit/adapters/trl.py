@@ -17,10 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tokencredit import seeds
 from tokencredit.adapters import trl_checks
+from tokencredit.adapters.collector_options import SHARED, resolve_options
 from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
 from tokencredit.adapters.trl_collectors import Collector, TeacherCallback, as_teacher, built_in, restore_teacher
-from tokencredit.adapters.trl_options import resolve_options
-from tokencredit.adapters.trl_taps import SHARED, PassTaps, draws_dropout
+from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from tokencredit.collect.adapter import StateTap, capture_states, pass_states, state_residuals
 from tokencredit.collect.attention import tap_entropies
 
-SHARED = frozenset({"attention_entropies", "adapter_residuals"})  # fields that a pass of the host can give
-
 
 class PassTaps:
     """What the tapped passes of one rollout batch, or of one loss, left behind; `fields` are wanted from them."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tokencredit.adapters.collector_options import SHARED
 from tokencredit.adapters.verl import MODES, PREFIX
 from tokencredit.adapters.verl_batch import SOURCES, stored_names
-from tokencredit.adapters.verl_settings import TAKEN, CreditSettings, section_of
+from tokencredit.adapters.verl_settings import CreditSettings, section_of
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import COLLECTORS
@@ -139,7 +140,7 @@ def check_fields(pipeline: Pipeline, settings: CreditSettings, config: DictConfi
 
 def check_signals(pipeline: Pipeline, timing: str, config: DictConfig) -> None:
     """Signals of hidden states come from the FSDP engine, whole sequences at a time, in verl's scoring pass."""
-    wanted = sorted(pipeline.requires & set(TAKEN))
+    wanted = sorted(pipeline.requires & SHARED)
     if not wanted:
         return
     who = f"{pipeline.name} needs {' and '.join(f'`{name}`' for name in wanted)}"

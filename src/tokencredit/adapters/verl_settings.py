@@ -6,14 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokencredit.adapters.trl_options import resolve_options
+from tokencredit.adapters.collector_options import SHARED, resolve_options
 from tokencredit.credit import Pipeline, get_pipeline
 from tokencredit.errors import TokenCreditError, unknown
 
 SECTIONS = ("credit", "tokencredit")
 TIMINGS = ("auto", "rollout", "update")
 TEACHERS = ("distillation", "reference")
-TAKEN = ("attention_entropies", "adapter_residuals")  # in the workers, from verl's own passes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +43,18 @@ class CreditSettings:
             raise unknown("credit.teacher", self.teacher, TEACHERS)
         if isinstance(self.record_every, bool) or not isinstance(self.record_every, int) or self.record_every < 1:
             raise TokenCreditError(f"`credit.record_every` must be a whole number from 1, got {self.record_every!r}")
-
-        for name in self.collectors:
-            if name not in TAKEN:
-                raise unknown("credit.collectors entry", name, TAKEN)
         self.options()
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Options of the signals that the workers take, defaults filled in."""
+        for name, given in self.collectors.items():
+            if name not in SHARED:
+                raise unknown("credit.collectors entry", name, sorted(SHARED))
+            if not isinstance(given, Mapping):
+                raise TokenCreditError(
+                    f"`credit.collectors.{name}` holds options in verl, got {given!r}",
+                    hint="a function in a collector's place works with TRL alone",
+                )
         return resolve_options(self.collectors)[0]
 
     def pipeline(self) -> Pipeline:

@@ -19,9 +19,10 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from tokencredit import seeds
 from tokencredit.adapters import verl_batch, verl_checks, verl_signals
+from tokencredit.adapters.collector_options import SHARED
 from tokencredit.adapters.verl import PREFIX
 from tokencredit.adapters.verl_loss import credit_loss
-from tokencredit.adapters.verl_settings import TAKEN, read_settings
+from tokencredit.adapters.verl_settings import read_settings
 from tokencredit.credit import assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
@@ -78,7 +79,7 @@ class CreditStep:
     @property
     def _signals(self) -> dict[str, dict[str, Any]]:
         """Options of the signals that the workers have to take."""
-        wanted = sorted(self.pipeline.requires & set(TAKEN))
+        wanted = sorted(self.pipeline.requires & SHARED)
         return {name: self.settings.options()[name] for name in wanted}
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

@@ -109,8 +109,6 @@ def tap_entropies(
     One entry a pass, what `attention_entropies` gives for the last `response_length` columns of its rows. Put it around
     a pass that a host runs anyway. Dropout of that pass is in the numbers.
     """
-    found: list[Tensor] = []
-    layers = _layers(model, layer)
     before = 1 if row == "predicting" else 0
 
     def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
@@ -118,10 +116,8 @@ def tap_entropies(
         options: dict[str, Any] = {"rows": rows, "heads": heads, "drop_sink": drop_sink, "context": context}
         return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options).entropies
 
-    with probe_attention(model, layers, measure, with_grad=True) as probe:
+    with _tapped(model, _layers(model, layer), measure) as found:
         yield found
-    passes = zip(*(probe.found[index] for index in layers), strict=True)
-    found += [torch.stack(answers).mean(0) for answers in passes]
 
 
 @contextmanager
@@ -140,8 +136,6 @@ def tap_spans(
     One flat entry a pass, the spans one after another; place i of a span holds Ê of token i + 1, as a host's log-probs
     do, and its last place means nothing. A span sees itself alone, whatever the host's kernel is told of packing.
     """
-    found: list[Tensor] = []
-    layers = _layers(model, layer)
     options: dict[str, Any] = {"heads": heads, "drop_sink": drop_sink, "context": context}
 
     def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
@@ -153,6 +147,14 @@ def tap_spans(
             parts.append(part.roll(-1) if row == "own" else part)
         return torch.cat(parts)
 
+    with _tapped(model, _layers(model, layer), measure) as found:
+        yield found
+
+
+@contextmanager
+def _tapped(model: nn.Module, layers: Sequence[int], measure: Measure) -> Iterator[list[Tensor]]:
+    """What `measure` says of every pass, the mean over the layers; the list is filled at the end."""
+    found: list[Tensor] = []
     with probe_attention(model, layers, measure, with_grad=True) as probe:
         yield found
     found += [torch.stack(answers).mean(0) for answers in zip(*(probe.found[index] for index in layers), strict=True)]

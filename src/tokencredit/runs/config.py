@@ -181,7 +181,7 @@ def _positive(name: str, value: Any) -> None:
 
 
 def _check_collectors(collectors: Mapping[str, Any]) -> None:
-    from tokencredit.adapters.trl_options import resolve_options
+    from tokencredit.adapters.collector_options import resolve_options
 
     resolve_options(collectors)
 

@@ -52,8 +52,8 @@ def _finish(folder: Path, steps: int) -> dict[str, Any]:
 def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     """Load what the run needs and refuse what cannot be trained; nothing is written to the run's folder."""
     from tokencredit.adapters import trl_checks
+    from tokencredit.adapters.collector_options import resolve_options
     from tokencredit.adapters.trl_collectors import built_in
-    from tokencredit.adapters.trl_options import resolve_options
     from tokencredit.runs.data import load_material
 
     quiet()
