@@ -65,7 +65,10 @@ class TokenBatch:
     * `doubling_ratios`: the adapter residual at twice the LoRA scaling over the residual, one number per response
       (those of one probe share it): 2 where the residual is signal, 1 where it is rounding.
     * `step_ids`: which step of a multi-step response a token belongs to; absent means one step a token.
+    * `scored`: False for a response that nothing rewarded (every reward function returned None, or the host rejected
+      it). Its reward carries no meaning. It takes part in no baseline and gets no credit. Absent: all are scored.
     * `progress`: share of training done, in [0, 1], for schedules.
+    * `step`: optimiser steps done, for schedules that the papers give in steps.
     """
 
     response_ids: Int[Tensor, "batch response"]
@@ -88,7 +91,9 @@ class TokenBatch:
     host_advantages: Float[Tensor, " batch"] | None = None
     doubling_ratios: Float[Tensor, " batch"] | None = None
     step_ids: Int[Tensor, "batch response"] | None = None
+    scored: Bool[Tensor, " batch"] | None = None
     progress: float | None = None
+    step: int | None = None
     reducer: Reducer = field(default=LOCAL, repr=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +105,7 @@ class TokenBatch:
         expected: dict[str, tuple[int, ...]] = dict.fromkeys(
             ("response_mask", "step_ids", *TOKEN_FIELDS), (batch, response)
         )
-        for name in ("rewards", "group_ids", "host_advantages", "doubling_ratios"):
+        for name in ("rewards", "group_ids", "host_advantages", "doubling_ratios", "scored"):
             expected[name] = (batch,)
         for name, shape in expected.items():
             value = getattr(self, name)
