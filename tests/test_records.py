@@ -256,6 +256,12 @@ def test_a_pipeline_examines_each_field_once(monkeypatch: pytest.MonkeyPatch) ->
     assert sorted(looked) == ["entropies", "old_logprobs"]
 
 
+def test_a_doubling_ratio_of_nothing_is_nan_and_closes_the_gate() -> None:
+    given = {"adapter_residuals": torch.rand(2, 3), "doubling_ratios": torch.tensor([NAN, 2.0])}
+    credit = assign_credit({"arca": {"gate": 1.5}}, TokenBatch(**fields(**given)))
+    assert torch.equal(credit[0, :2], credit[0, :1].expand(2)) and len(credit[1].unique()) == 3
+
+
 # --- rows that count
 
 

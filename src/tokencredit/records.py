@@ -89,7 +89,7 @@ class TokenBatch(_Examined):
     * `values`: V of the prefix *before* the token, the probability that the response ends up accepted.
     * `host_advantages`: what the host computed, one number per response; `group_normalized` hands it on.
     * `doubling_ratios`: the adapter residual at twice the LoRA scaling over the residual, one number per response
-      (those of one probe share it): 2 where the residual is signal, 1 where it is rounding.
+      (those of one probe share it): 2 where the residual is signal, 1 where it is rounding, NaN where it is 0.
     * `step_ids`: which step of a multi-step response a token belongs to; absent means one step a token.
     * `scored`: False for a response that nothing rewarded (every reward function returned None, or the host rejected
       it). Its values carry no meaning and may be NaN. It takes part in no baseline and gets no credit. Absent: all are
@@ -223,7 +223,8 @@ class TokenBatch(_Examined):
         Raises:
           TokenCreditError: names the field, the value, its place, and what fills the field.
         """
-        carried = [name for name in names if getattr(self, name) is not None]
+        # A ratio of NaN says that there was nothing to measure.
+        carried = [name for name in names if getattr(self, name) is not None and name != "doubling_ratios"]
         counted = self.counted
         broken = [self._broken(name, counted, domains) for name in carried]
         every, *refused = torch.stack([counted.all(), *(places.any() for places in broken)]).tolist()

@@ -60,6 +60,7 @@ def with_teacher(batch: TokenBatch, step: int, seed: int) -> TokenBatch:
     spread = (0.1 + way) * (0.2 + batch.entropies) * (1.0 - 0.006 * step)  # type: ignore[operator]
     old = -torch.rand(batch.response_mask.shape, generator=rng)
     gap = spread * (torch.randn(batch.response_mask.shape, generator=rng) - 0.3)
+    old = old - gap.clamp_min(0.0)  # neither is above 0
     return replace(batch, old_logprobs=old, teacher_logprobs=old + gap)
 
 
