@@ -18,7 +18,7 @@ from tokencredit.steps import Chain, Step, as_pair, hyperparameters_of, make_ste
 from tokencredit.tiles import stretches
 
 TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
-Finding = tuple[str, Tensor]  # a step, and [broken, place, value] of the first number that is not finite
+Finding = tuple[str, Tensor, Tensor]  # a step, its result, and whether a chosen token of it is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def assign_credit(
             total = total + chain.weight * _run(chain, batch, generator, findings)
         credit = torch.where(batch.response_mask, total, 0.0).float()
         findings.append(_look(pipeline.name, credit, batch))
-    _refuse_broken(findings, batch.response_mask.shape[1])
+    _refuse_broken(findings, batch.response_mask)
     return credit
 
 
@@ -265,21 +265,17 @@ def _checked(step: Step, result: object, batch: TokenBatch) -> Tensor:
 
 
 def _look(name: str, result: Tensor, batch: TokenBatch) -> Finding:
-    """Whether a result is finite on the chosen tokens, and the first place and value where it is not."""
-    broken = (batch.response_mask & ~torch.isfinite(result)).flatten()
-    if not len(broken):
-        return name, result.new_zeros(3).double()
-    place = broken.byte().argmax()
-    return name, torch.stack((broken[place].double(), place.double(), result.flatten()[place].double()))
+    return name, result, (batch.response_mask & ~torch.isfinite(result)).any()
 
 
-def _refuse_broken(findings: Sequence[Finding], width: int) -> None:
+def _refuse_broken(findings: Sequence[Finding], mask: Tensor) -> None:
     """Raise for the first step that gave a number that is not finite; one copy to the host for all steps."""
-    for (name, _), (broken, place, value) in zip(findings, torch.stack([f for _, f in findings]).tolist(), strict=True):
-        if broken:
-            row, column = divmod(int(place), width)
+    flags = torch.stack([flag for _, _, flag in findings]).tolist()
+    for (name, result, _), is_broken in zip(findings, flags, strict=True):
+        if is_broken:
+            row, column = (mask & ~torch.isfinite(result)).nonzero()[0].tolist()
             raise TokenCreditError(
-                f"{name} gave {value} at row {row}, token {column}",
+                f"{name} gave {float(result[row, column])} at row {row}, token {column}",
                 hint="credit is float32, at most 3.4e38: look at rewards, weights and hyperparameters of this size",
             )
 

@@ -223,6 +223,7 @@ class TokenBatch(_Examined):
         Raises:
           TokenCreditError: names the field, the value, its place, and what fills the field.
         """
+        names = tuple(names)
         # A ratio of NaN says that there was nothing to measure.
         carried = [name for name in names if getattr(self, name) is not None and name != "doubling_ratios"]
         counted = self.counted
@@ -231,7 +232,7 @@ class TokenBatch(_Examined):
         for name, places, is_refused in zip(carried, broken, refused, strict=True):
             if is_refused:
                 raise self._refusal(name, places)
-        self._names_examined().update(carried)
+        self._names_examined().update(names)
         return bool(every)
 
     def _broken(self, name: str, counted: Bool[Tensor, " batch"], domains: bool) -> Tensor:
