@@ -265,7 +265,7 @@ def _checked(step: Step, result: object, batch: TokenBatch) -> Tensor:
 
 
 def _look(name: str, result: Tensor, batch: TokenBatch) -> Finding:
-    return name, result, (batch.response_mask & ~torch.isfinite(result)).any()
+    return name, result, (batch.response_mask & ~(result.abs() < torch.inf)).any()
 
 
 def _refuse_broken(findings: Sequence[Finding], mask: Tensor) -> None:

@@ -355,8 +355,8 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 def _representable(value: Tensor) -> Tensor:
     """Where a value is finite as a float32."""
-    finite = torch.isfinite(value)
-    return finite & (value.abs() <= LARGEST) if value.dtype == torch.float64 else finite
+    # One comparison, which NaN fails too: `torch.isfinite` takes three times as long on a CPU.
+    return value.abs() <= LARGEST if value.dtype == torch.float64 else value.abs() < torch.inf
 
 
 def _slack(dtype: torch.dtype) -> float:
