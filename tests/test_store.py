@@ -1,6 +1,8 @@
 """Records written during training come back exactly, whatever the moment a run was killed."""
 
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -151,6 +153,21 @@ def test_killed_while_writing_tensors_leaves_the_store_readable(
     store.append(make_record(1))
     assert_same(RecordStore(tmp_path).read(1), make_record(1))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_killed_process_left_is_taken_away(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path)
+    store.append(make_record(0))
+    child = os.fork()
+    if child == 0:  # dies while the tensors lie under a temporary name, and holds the lock
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        store.append(make_record(1))
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.tmp"))) == 1 and RecordStore(tmp_path).steps == [0]
+    store.append(make_record(1))
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert_same(RecordStore(tmp_path).read(1), make_record(1))
 
 
 def test_truncate_drops_a_step_and_what_follows(tmp_path: Path) -> None:
