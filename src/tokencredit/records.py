@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,7 @@ COLLECTORS: Mapping[str, str] = {
     "values": "`collect.exact` on enumerable tasks, `collect.monte_carlo` elsewhere",
     "importances": "`collect.answer`, or your own: how much each token matters for the final answer",
     "host_advantages": "the host's own advantages; only an adapter sets them",
+    "step": "the host, which counts its optimiser steps; in a loop of your own `TokenBatch(step=…)`, 0 at the first",
 }
 
 TOKEN_FIELDS = (
@@ -47,6 +48,7 @@ TOKEN_FIELDS = (
     "importances",
 )
 OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
+RUN_FIELDS = ("step",)  # numbers of the run, not of its tokens; a pipeline may require them as well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,11 +139,17 @@ class TokenBatch:
                 hint=f"it comes from: {COLLECTORS[name]}",
             )
 
-    def require(self, name: str) -> Tensor:
+    @overload
+    def require(self, name: Literal["step"]) -> int: ...
+
+    @overload
+    def require(self, name: str) -> Tensor: ...
+
+    def require(self, name: str) -> Tensor | int:
         """The optional field `name`, or an error that says what fills it."""
-        if name not in OPTIONAL_FIELDS:
-            raise unknown("batch field", name, OPTIONAL_FIELDS)
-        value = getattr(self, name)
+        if name not in (*OPTIONAL_FIELDS, *RUN_FIELDS):
+            raise unknown("batch field", name, (*OPTIONAL_FIELDS, *RUN_FIELDS))
+        value: Tensor | int | None = getattr(self, name)
         if value is None:
             raise TokenCreditError(
                 f"this pipeline needs `{name}`, which this batch does not carry",
@@ -152,7 +160,8 @@ class TokenBatch:
     @property
     def carried(self) -> frozenset[str]:
         """Names of the optional fields that are present."""
-        return frozenset(name for name in OPTIONAL_FIELDS if getattr(self, name) is not None)
+        names = (*OPTIONAL_FIELDS, *RUN_FIELDS)
+        return frozenset(name for name in names if getattr(self, name) is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that are present, by field name."""

@@ -17,7 +17,7 @@ SUPPORTED = (1, 5), (2, 0)  # TRL versions: from, and before
 
 # Fields that TRL's own passes supply, with no collector.
 HOST_FIELDS = frozenset(
-    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages"}
+    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages", "step"}
 )
 
 ADAPTER_FIELDS = frozenset({"adapter_residuals", "doubling_ratios"})  # only a LoRA model has them

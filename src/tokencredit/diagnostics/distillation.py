@@ -12,6 +12,7 @@ from torch import Tensor
 from tokencredit.diagnostics.position import profile_sums
 from tokencredit.masked import chosen, positions, response_lengths, row_quantile
 from tokencredit.methods.distillation import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.outcome import correct_rows
 from tokencredit.methods.self_distillation import bonus_direction, scaled_gap, signed_gap
 from tokencredit.records import TokenBatch
 
@@ -66,18 +67,24 @@ def _discrepancy(sums: Sequence[float]) -> dict[str, float]:
 
 
 def router_summary(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], *, beta: float = 0.1, rho: float = 0.2
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    *,
+    beta: float = 0.1,
+    rho: float = 0.2,
+    threshold: float = 0.0,
 ) -> dict[str, float]:
     """DASD in numbers, at the default options of `directed_self_distillation` but for β and ρ.
 
     * `router_positive`, `router_negative`: Σ of the router's values of one sign, a token. `attracted`: share of tokens.
-    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel".
+    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel"; a response is correct whose
+      reward is above `threshold`.
     * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
       verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
     """
     router = bonus_direction(batch, "router", rho=rho)
     bonus = signed_gap(scaled_gap(teacher_gap(batch), batch, "mean_abs"), router, beta=beta)
-    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router)).tolist())
+    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router, threshold)).tolist())
     total, mass, count = (
         batch.reducer.total(profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
     )
@@ -89,6 +96,7 @@ def _router_sums(
     base: Float[Tensor, "batch response"],
     bonus: Float[Tensor, "batch response"],
     router: Float[Tensor, "batch response"],
+    threshold: float,
 ) -> Float[Tensor, " 17"]:
     """Tokens, responses, p80 of the entropies summed over responses, six sums over tokens, and the eight of the bonus.
 
@@ -101,7 +109,7 @@ def _router_sums(
     sums = [mask.sum(), filled.sum(), torch.where(filled, p80[:, 0], 0.0).sum()]
     sums += [router.clamp_min(0).sum(), router.clamp_max(0).sum(), (mask & (router > 0)).sum()]
     sums += [bonus.square().sum(), base.square().sum(), (mask & ((base + bonus) * base < 0)).sum()]
-    right = (batch.rewards > 0)[:, None]
+    right = correct_rows(batch, threshold)[:, None]
     for in_arm in (router > 0, router < 0):
         for of_sign in (gap > 0, gap < 0):
             for rows in (right, ~right):
@@ -125,7 +133,10 @@ def _router(sums: Sequence[float]) -> dict[str, float]:
 
 
 def teacher_sums(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], base: Float[Tensor, "batch response"] | None
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    base: Float[Tensor, "batch response"] | None,
+    threshold: float = 0.0,
 ) -> dict[str, Tensor]:
     """Local sums behind the `teacher/…` and `router/…` numbers of a batch that carries a teacher's log-probs."""
     if batch.teacher_logprobs is None or batch.old_logprobs is None:
@@ -136,7 +147,7 @@ def teacher_sums(
     }
     if batch.entropies is not None and base is not None:
         moved = chosen(advantages, batch.response_mask) - chosen(base, batch.response_mask)
-        named["teacher_router"] = _router_sums(batch, base, moved, bonus_direction(batch, "router"))
+        named["teacher_router"] = _router_sums(batch, base, moved, bonus_direction(batch, "router"), threshold)
     return named
 
 

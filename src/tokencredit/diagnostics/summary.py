@@ -22,13 +22,18 @@ Base = Float[Tensor, "batch response"] | Float[Tensor, " batch"]
 
 
 def credit_metrics(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], base: Base | None = None
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    base: Base | None = None,
+    *,
+    threshold: float = 0.0,
 ) -> dict[str, float]:
     """The `credit/…` numbers of one step; docs/diagnostics.md explains each key.
 
     `base` is what the estimator gave, one number a response or a token; without it weights are left out and polarity
     is the sign of the advantages. Without entropies the quadrants are left out, without a teacher's log-probs all that
-    is said of the teacher, and a number that is not defined (a share of nothing) has no key. Sums go through
+    is said of the teacher, and a number that is not defined (a share of nothing) has no key. `threshold`: the reward
+    above which a response counts as correct in `credit/router/bonus_…` (`outcome.correct_rows`). Sums go through
     `batch.reducer`: every rank must call, and all get the same numbers.
     """
     mask = batch.response_mask
@@ -40,7 +45,7 @@ def credit_metrics(
     if batch.entropies is not None:
         named["quadrants"] = quadrant_sums(advantages, batch, polarity=base)
         named["correlation"] = correlation_sums(batch.entropies, relative_positions(mask), mask)
-    named |= teacher_sums(batch, advantages, base)
+    named |= teacher_sums(batch, advantages, base, threshold)
     # One collective for all sums.
     flat = batch.reducer.total(torch.cat([value.double().flatten() for value in named.values()])).tolist()
     sums: dict[str, list[float]] = {}

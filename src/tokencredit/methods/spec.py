@@ -12,6 +12,7 @@ from tokencredit.errors import TokenCreditError, unknown
 Method = Callable[..., Tensor]
 Scope = Literal["token", "response", "group", "batch"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+Endpoints = tuple[float, float]  # a weight at the start and at the end of a schedule, each at least 0
 
 # Arguments that `assign_credit` supplies; they are no hyperparameters.
 SUPPLIED = frozenset({"advantages", "batch", "generator", "base"})
@@ -37,6 +38,7 @@ class MethodSpec:
       they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
     * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
+    * `renamed`: choices of a hyperparameter that had another name before, so that older configs still read.
     """
 
     fn: Method
@@ -47,6 +49,7 @@ class MethodSpec:
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
     conserves: str | None = None
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def required(self, hyperparameters: Mapping[str, Any]) -> frozenset[str]:
         """Batch fields read at these hyperparameters."""
@@ -84,6 +87,7 @@ def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
 def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a step, defaults filled in; errors name the value and what is accepted."""
     parameters = _hyperparameters(spec.fn)
+    given = {key: _current_name(spec, key, value) for key, value in given.items()}
     for key, value in given.items():
         if key not in parameters:
             raise _no_such_hyperparameter(name, key, parameters)
@@ -94,6 +98,11 @@ def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, 
     if missing:
         raise TokenCreditError(f"{name} needs `{missing[0]}`", hint=f"write `{name}: {{{missing[0]}: …}}`")
     return resolved
+
+
+def _current_name(spec: MethodSpec, key: str, value: Any) -> Any:
+    """Today's name of a choice that was renamed."""
+    return spec.renamed.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _no_such_hyperparameter(name: str, key: str, parameters: Mapping[str, Any]) -> TokenCreditError:
@@ -113,6 +122,13 @@ def _check_choice(name: str, key: str, value: object, annotation: object) -> Non
         if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(choices):
             raise TokenCreditError(f"`{key}` of {name} must be a list out of {list(choices)}, got {value!r}")
         return
+    if annotation == Endpoints | None:
+        if value is not None and not _is_endpoints(value):
+            raise TokenCreditError(
+                f"`{key}` of {name} must be two numbers of at least 0, at the start and at the end, got {value!r}",
+                hint=f"for example `{key}: [1.0, 0.0]`",
+            )
+        return
     whole = annotation in (int, int | None)
     optional = annotation in (float | None, int | None)
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value == value
@@ -122,8 +138,17 @@ def _check_choice(name: str, key: str, value: object, annotation: object) -> Non
         raise TokenCreditError(f"`{key}` of {name} must be true or false, got {value!r}")
 
 
+def _is_endpoints(value: object) -> bool:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(get_args(Endpoints)):
+        return False
+    numbers = all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
+    return numbers and all(0.0 <= item < float("inf") for item in value)
+
+
 def _as_annotated(value: Any, annotation: object) -> Any:
     """A whole number where a float is meant becomes one: YAML reads `alpha: 1` as an int."""
+    if annotation == Endpoints | None and value is not None:
+        return tuple(float(item) for item in value)
     return float(value) if annotation in (float, float | None) and value is not None else value
 
 
