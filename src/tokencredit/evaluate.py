@@ -63,7 +63,7 @@ def pass_at_k_from_counts(n: int, correct: Int[np.ndarray, " problem"], k: int) 
             hint="take a smaller k, or sample more",
         )
     counts = np.asarray(correct)
-    if counts.size and not (0 <= counts.min() and counts.max() <= n):
+    if counts.size and not (counts.min() >= 0 and counts.max() <= n):
         raise TokenCreditError(f"correct samples must be in [0, {n}], got {counts.min()} to {counts.max()}")
     wrong = n - counts
     index = np.arange(k, n + 1)  # below k the factors are negative: they would only meet the exact 0 at i = k

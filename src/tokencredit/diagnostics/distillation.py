@@ -77,8 +77,8 @@ def router_summary(
     """DASD in numbers, at the default options of `directed_self_distillation` but for β and ρ.
 
     * `router_positive`, `router_negative`: Σ of the router's values of one sign, a token. `attracted`: share of tokens.
-    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel"; a response is correct whose
-      reward is above `threshold`.
+    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus per token, arms "attract" and "repel". A response is correct
+      where its reward is above `threshold`.
     * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
       verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
     """

@@ -1,7 +1,7 @@
 """Transforms that move credit by the entropy of the attention: anchors (concentrated) and explorers (diffuse).
 
-`attention_blend` is the published reweighting. `attention_schedule`, `attention_tilt` and `attention_gate` are methods of
-our own on the same signal. The signal is Ê, the entropy of the head-averaged attention row over the logarithm of the
+`attention_blend` is the published reweighting. `attention_schedule`, `attention_tilt` and `attention_gate` are methods
+of our own on the same signal. The signal is Ê, the entropy of the head-averaged attention row over the logarithm of the
 keys it sees, in [0, 1].
 """
 
@@ -227,8 +227,8 @@ def keep_attention(
     Ties go by position: the earlier token ranks lower. "all" divides by all tokens in the host's loss, "selected"
     multiplies by Σn / Σ1[·] over the batch, as if it divided by the selected ones. keep = 1 is the identity.
 
-    Paper: attention entropy (arXiv:2605.07660), 20 % of the response; its subsets divide by the selected tokens (Eq. 17,
-    Table 10), which is what the presets `anchors` and `explorers` do. Rounding and ties are ours.
+    Paper: attention entropy (arXiv:2605.07660), 20 % of the response. Its subsets divide by the selected tokens (Eq.
+    17, Table 10), which is what the presets `anchors` and `explorers` do. Rounding and ties are ours.
     """
     mask = batch.response_mask
     entropies = chosen(batch.require(SIGNAL_FIELDS[signal]), mask)

@@ -11,7 +11,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, compact, positions, response_lengths, row_quantile, spread, unit_moments, unit_sums
+from tokencredit.masked import (
+    chosen,
+    compact,
+    positions,
+    response_lengths,
+    row_quantile,
+    spread,
+    unit_moments,
+    unit_sums,
+)
 from tokencredit.methods.controls import token_uniforms
 from tokencredit.methods.distillation import teacher_gap
 from tokencredit.methods.outcome import correct_rows
@@ -232,7 +241,7 @@ def add_teacher_gap(
     return chosen(advantages, batch.response_mask) + lam * teacher_gap(batch)
 
 
-def rlsd(  # noqa: PLR0913 - one published formula and its schedule
+def rlsd(
     advantages: Float[Tensor, "batch response"],
     batch: TokenBatch,
     *,
@@ -317,8 +326,8 @@ def srpo(
         Â′_t = e^{−β H_t} / mean e^{−β H} · δ_t   where r ≤ threshold and the response has a teacher,   Â_t elsewhere
 
     H is the entropy of the teacher; the mean runs over all tokens of the batch that learn from it, so that a response
-    on which the teacher is unsure weighs less as a whole. A response without a teacher, such as one whose group holds no
-    correct one, was scored under its own prompt: δ ≡ 0. β = 0 weighs all tokens alike. `threshold`: see
+    on which the teacher is unsure weighs less as a whole. A response without a teacher, such as one whose group holds
+    no correct one, was scored under its own prompt: δ ≡ 0. β = 0 weighs all tokens alike. `threshold`: see
     `outcome.correct_rows`.
 
     Paper: SRPO (arXiv:2604.02288), β = 1. Deviation: δ is the sampled form of its divergence.

@@ -36,13 +36,13 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
 
     Biased twice. V̂ guesses the success of the responses that nobody found. And ω makes up for prefixes that nobody
     *reached*, but credit is only paid where an *accepted* response passes: a prefix that was reached without success
-    gets nothing. Example: x with probability 0.8, then a (0.5, accepted) or b. The expected credit on x over G is 0.363,
-    0.365, 0.373, 0.387, 0.395 for G = 2, 3, 4, 6, 8; it should be P V = 0.4. On a it is exact.
+    gets nothing. Example: x with probability 0.8, then a (0.5, accepted) or b. The expected credit on x over G is
+    0.363, 0.365, 0.373, 0.387, 0.395 for G = 2, 3, 4, 6, 8; it should be P V = 0.4. On a it is exact.
 
     `threshold`: see `correct_rows`. Outcomes are accepted or not; the size of a reward is not used.
 
-    Source: ours: Horvitz–Thompson weights from known prefix probabilities, each prefix once, shrinkage for the mass that
-    nobody sampled. Values of the prefixes that a group shares are older: TEMPO (arXiv:2509.18314), T-SPMO
+    Source: ours: Horvitz–Thompson weights from known prefix probabilities, each prefix once, shrinkage for the mass
+    that nobody sampled. Values of the prefixes that a group shares are older: TEMPO (arXiv:2509.18314), T-SPMO
     (arXiv:2504.20834), RTMC (arXiv:2604.11037).
     """
     mask = batch.response_mask
