@@ -73,7 +73,7 @@ def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPat
     batch = make_batch(seed=5)
     together = by_group(batch)
     monkeypatch.setattr(credit, "TILE", 1)
-    monkeypatch.setattr(credit, "replace", None)  # tiles are made with it
+    monkeypatch.setattr(TokenBatch, "rows", None)  # tiles are made with it
     assign_credit(["group_centered", "gtpo"], batch)  # the rows of a group are not neighbours
     with pytest.raises(TypeError):
         assign_credit(["group_centered"], together)
