@@ -206,14 +206,15 @@ class TokenBatch(_Examined):
         object.__setattr__(part, "_examined", set(self._names_examined()))
         return part
 
-    def examine(self, names: Iterable[str]) -> bool:
-        """Refuse values of optional fields that a method cannot read; each field is examined once per batch.
+    def examine(self, names: Iterable[str], *, domains: bool = True) -> bool:
+        """Refuse values of optional fields that a method cannot read.
 
         Values must be finite and within the range of float32 wherever a counted response chose the token. Log-probs
         must not be positive, entropies, distances and residuals not negative; both up to rounding.
 
         Args:
           names: optional fields; those that the batch does not carry are skipped.
+          domains: False looks only for values that are not finite.
 
         Returns:
           Whether every response counts, from the same copy to the host as the examination.
@@ -221,26 +222,29 @@ class TokenBatch(_Examined):
         Raises:
           TokenCreditError: names the field, the value, its place, and what fills the field.
         """
-        examined = self._names_examined()
-        pending = [name for name in names if name not in examined and getattr(self, name) is not None]
+        carried = [name for name in names if getattr(self, name) is not None]
         counted = self.counted
-        broken = [self._broken(name, counted) for name in pending]
+        broken = [self._broken(name, counted, domains) for name in carried]
         every, *refused = torch.stack([counted.all(), *(places.any() for places in broken)]).tolist()
-        for name, places, is_refused in zip(pending, broken, refused, strict=True):
+        for name, places, is_refused in zip(carried, broken, refused, strict=True):
             if is_refused:
                 raise self._refusal(name, places)
-        examined.update(pending)
+        self._names_examined().update(carried)
         return bool(every)
 
-    def _broken(self, name: str, counted: Bool[Tensor, " batch"]) -> Tensor:
+    def _broken(self, name: str, counted: Bool[Tensor, " batch"], domains: bool) -> Tensor:
         """Where a field holds a value that no method can read; one number per token or per response."""
         value = getattr(self, name).detach()
         good = _representable(value)
-        if name in NOT_POSITIVE:
+        if domains and name in NOT_POSITIVE:
             good &= value <= _slack(value.dtype)
-        if name in NOT_NEGATIVE:
+        if domains and name in NOT_NEGATIVE:
             good &= value >= -_slack(value.dtype)
         return (counted if value.ndim == 1 else counted[:, None] & self.response_mask) & ~good
+
+    def trust(self, names: Iterable[str]) -> None:
+        """Take the values of these fields as they are, so that `require` returns them even where they are NaN."""
+        self._names_examined().update(names)
 
     def _refusal(self, name: str, broken: Tensor) -> TokenCreditError:
         place = broken.nonzero()[0].tolist()
@@ -271,7 +275,7 @@ class TokenBatch(_Examined):
                 hint=f"it comes from: {COLLECTORS[name]}",
             )
         if name not in self._names_examined():
-            self.examine((name,))
+            self.examine((name,), domains=False)
         return value
 
     @property
