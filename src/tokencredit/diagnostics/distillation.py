@@ -4,6 +4,7 @@ Each summary is a ratio of sums, so that ranks and micro-batches add up; `teache
 """
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -77,8 +78,8 @@ def router_summary(
     """DASD in numbers, at the default options of `directed_self_distillation` but for β and ρ.
 
     * `router_positive`, `router_negative`: Σ of the router's values of one sign, a token. `attracted`: share of tokens.
-    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus per token, arms "attract" and "repel". A response is correct
-      where its reward is above `threshold`.
+    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel"; a response is correct if
+      its reward is greater than `threshold`.
     * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
       verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
     """
@@ -136,6 +137,7 @@ def teacher_sums(
     batch: TokenBatch,
     advantages: Float[Tensor, "batch response"],
     base: Float[Tensor, "batch response"] | None,
+    *,
     threshold: float = 0.0,
 ) -> dict[str, Tensor]:
     """Local sums behind the `teacher/…` and `router/…` numbers of a batch that carries a teacher's log-probs."""
@@ -157,11 +159,13 @@ def teacher_numbers(sums: dict[str, list[float]]) -> dict[str, float]:
         return {}
     flat = sums["teacher_profile"]
     total, mass, count = flat[:BINS], flat[BINS : 2 * BINS], flat[2 * BINS :]
+    if not isfinite(sum(mass)):
+        return {}
     tokens = max(sum(count), 1.0)
     found = {"teacher/gap": sum(total) / tokens, "teacher/gap_abs": sum(mass) / tokens}
     found |= {f"teacher/gap_abs/{k}": mass[k] / count[k] for k in range(BINS) if count[k]}
     found |= {f"teacher/{name}": value for name, value in _discrepancy(sums["teacher_discrepancy"]).items()}
-    if "teacher_router" in sums:
+    if "teacher_router" in sums and isfinite(sum(sums["teacher_router"])):
         named = _router(sums["teacher_router"])
         found |= {f"router/{name.removeprefix('router_')}": value for name, value in named.items()}
     return found
