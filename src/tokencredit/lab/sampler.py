@@ -343,8 +343,8 @@ def _effective(module: Any) -> tuple[Tensor, Tensor | None]:
 def _unread_module(model: Any, base: Any, projections: list[Any]) -> str | None:
     """Names a part of the model that `sample` would read past.
 
-    Only projections are read together with their adapters. Anything else that PEFT or a user puts around or in place of
-    a module (LoRA on the embedding, `modules_to_save`, trainable tokens, soft prompts) would be left out of the samples.
+    Only projections are read together with their adapters. Whatever else PEFT or a user puts around or in place of a
+    module (LoRA on the embedding, `modules_to_save`, trainable tokens, soft prompts) would be left out of the samples.
     """
     configs = getattr(model, "peft_config", None) or {}
     if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
