@@ -32,6 +32,7 @@ from tokencredit.adapters.trl_collectors import (
 )
 from tokencredit.adapters.trl_passes import HostPass, as_scored, is_sharded, model_inputs, score_rows, sequences
 from tokencredit.adapters.trl_rewards import check_models, guard_rewards
+from tokencredit.adapters.trl_sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
 from tokencredit.collect.adapter import reference_pass
 from tokencredit.credit import Pipeline, assign_credit
@@ -92,6 +93,8 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._record_every = record_every
         super().__init__(*args, **kwargs)
         self.reward_funcs = guard_rewards(self.reward_funcs)  # also those of environments
+        if not self.use_vllm and self.rollout_func is None:
+            warn_of_shipped(self.model, self.generation_config)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
         # Compiled code may have been built without our hooks, and then does not call them.
@@ -126,6 +129,10 @@ class CreditGRPOTrainer(GRPOTrainer):
             save_card(self, self.pipeline, model_name)
 
     # -- rollout -------------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with plain_sampling(self.model, getattr(self, "generation_config", None)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

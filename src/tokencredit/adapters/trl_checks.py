@@ -137,6 +137,12 @@ def check_config(pipeline: Pipeline, config: Any) -> None:
             "only the sum of a response's advantages reaches the gradient",
             hint="set importance_sampling_level='token', or loss_type='cispo' or 'vespo'",
         )
+    # TRL 1.16 applies Liger's layer kernels and keeps its own loss; before, Liger's loss took one number per response.
+    if getattr(config, "use_liger_kernel", False) and _has_liger_loss():
+        raise TokenCreditError(
+            "use_liger_kernel=True replaces the loss by one that takes one advantage per response in this TRL",
+            hint="set use_liger_kernel=False, or pip install 'trl>=1.16'",
+        )
     if getattr(config, "top_entropy_quantile", 1.0) < 1.0:
         warnings.warn(
             f"top_entropy_quantile={config.top_entropy_quantile} masks tokens a second time, after {pipeline.name}",
@@ -144,6 +150,12 @@ def check_config(pipeline: Pipeline, config: Any) -> None:
         )
     if getattr(config, "multi_objective_aggregation", "") == "normalize_then_sum":
         warnings.warn("normalize_then_sum: the advantages of a group no longer sum to zero", stacklevel=3)
+
+
+def _has_liger_loss() -> bool:
+    from trl import GRPOTrainer  # `tokencredit doctor` reads this module where TRL may be missing
+
+    return hasattr(GRPOTrainer, "compute_liger_loss")
 
 
 def check_records(folder: Any, every: Any) -> None:

@@ -20,7 +20,7 @@ def answer_mask(
     """True on the answer of each response: its last `tail` tokens, at most half of them and at least one.
 
     With `after`, the answer is what follows the last occurrence of this text, and the last `tail` tokens only where it
-    does not occur or nothing follows; `texts` are what each chosen token of a row adds to its text (`token_texts`).
+    does not occur or nothing follows; `texts` are the chosen tokens of each row, decoded one by one.
     """
     n = response_lengths(mask)
     start = n - torch.minimum(torch.full_like(n, tail), (n // 2).clamp_min(1))
@@ -35,8 +35,6 @@ def answer_mask(
         ):  # a token that reaches beyond is of the answer
             covered += len(tokens[place])
             place += 1
-        while place > 0 and tokens[place - 1] == "":  # the first bytes of the character that follows
-            place -= 1
         if place < len(tokens):
             start[row] = place
     return mask & (positions(mask) >= start)
