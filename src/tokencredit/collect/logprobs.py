@@ -9,6 +9,7 @@ before the pass, so that a row's score depends neither on its neighbours nor on 
 positions start at the first token, and a recurrent state never sees padding.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -122,6 +123,29 @@ def model_inputs(
     if position_ids is not None:
         inputs["position_ids"] = position_ids[rows]
     return inputs
+
+
+def layout_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    extra_inputs: ExtraInputs | None = None,
+) -> dict[str, Any]:
+    """Inputs of a pass whose rows must keep the host's layout, as those that read attention maps.
+
+    Where rows are padded on the left and the model takes position ids, they are given, so that positions are counted
+    from the first token of each row: GPT-2 would count padding otherwise. Rotary positions are relative and need none.
+    """
+    check_media(model, input_ids, extra_inputs)
+    if position_ids is None and attention_mask is not None and bool((attention_mask[:, :1] == 0).any()):
+        backbone = backbone_of(model)
+        rotary = any(name.endswith("inv_freq") for name, _ in backbone.named_buffers())
+        if not rotary and "position_ids" in inspect.signature(type(backbone).forward).parameters:
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
+    return model_inputs(input_ids, attention_mask, position_ids) | rows_of(
+        extra_inputs or {}, slice(None), len(input_ids)
+    )
 
 
 def pass_of(

@@ -172,17 +172,17 @@ def _compare(model: nn.Module, causal: Any, weight: Tensor, readout: Readout) ->
     try:
         with eval_mode(causal), torch.autocast(weight.device.type, enabled=False):
             own = causal(input_ids=ids, use_cache=False).logits[0].float()
+            if not states:  # some models call a part of their backbone, as OPT does, and compiled ones skip hooks
+                states.append(backbone_of(model)(input_ids=ids, use_cache=False))
     finally:
         handle.remove()
-    if not states:  # some models call a part of their backbone, as OPT does, and compiled ones skip hooks
-        with eval_mode(causal), torch.autocast(weight.device.type, enabled=False):
-            states = [backbone_of(model)(input_ids=ids, use_cache=False)]
     hidden = getattr(states[-1], "last_hidden_state", None)
     if hidden is None:
         return "its parts do not return `last_hidden_state`"
     if hidden.shape[-1] != weight.shape[1]:
         return f"its hidden states have width {hidden.shape[-1]}, its head {weight.shape[1]}"
-    ours = tile_logits(folded(hidden[0].to(weight.dtype), readout), weight, readout, False).float()
+    with torch.autocast(weight.device.type, enabled=False):
+        ours = tile_logits(folded(hidden[0].to(weight.dtype), readout), weight, readout, False).float()
     if ours.shape != own.shape:
         return f"it gives logits of shape {tuple(own.shape)}, its head {tuple(ours.shape)}"
     # accelerate wraps the forward of a model in autocast, and gives float32 back
