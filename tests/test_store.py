@@ -30,6 +30,7 @@ def make_record(
         entropies=values if entropies else None,
         host_advantages=torch.ones(1).expand(rows),  # shares memory with itself
         progress=0.1 * step,
+        step=7 * step,
     )
     return CreditRecord(
         step=step,
@@ -198,3 +199,13 @@ def test_a_pipeline_that_is_no_json_is_refused_before_anything_is_written(tmp_pa
 def test_number_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="has 0 records"):
         RecordStore(tmp_path).read(0)
+
+
+def test_records_that_hold_no_step_of_the_batch_still_read(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "records")
+    store.append(make_record(3))
+    line = json.loads(store.index.read_text())
+    assert line.pop("batch_step") == 21
+    store.index.write_text(json.dumps(line) + "\n")
+    record = RecordStore(tmp_path / "records").read(0)
+    assert record.step == 3 and record.batch.step is None

@@ -74,6 +74,7 @@ class _Examined:
     """Holds the names of the fields whose values were examined; a slot, so that it is not a field of the batch."""
 
     __slots__ = ("_examined",)
+    _examined: set[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)

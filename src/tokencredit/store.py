@@ -83,7 +83,7 @@ class RecordStore:
         return CreditRecord(
             step=entry.step,
             pipeline=line["pipeline"],
-            batch=TokenBatch(**tensors, progress=line["progress"]),  # type: ignore[arg-type]
+            batch=TokenBatch(**tensors, progress=line["progress"], step=line.get("batch_step")),  # type: ignore[arg-type]
             advantages=advantages,
             tokens=line["tokens"],
             prompts=line["prompts"],
@@ -113,6 +113,7 @@ def _encode(record: CreditRecord, file: str) -> bytes:
         "file": file,
         "pipeline": record.pipeline,
         "progress": record.batch.progress,
+        "batch_step": record.batch.step,  # absent in records of earlier versions
         "group_ids": record.batch.group_ids.tolist(),
         "prompts": record.prompts,
         "tokens": record.tokens,
