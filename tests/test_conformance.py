@@ -164,6 +164,16 @@ def big_fields(batch: TokenBatch) -> TokenBatch:
     return replace(batch, **{name: 40.0 * getattr(batch, name) for name in TOKEN_FIELDS})
 
 
+def past_their_bounds(batch: TokenBatch) -> TokenBatch:
+    """Every other log-prob a rounding above 0, and every other value of what cannot be negative a rounding below."""
+    even = torch.arange(batch.response_mask.shape[1]) % 2 == 0
+    changed = {
+        name: torch.where(even, 1e-7 if name.endswith("logprobs") else -1e-7, getattr(batch, name))
+        for name in TOKEN_FIELDS
+    }
+    return replace(batch, **changed)
+
+
 DEGENERATE = [
     degrade(BATCH)
     for degrade in (
@@ -173,6 +183,7 @@ DEGENERATE = [
         constant_fields,
         zero_fields,
         big_fields,
+        past_their_bounds,
         empty_like,
         no_rows,
     )
@@ -280,7 +291,7 @@ MIXED = [make_batch(seed=seed, groups=(5, 4, 6), response=20) for seed in range(
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.spec.keeps_sign], ids=repr)
 def test_sign_is_kept_where_declared(case: Case) -> None:
-    for batch in MIXED:
+    for batch in (*MIXED, *map(past_their_bounds, MIXED)):
         advantages = torch.where(batch.response_mask, token_advantages(batch), 0.0)
         credit = case.raw(batch, advantages)
         assert bool((credit * advantages >= 0).all())
