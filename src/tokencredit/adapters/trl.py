@@ -101,6 +101,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         if not draws_dropout(self.model) and not self.args.torch_compile:
             self._taps = PassTaps((SHARED & self.pipeline.requires) - own.keys(), options)
         if self.teacher is not None:
+            check_vision(self.teacher, self.processing_class)
             self.teacher.check(
                 self._text_tokenizer, policy=self.model, rows=self._first_rows(), temperature=self.temperature
             )

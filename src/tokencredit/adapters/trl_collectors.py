@@ -69,6 +69,16 @@ def check_teacher(teacher: Any) -> None:
         resolve_teacher(teacher)
 
 
+def check_vision(teacher: Teacher, processing_class: Any) -> None:
+    """Refuse a privileged prompt beside images: it would be rendered without them."""
+    text = getattr(getattr(teacher, "prompts", None), "text", None)
+    if text is not None and hasattr(processing_class, "image_processor"):
+        raise TokenCreditError(
+            f"a teacher's template renders text alone, and {type(processing_class).__name__} also takes images",
+            hint="leave out `template`: teachers of kind `self` (weights: frozen, ema, base) then see the images too",
+        )
+
+
 def _text_pass(name: str, measure: Collector) -> Collector:
     """A collector whose pass runs the text decoder alone and reads whole parameters; refuses what it cannot see."""
 
