@@ -35,7 +35,9 @@ def run(folder: Path, credit: Any, settings: dict[str, Any], **extra: Any) -> tu
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("settings", [{}, MICRO])
 def test_a_fresh_adapter_is_its_own_reference_to_the_bit(bf16: bool, settings: dict, tmp_path: Path) -> None:
-    _, (first, second) = run(tmp_path, "policy_divergence", {"bf16": bf16, "max_steps": 2, **settings}, peft_config=LORA)
+    _, (first, second) = run(
+        tmp_path, "policy_divergence", {"bf16": bf16, "max_steps": 2, **settings}, peft_config=LORA
+    )
     mask = first.batch.response_mask
     assert torch.equal(first.batch.old_logprobs[mask], first.batch.ref_logprobs[mask])
     uniform = torch.where(mask, first.batch.host_advantages[:, None], 0.0)
@@ -59,7 +61,6 @@ def test_a_teacher_that_is_the_policy_gives_no_credit_at_the_start(bf16: bool, w
 def test_rows_without_an_attempt_are_scored_as_the_student(tmp_path: Path) -> None:
     """Sibling template: a row without a better attempt keeps its own prompt, and then the teacher is the student."""
     teacher = {"kind": "self", "template": "{attempt}{prompt}"}
-
 
     def one_is_right(completions: list[str], **_: Any) -> list[float]:
         return [float(row % 4 == 0) for row in range(len(completions))]

@@ -24,7 +24,9 @@ TEMPLATE = (
 
 
 def vision_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<image>", "<unk>", *"0123456789[]:?ab"])}
+    vocabulary = {
+        token: index for index, token in enumerate(["<pad>", "<eos>", "<image>", "<unk>", *"0123456789[]:?ab"])
+    }
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
@@ -77,5 +79,8 @@ def vision_rows(rows: int = 4) -> Dataset:
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(draw.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(rows)]
     return Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"{row}?"}], "image": pictures[row], "hint": "1"} for row in range(rows)]
+        [
+            {"prompt": [{"role": "user", "content": f"{row}?"}], "image": pictures[row], "hint": "1"}
+            for row in range(rows)
+        ]
     )
