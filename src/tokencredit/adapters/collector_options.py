@@ -68,7 +68,7 @@ ACCEPTED: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def resolve_options(given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def resolve_options(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Options of our collectors by field, defaults filled in, and the functions that take a collector's place.
 
     An entry of `given` is a mapping of options, a function, or its name `module:function`.

@@ -5,11 +5,9 @@ credit stays fixed over inner updates. *Update*: inside `_compute_loss`, from th
 that the loss runs anyway, so it costs no forward. With an identity pipeline the host's tensor is handed on untouched.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +21,11 @@ from tokencredit.adapters.collector_options import SHARED, resolve_options
 from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, prompt_texts, to_token_batch
 from tokencredit.adapters.trl_card import save_card
 from tokencredit.adapters.trl_collectors import (
-    Collector,
     TeacherCallback,
     as_teacher,
     built_in,
     check_teacher,
+    check_vision,
     restore_teacher,
 )
 from tokencredit.adapters.trl_passes import HostPass, as_scored, is_sharded, model_inputs, score_rows, sequences
@@ -68,10 +66,10 @@ class CreditGRPOTrainer(GRPOTrainer):
         self,
         *args: Any,
         credit: Any = "grpo",
-        timing: str = "auto",
-        records: str | Path | None = None,
-        record_every: int = 1,
-        collectors: Mapping[str, Collector | str | Mapping[str, Any]] | None = None,
+        timing: Any = "auto",
+        records: Any = None,
+        record_every: Any = 1,
+        collectors: Any = None,
         teacher: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -92,7 +90,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._pieces: list[dict[str, Any]] = []
         self._record_every = record_every
         super().__init__(*args, **kwargs)
-        self.reward_funcs = guard_rewards(self.reward_funcs)  # also those of environments
+        self.reward_funcs: list[Any] = guard_rewards(self.reward_funcs)  # also those of environments
         if not self.use_vllm and self.rollout_func is None:
             warn_of_shipped(self.model, self.generation_config)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
@@ -101,6 +99,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         if not draws_dropout(self.model) and not self.args.torch_compile:
             self._taps = PassTaps((SHARED & self.pipeline.requires) - own.keys(), options)
         if self.teacher is not None:
+            check_vision(self.teacher, self.processing_class)
             self.teacher.check(
                 self._text_tokenizer, policy=self.model, rows=self._first_rows(), temperature=self.temperature
             )
@@ -345,7 +344,8 @@ class CreditGRPOTrainer(GRPOTrainer):
         if batch.response_mask.device.type != "mps":
             return batch
         # Apple GPUs have no float64, in which sums are taken.
-        return replace(batch, **{name: value.cpu() for name, value in batch.tensors().items()})
+        on_cpu: dict[str, Any] = {name: value.cpu() for name, value in batch.tensors().items()}
+        return replace(batch, **on_cpu)
 
     def _reducer(self) -> Reducer:
         return LOCAL if self.accelerator.num_processes == 1 else ProcessGroupReducer()

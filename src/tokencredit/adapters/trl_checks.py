@@ -35,7 +35,7 @@ def check_versions(installed: str | None = None) -> None:
 
 
 def check_all(
-    pipeline: Pipeline, timing: str, collected: Iterable[str], config: Any, *, native_adapter: bool = False
+    pipeline: Pipeline, timing: Any, collected: Iterable[str], config: Any, *, native_adapter: bool = False
 ) -> str:
     """Every refusal that needs no trainer; the timing that "auto" stands for."""
     check_versions()
@@ -47,7 +47,7 @@ def check_all(
     return timing
 
 
-def resolve_timing(timing: str, pipeline: Pipeline, config: Any) -> str:
+def resolve_timing(timing: Any, pipeline: Pipeline, config: Any) -> str:
     """ "update" or "rollout"; refuses "update" where whole groups would be cut apart."""
     if timing not in ("auto", "update", "rollout"):
         raise unknown("timing", timing, ("auto", "update", "rollout"))

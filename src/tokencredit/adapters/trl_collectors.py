@@ -58,15 +58,28 @@ def built_in(
 
 def as_teacher(teacher: Any) -> Teacher | None:
     """A teacher as it is, or built from a mapping such as `{"kind": "model", "model": path}`."""
-    if teacher is None or isinstance(teacher, Teacher):
-        return teacher
-    return build_teacher(teacher)  # refuses what is not a mapping
+    return build_teacher(teacher) if isinstance(teacher, Mapping) else teacher
 
 
 def check_teacher(teacher: Any) -> None:
     """Refuse what is neither a teacher nor the description of one, also where the pipeline asks no teacher."""
-    if teacher is not None and not isinstance(teacher, Teacher):
+    if isinstance(teacher, Mapping):
         resolve_teacher(teacher)
+    elif teacher is not None and not isinstance(teacher, Teacher):
+        raise TokenCreditError(
+            f"`teacher` must be a mapping with `kind`, or a `Teacher`, got {teacher!r}",
+            hint="for example teacher={'kind': 'model', 'model': 'path/to/checkpoint'}",
+        )
+
+
+def check_vision(teacher: Teacher, processing_class: Any) -> None:
+    """Refuse a privileged prompt beside images: it would be rendered without them."""
+    text = getattr(getattr(teacher, "prompts", None), "text", None)
+    if text is not None and hasattr(processing_class, "image_processor"):
+        raise TokenCreditError(
+            f"a teacher's template renders text alone, and {type(processing_class).__name__} also takes images",
+            hint="leave out `template`: teachers of kind `self` (weights: frozen, ema, base) then see the images too",
+        )
 
 
 def _text_pass(name: str, measure: Collector) -> Collector:

@@ -91,8 +91,8 @@ def is_lab_model(model: nn.Module) -> bool:
     `sampler: auto` takes this sampler only for such models. On any other model the host samples, in the precision and
     with the kernels that the policy is trained with. Only the config is read, so a saved and reloaded model counts.
     """
-    config = getattr(_base(model), "config", None)
-    return (
+    config: Any = getattr(_base(model), "config", None)
+    return bool(
         getattr(config, "model_type", None) == "qwen3"
         and (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, None)
         and config.tie_word_embeddings
