@@ -85,6 +85,12 @@ def test_the_closed_form_is_the_normalised_softmax(tau: float) -> None:
     torch.testing.assert_close(attention_blend(ones(batch), batch, tau=tau), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("tau", "expected"), [(1e-320, [0.0, 0.0, 0.0, 1.0]), (1e308, [0.0, 0.375, 0.75, 1.0])])
+def test_the_ends_of_the_temperature(tau: float, expected: list[float]) -> None:
+    # everything on the highest Ê, or a straight line from the least to the greatest
+    assert weights(80, tau=tau) == pytest.approx(expected, abs=1e-12)
+
+
 def test_equal_entropies_get_half_of_both_ends() -> None:
     batch = batch_of([[0.4, 0.4], [0.4, NAN]], step=0)
     assert attention_blend(ones(batch), batch).tolist() == [[0.5, 0.5], [0.5, 0.0]]
@@ -132,7 +138,21 @@ def test_a_missing_step_is_named_with_its_source() -> None:
     assert batch_of([FOUR]).carried == {"attention_entropies", "step"}  # 0 is a step
 
 
-@pytest.mark.parametrize("low", [1.0, "10", [1.0], [1.0, 2.0, 3.0], [1.0, -0.5], [NAN, 1.0], [math.inf, 0], [True, 1]])
+@pytest.mark.parametrize(
+    "low",
+    [
+        1.0,
+        "10",
+        [1.0],
+        [1.0, 2.0, 3.0],
+        [1.0, -0.5],
+        [NAN, 1.0],
+        [math.inf, 0],
+        [True, 1],
+        [10**400, 0],
+        {1.0: 0, 2.0: 0},
+    ],
+)
 def test_endpoints_are_two_numbers(low: object) -> None:
     with pytest.raises(TokenCreditError, match="`low` of attention_blend must be two numbers of at least 0"):
         get_pipeline("attention", low=low)

@@ -117,6 +117,8 @@ def softmax_place(
     if not bool(span > 0):  # all equal, or no token at all: −∞
         return torch.full_like(entropies, 0.5)
     inside = torch.where(batch.response_mask, entropies, least)
+    if float(span / tau) < 1e-12:  # as steep as a straight line, to the last digit
+        return (inside - least) / span
     # e^{(x−M)/τ} (1 − e^{(m−x)/τ}) / (1 − e^{(m−M)/τ}): no exponent is above 0, so that nothing overflows.
     rise = torch.expm1((least - inside) / tau) / torch.expm1(-span / tau)
     return torch.exp((inside - greatest) / tau) * rise

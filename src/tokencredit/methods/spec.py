@@ -127,7 +127,7 @@ def _check_choice(name: str, key: str, value: object, annotation: object) -> Non
     if annotation == Endpoints | None:
         if value is not None and not _is_endpoints(value):
             raise TokenCreditError(
-                f"`{key}` of {name} must be two numbers of at least 0, at the start and at the end, got {value!r}",
+                f"`{key}` of {name} must be two numbers of at least 0, at the start and at the end, got {shown(value)}",
                 hint=f"for example `{key}: [1.0, 0.0]`",
             )
         return
@@ -154,10 +154,9 @@ def _is_number(value: object, whole: bool) -> bool:
 
 
 def _is_endpoints(value: object) -> bool:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != len(get_args(Endpoints)):
+    if not isinstance(value, list | tuple) or len(value) != len(get_args(Endpoints)):
         return False
-    numbers = all(isinstance(item, int | float) and not isinstance(item, bool) for item in value)
-    return numbers and all(0.0 <= item < float("inf") for item in value)
+    return all(_is_number(item, whole=False) and 0.0 <= item <= sys.float_info.max for item in value)
 
 
 def _as_annotated(value: Any, annotation: object) -> Any:
