@@ -78,7 +78,7 @@ def make_fields(rows: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
 def measured(method: str, fields: dict[str, torch.Tensor], reducer: Reducer = LOCAL) -> dict[str, float]:
     """CPU seconds of `assign_credit` and how many bytes memory rose meanwhile."""
     pipeline = get_pipeline(method)
-    batch = TokenBatch(**fields, progress=0.5, reducer=reducer)
+    batch = TokenBatch(**fields, progress=0.5, step=30, reducer=reducer)
     rng = generator("scale", "draws") if pipeline.draws else None
     before = _peak()
     start, wall = time.thread_time(), time.perf_counter()
@@ -166,7 +166,7 @@ def by_world(methods: Sequence[str], size: int, worlds: Sequence[int]) -> list[d
     """One row a method: seconds of the slowest rank, collectives and bytes, for each number of ranks."""
     rows = []
     for method in track(methods, "by ranks"):
-        fields = make_fields(size * MILLION // RESPONSE, sorted(get_pipeline(method).requires))
+        fields = make_fields(size * MILLION // RESPONSE, sorted(get_pipeline(method).requires & set(OPTIONAL_FIELDS)))
         row: dict[str, Any] = {"method": method}
         for world in worlds:
             found = by_ranks(method, fields, world)

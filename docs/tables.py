@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from tokencredit.methods import ESTIMATORS, TRANSFORMS
+from tokencredit.methods.spec import Endpoints
 
 METHODS = ESTIMATORS | TRANSFORMS
 BLOCK = re.compile(r"(<!-- hyperparameters: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -36,7 +37,13 @@ def describe(annotation: Any) -> str:
     inner = [arg for arg in get_args(annotation) if get_origin(arg) is Literal]
     if inner:
         return f"a list out of {describe(inner[0])}"
-    words = {float: "a number", int: "a whole number", bool: "true or false", float | None: "a number or nothing"}
+    words: dict[Any, str] = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        float | None: "a number or nothing",
+        Endpoints | None: "two numbers of at least 0, or nothing",
+    }
     return words.get(annotation, str(annotation))
 
 

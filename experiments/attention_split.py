@@ -40,6 +40,8 @@ SUBSETS = {
     "explorers (20 % highest Ê)": "explorers",
     "20 % lowest policy entropy": "predictive_low",
     "20 % highest policy entropy": "predictive_high",
+    "first fifth": "first_fifth",
+    "last fifth": "last_fifth",
     "front half": "front_half",
     "back half": "back_half",
 }
@@ -136,9 +138,15 @@ def geometry(model: Any, got: Responses, batch: TokenBatch, draws: int, seed: in
     whole = gradient(model, got, assign_credit(get_pipeline("grpo"), batch))
     found = {}
     for name, preset in SUBSETS.items():
-        found[name] = _row(model, got, batch, assign_credit(get_pipeline(preset), batch), whole)
+        found[name] = _row(model, got, batch, assign_credit(get_pipeline(preset, normalize="all"), batch), whole)
     random = [
-        _row(model, got, batch, assign_credit(get_pipeline("random_tokens"), batch, generator=draw), whole)
+        _row(
+            model,
+            got,
+            batch,
+            assign_credit(get_pipeline("random_tokens", normalize="all"), batch, generator=draw),
+            whole,
+        )
         for draw in (generator("attention split", seed, index) for index in range(draws))
     ]
     found["random 20 %"] = tuple(statistics.mean(column) for column in zip(*random, strict=True))
@@ -150,7 +158,7 @@ def geometry(model: Any, got: Responses, batch: TokenBatch, draws: int, seed: in
 def position_matched(batch: TokenBatch, seed: int) -> Tensor:
     """Anchors of a signal that was permuted over the batch within tenths of the response."""
     shuffled = position_matched_shuffle(batch, generator=generator("matched", seed))
-    return assign_credit(get_pipeline("anchors"), replace(batch, attention_entropies=shuffled))
+    return assign_credit(get_pipeline("anchors", normalize="all"), replace(batch, attention_entropies=shuffled))
 
 
 def _row(model: Any, got: Responses, batch: TokenBatch, credit: Tensor, whole: Tensor) -> tuple[float, ...]:

@@ -50,6 +50,7 @@ def make_batch(
         "group_ids": group_ids,
         "step_ids": (torch.rand(rows, response, generator=rng) < 0.4).long().cumsum(1),
         "progress": 0.25,
+        "step": 20,
     }
     contents |= {name: _token_field(name, (rows, response), rng) for name in TOKEN_FIELDS}
     per_response = [name for name in OPTIONAL_FIELDS if name not in (*TOKEN_FIELDS, "host_advantages")]

@@ -46,3 +46,30 @@ def test_k_beyond_the_samples_is_refused(k: int) -> None:
 def test_empty_outcomes_are_refused() -> None:
     with pytest.raises(TokenCreditError, match=r"not empty, got shape \[0, 4\]"):
         evaluate(np.zeros((0, 4), dtype=bool))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1031, 1031), (2048, 1200), (2048, 2048), (5000, 3000), (10_000, 1031)])
+def test_large_k(n: int, k: int) -> None:
+    counts = np.array([0, 1, n - k, n - k + 1, n])
+    found = pass_at_k_from_counts(n, counts, k)
+    # none; one: k/n; n − k: all but one subset, 1 − 1/C(n, k); more: every subset
+    np.testing.assert_allclose(found[[0, 1, 3, 4]], [0.0, k / n, 1.0, 1.0], rtol=1e-9)
+    assert found[2] == pytest.approx(1.0 if n > k else 0.0)
+
+
+def test_evaluation_of_thousands_of_samples() -> None:
+    found = evaluate(np.ones((3, 2048), dtype=bool), ks=(1, 1200))
+    assert found.pass_at[1200].mean == 1.0 == found.avg.mean
+
+
+def test_zeros_and_ones_are_outcomes_and_rewards_are_not() -> None:
+    numbers = np.array([[1.0, 0.0], [0.0, 0.0]])
+    assert evaluate(numbers, ks=(2,)) == evaluate(numbers.astype(bool), ks=(2,))
+    with pytest.raises(TokenCreditError, match=r"must be true or false, got 0\.7"):
+        evaluate(np.array([[0.7, 1.0]]))
+
+
+@pytest.mark.parametrize("correct", [-1, 9])
+def test_counts_outside_the_samples_are_refused(correct: int) -> None:
+    with pytest.raises(TokenCreditError, match=r"correct samples must be in \[0, 8\]"):
+        pass_at_k_from_counts(8, np.array([2, correct]), 4)

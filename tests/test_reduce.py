@@ -1,12 +1,13 @@
 """Order statistics by counting, and sums over groups, against sorting and numpy."""
 
+import math
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from tokencredit.reduce import LOCAL, LocalReducer, group_totals, kth_smallest, quantile
+from tokencredit.reduce import LOCAL, LocalReducer, extrema, group_totals, kth_smallest, quantile
 from tokencredit.seeds import generator
 
 EXTREMES = [0.0, -0.0, 1e-45, -1e-45, 1.1754944e-38, -1.1754944e-38, 3.4e38, -3.4e38, 1.0, 1.0000001, -1.0, -1.0000001]
@@ -106,3 +107,11 @@ def test_twenty_million_values_in_reasonable_time() -> None:
     found = quantile(values, mask, 0.8)
     assert time.thread_time() - started < 60
     assert found == pytest.approx(float(np.quantile(values.numpy().ravel(), 0.8)), abs=1e-7)
+
+
+def test_extrema_of_masked_values() -> None:
+    values = torch.tensor([[3.0, float("nan"), -2.0], [9.0, 1.0, -7.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    assert [end.item() for end in extrema(values, mask)] == [-2.0, 3.0]
+    assert [end.item() for end in extrema(values, torch.zeros_like(mask))] == [math.inf, -math.inf]
+    assert [end.item() for end in extrema(values[:0], mask[:0])] == [math.inf, -math.inf]

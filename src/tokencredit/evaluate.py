@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from tokencredit.diagnostics.bootstrap import Interval, interval
 from tokencredit.errors import TokenCreditError
 
-Outcomes = Bool[np.ndarray, "problem sample"]
+Outcomes = Shaped[np.ndarray, "problem sample"]  # bool, or 0 and 1
 
 
 class Evaluation(NamedTuple):
@@ -52,7 +52,8 @@ def pass_at_k_from_counts(n: int, correct: Int[np.ndarray, " problem"], k: int) 
 
         pass@k = 1 − C(n−c, k) / C(n, k) = 1 − Π_{i=n−c+1}^{n} (1 − k/i)
 
-    1 ≤ k ≤ n. The product form stays exact where the binomials overflow. k = 1 is the mean.
+    1 ≤ k ≤ n. Exactly 1 where fewer than k samples are wrong; elsewhere all factors lie in (0, 1], so the product stays
+    exact where the binomials overflow. k = 1 is the mean.
 
     Paper: Evaluating Large Language Models Trained on Code (arXiv:2107.03374), eq. 1.
     """
@@ -61,13 +62,22 @@ def pass_at_k_from_counts(n: int, correct: Int[np.ndarray, " problem"], k: int) 
             f"`k` of pass@k must be in [1, {n}], the number of samples a problem, got {k}",
             hint="take a smaller k, or sample more",
         )
-    wrong = n - correct
-    index = np.arange(1, n + 1)
+    counts = np.asarray(correct)
+    if counts.size and not (counts.min() >= 0 and counts.max() <= n):
+        raise TokenCreditError(f"correct samples must be in [0, {n}], got {counts.min()} to {counts.max()}")
+    wrong = n - counts
+    index = np.arange(k, n + 1)  # below k the factors are negative: they would only meet the exact 0 at i = k
     factors = np.where(index[None, :] > wrong[:, None], 1.0 - k / index[None, :], 1.0)
-    return 1.0 - factors.prod(1)  # where fewer than k are wrong, the factor at i = k is exactly 0
+    return np.where(wrong < k, 1.0, 1.0 - factors.prod(1))
 
 
-def _checked(outcomes: Outcomes) -> Outcomes:
+def _checked(outcomes: Outcomes) -> Bool[np.ndarray, "problem sample"]:
     if outcomes.ndim != 2 or outcomes.size == 0:
         raise TokenCreditError(f"outcomes must be [problem, sample] and not empty, got shape {list(outcomes.shape)}")
-    return outcomes
+    other = (outcomes != 0) & (outcomes != 1)
+    if bool(other.any()):
+        raise TokenCreditError(
+            f"outcomes must be true or false, got {outcomes[other][0]}",
+            hint="compare rewards with a threshold first: `rewards > 0.5`",
+        )
+    return outcomes.astype(bool)

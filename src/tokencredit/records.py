@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,7 @@ COLLECTORS: Mapping[str, str] = {
     "values": "`collect.exact` on enumerable tasks, `collect.monte_carlo` elsewhere",
     "importances": "`collect.answer`, or your own: how much each token matters for the final answer",
     "host_advantages": "the host's own advantages; only an adapter sets them",
+    "step": "the host, which counts its optimiser steps; in a loop of your own `TokenBatch(step=…)`, 0 at the first",
 }
 
 TOKEN_FIELDS = (
@@ -49,6 +50,7 @@ TOKEN_FIELDS = (
     "importances",
 )
 OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
+RUN_FIELDS = ("step",)  # numbers of the run, not of its tokens; a pipeline may require them as well
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -225,7 +227,7 @@ class TokenBatch(_Examined):
         """
         names = tuple(names)
         # A ratio of NaN says that there was nothing to measure.
-        carried = [name for name in names if getattr(self, name) is not None and name != "doubling_ratios"]
+        carried = [name for name in names if isinstance(getattr(self, name), Tensor) and name != "doubling_ratios"]
         counted = self.counted
         broken = [self._broken(name, counted, domains) for name in carried]
         every, *refused = torch.stack([counted.all(), *(places.any() for places in broken)]).tolist()
@@ -266,24 +268,31 @@ class TokenBatch(_Examined):
             object.__setattr__(self, "_examined", set())
         return self._examined
 
-    def require(self, name: str) -> Tensor:
+    @overload
+    def require(self, name: Literal["step"]) -> int: ...
+
+    @overload
+    def require(self, name: str) -> Tensor: ...
+
+    def require(self, name: str) -> Tensor | int:
         """The optional field `name`, or an error that says what fills it, or which of its values cannot be read."""
-        if name not in OPTIONAL_FIELDS:
-            raise unknown("batch field", name, OPTIONAL_FIELDS)
-        value: Tensor | None = getattr(self, name)
+        if name not in (*OPTIONAL_FIELDS, *RUN_FIELDS):
+            raise unknown("batch field", name, (*OPTIONAL_FIELDS, *RUN_FIELDS))
+        value: Tensor | int | None = getattr(self, name)
         if value is None:
             raise TokenCreditError(
                 f"this pipeline needs `{name}`, which this batch does not carry",
                 hint=f"it comes from: {COLLECTORS[name]}",
             )
-        if name not in self._names_examined():
+        if isinstance(value, Tensor) and name not in self._names_examined():
             self.examine((name,), domains=False)
         return value
 
     @property
     def carried(self) -> frozenset[str]:
         """Names of the optional fields that are present."""
-        return frozenset(name for name in OPTIONAL_FIELDS if getattr(self, name) is not None)
+        names = (*OPTIONAL_FIELDS, *RUN_FIELDS)
+        return frozenset(name for name in names if getattr(self, name) is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that are present, by field name."""

@@ -89,6 +89,18 @@ def group_totals(
     return reducer.total(table)[index]
 
 
+def extrema(
+    values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], reducer: Reducer = LOCAL
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The least and the greatest masked value of all processes, in one exchange of two numbers; (∞, −∞) of none."""
+    ends = values.new_full((2,), -torch.inf)
+    if values.numel():
+        lowest = values.new_full((), -torch.inf)
+        ends = torch.stack([torch.where(mask, side, lowest).amax() for side in (values, -values)])
+    greatest, least = reducer.maximum(ends).unbind()
+    return -least, greatest
+
+
 def kth_smallest(
     values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], rank: int, reducer: Reducer = LOCAL
 ) -> float:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from trl import GRPOTrainer
-from trl_setup import config, reward, saved_model, train, trainer
+from trl_setup import ALPHABET, config, saved_model, trainer
 
 from tokencredit import TokenCreditError, assign_credit, get_pipeline
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.trl import CreditGRPOTrainer
+from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.rollout import rollout_func
 from tokencredit.store import RecordStore
 
@@ -87,32 +90,29 @@ def test_the_samplers_entropies_serve_without_a_forward(tmp_path: Path, monkeypa
     torch.testing.assert_close(assign_credit("hapo", record.batch), record.advantages, rtol=0, atol=0)
 
 
-def test_unscored_responses_move_neither_baseline_nor_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("credit", ["grpo", "dr_grpo", "rloo", "psr", "nsr", "w_reinforce", "success_trie", "hapo"])
+def test_unscored_responses_move_neither_baseline_nor_policy(credit: str, tmp_path: Path) -> None:
+    """Group 0 scores None, 1, 0, 1; group 1 scores nothing at all."""
+
     def sometimes(completions: list[str], **_: Any) -> list[float | None]:
-        scores = reward(completions)
-        return [None if index == 1 else score for index, score in enumerate(scores)]
+        return [None, 1.0, 0.0, 1.0, *[None] * 4][: len(completions)]
 
     built = trainer(
         CreditGRPOTrainer,
         config(tmp_path / "out", max_steps=1),
-        credit="dr_grpo",
+        credit=credit,
         records=tmp_path / "records",
         reward_funcs=sometimes,
     )
     built.train()
     record = RecordStore(tmp_path / "records").read(0)
-    scored = record.batch.rewards[[0, 2, 3]]
-    assert record.batch.rewards[1] == pytest.approx(float(scored.mean()))
-    assert record.advantages[1].abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_rewards_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
-    def broken(completions: list[str], **_: Any) -> list[float]:
-        return [0.0] * (len(completions) - 1) + [value]
-
-    with pytest.raises(TokenCreditError, match=r"reward function 'broken' gave (nan|inf) for row 7"):
-        train(CreditGRPOTrainer, config(tmp_path), credit="hapo", reward_funcs=broken)
+    assert record.batch.scored.tolist() == [False, True, True, True, *[False] * 4]
+    assert record.batch.step == 0
+    assert record.advantages[[0, 4, 5, 6, 7]].abs().max() == 0
+    # The mean of the three that count is 2/3; leave-one-out baselines are 1/2, 1 and 1/2.
+    by_hand = {"dr_grpo": [1 / 3, -2 / 3, 1 / 3], "rloo": [0.5, -1.0, 0.5], "psr": [1.0, 0.0, 1.0]}
+    if credit in by_hand:
+        assert record.advantages[1:4, 0].tolist() == pytest.approx(by_hand[credit], abs=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", trl_checks.ERASED_BY_SEQUENCE_RATIO)
@@ -161,8 +161,7 @@ def test_other_refusals(tmp_path: Path) -> None:
         trainer(CreditGRPOTrainer, config(tmp_path), credit="fipo", timing="rollout")
     with pytest.raises(TokenCreditError, match="did you mean 'hapo'"):
         trainer(CreditGRPOTrainer, config(tmp_path), credit="hapoo")
-    with pytest.raises(TokenCreditError, match="one advantage a response"):
-        trl_checks.check_config(get_pipeline("hapo"), config(tmp_path, use_liger_kernel=True))
+    trl_checks.check_config(get_pipeline("hapo"), config(tmp_path, use_liger_kernel=True))  # layer kernels alone
     with pytest.warns(UserWarning, match="masks tokens a second time"):
         trl_checks.check_config(get_pipeline("hapo"), config(tmp_path, top_entropy_quantile=0.2))
 
@@ -182,3 +181,109 @@ def test_reference_log_probs_come_from_the_hosts_kl_pass(tmp_path: Path) -> None
     # At the first step policy and reference are the same: no divergence, uniform credit.
     plain = torch.where(first.batch.response_mask, first.batch.host_advantages[:, None], 0.0)
     torch.testing.assert_close(first.advantages, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_ligers_own_loss_of_older_versions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", lambda *_: None, raising=False)
+    with pytest.raises(TokenCreditError, match="one advantage per response"):
+        trl_checks.check_config(get_pipeline("hapo"), config(tmp_path, use_liger_kernel=True))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"teacher": 1}, "`teacher` must be a mapping with `kind`"),
+        ({"teacher": []}, "`teacher` must be a mapping with `kind`"),
+        ({"timing": 3}, "unknown timing '3'"),
+        ({"teacher": {"kind": "modell"}}, "did you mean 'model'"),
+        ({"collectors": ["entropies"]}, "`collectors` must be a mapping"),
+        ({"collectors": {"entropies": 3}}, "must be a function"),
+        ({"records": 7}, "`records` must be a folder"),
+        ({"record_every": 0}, "`record_every` must be a whole number"),
+    ],
+)
+def test_bad_arguments_are_one_line(extra: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TokenCreditError, match=message) as caught:
+        trainer(CreditGRPOTrainer, config(tmp_path), credit="grpo", **extra)
+    assert "\n" not in caught.value.message
+
+
+def test_a_log_prob_that_vllm_could_not_give_stops_no_method_that_does_not_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = trainer.processing_class(text=prompts)["input_ids"]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [[2, 3, 4 + row % 3] for row in range(len(ids))],
+            "logprobs": [[-2.0, float("nan"), -2.0] for _ in ids],
+        }
+
+    built = trainer(
+        CreditGRPOTrainer,
+        config(tmp_path / "out", max_steps=1),
+        credit="hapo",
+        records=tmp_path / "records",
+        rollout_func=rollouts,
+        reward_funcs=lambda completions, **_: [float(row % 2) for row in range(len(completions))],
+    )
+    built.train()
+    record = RecordStore(tmp_path / "records").read(0)
+    assert record.batch.rollout_logprobs is None
+    torch.testing.assert_close(assign_credit("hapo", record.batch), record.advantages, rtol=0, atol=0)
+
+
+def test_records_show_prompts_and_responses_as_the_model_sees_them(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"prompt": ["<eos>1+2=", "34+56="] * 4})
+    built = trainer(
+        CreditGRPOTrainer,
+        config(tmp_path / "out", max_steps=1),
+        credit="hapo",
+        records=tmp_path / "records",
+        train_dataset=rows,
+    )
+    built.train()
+    record = RecordStore(tmp_path / "records").read(0)
+    assert set(record.prompts) == {"<eos>1+2=", "34+56="}  # the special token is there, the padding is not
+    for ids, pieces in zip(record.batch.response_ids.tolist(), record.tokens, strict=True):
+        assert "".join(pieces) == built.processing_class.decode(ids)
+
+
+def test_a_teacher_reads_the_beginning_of_a_stream(tmp_path: Path) -> None:
+    read = []
+
+    def endless() -> Any:
+        for row in range(10**9):
+            read.append(row)
+            yield {"prompt": f"{row % 10}+1=", "answer": str(row % 10 + 1)}
+
+    stream = IterableDataset.from_generator(endless)
+    teacher = {"kind": "self", "template": "{answer}:{prompt}"}
+    tokenizer = build_tokenizer(ALPHABET + ":")
+    built = trainer(
+        CreditGRPOTrainer,
+        config(tmp_path, max_steps=1),
+        credit="dasd",
+        teacher=teacher,
+        train_dataset=stream,
+        processing_class=tokenizer,
+        model=build_model(tokenizer, layers=1, width=16, heads=2, seed=1),
+    )
+    assert len(read) < 200
+    built.train()
+
+
+def test_an_adapter_of_transformers_own_is_refused_by_name(tmp_path: Path) -> None:
+    model = build_model(build_tokenizer(ALPHABET), layers=1, width=16, heads=2, seed=1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not trl_checks.has_adapter((model,), {})
+    with pytest.raises(TokenCreditError, match="add_adapter"):
+        trainer(CreditGRPOTrainer, config(tmp_path), credit="arca", model=model)
+
+
+def test_compiled_models_are_not_tapped(tmp_path: Path) -> None:
+    built = trainer(CreditGRPOTrainer, config(tmp_path, torch_compile=True), credit="attention")
+    assert built._taps.fields == set()
+    assert trainer(CreditGRPOTrainer, config(tmp_path), credit="attention")._taps.fields == {"attention_entropies"}

@@ -1,6 +1,7 @@
 """Summaries of distillation by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,3 +115,16 @@ def test_sums_of_two_parts_are_those_of_the_whole() -> None:
         torch.testing.assert_close(sum(part[name] for part in parts), total)
     empty = teacher_sums(permuted(batch, torch.arange(0)), advantages[:0], base[:0])
     assert all(float(value.abs().sum()) == 0.0 for value in empty.values())
+
+
+def test_correct_is_above_the_threshold_in_the_metrics() -> None:
+    # rewards of .1 for the format and 1.1 for the answer: without a threshold nothing is wrong
+    batch = replace(make_batch(), rewards=0.1 + make_batch().rewards)
+    base = group_normalized(batch)
+    advantages = assign_credit(get_pipeline("dasd"), batch)
+    wrong = [f"credit/router/{name}" for name in BONUSES if name.endswith("_wrong")]
+    plain, shaped = credit_metrics(batch, advantages, base), credit_metrics(batch, advantages, base, threshold=0.5)
+    assert all(plain[name] == 0.0 for name in wrong)
+    original = credit_metrics(make_batch(), advantages, base)
+    assert [shaped[name] for name in wrong] == [original[name] for name in wrong] != [0.0] * len(wrong)
+    assert router_summary(batch, base, threshold=0.5)["bonus_attract_up_wrong"] != 0.0

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -141,3 +142,23 @@ def test_prefixes_of_groups_that_lie_on_one_process_stay_there() -> None:
     found = success_trie(batch)
     assert reducer.numbers < 5 * rows < rows * width  # labels and sizes of groups and of whole responses
     assert torch.equal(found, success_trie(replace(batch, reducer=LOCAL)))
+
+
+@pytest.mark.parametrize(("size", "on_x"), [(2, 0.363), (3, 0.365), (4, 0.373)])
+def test_both_ends_of_a_fork_in_expectation(size: int, on_x: float) -> None:
+    """x (.8), then a (.5, accepted) or b; else y. P V is .4 on x, .4 on a: x falls short, a does not."""
+    kinds = [([1, 2], [0.8, 0.5], 1.0, 0.4), ([1, 3], [0.8, 0.5], 0.0, 0.4), ([4], [0.2], 0.0, 0.2)]
+    expected = torch.zeros(2, dtype=torch.float64)
+    for drawn in product(kinds, repeat=size):
+        rows, probs, rewards, chances = zip(*drawn, strict=True)
+        credit = success_trie(batch_of(list(rows), list(probs), list(rewards), [0] * size))
+        wide = torch.nn.functional.pad(credit, (0, 2 - credit.shape[1]))
+        expected += math.prod(chances) * wide.sum(0) / size
+    assert expected[0].item() == pytest.approx(on_x, abs=6e-4)
+    assert expected[1].item() == pytest.approx(0.4, rel=1e-9)
+
+
+def test_what_counts_as_accepted_can_be_set() -> None:
+    rows, probs = [[1, 2], [1, 3]], [[0.5, 0.5], [0.5, 0.5]]
+    shaped = success_trie(batch_of(rows, probs, [1.1, 0.1], [0, 0]), threshold=0.5)
+    torch.testing.assert_close(shaped, success_trie(batch_of(rows, probs, [1.0, 0.0], [0, 0])))

@@ -135,10 +135,10 @@ def test_random_mask_keeps_the_share_of_every_response(keep: float, kept: int) -
 
 
 def test_random_mask_selected_divides_by_the_selected() -> None:
-    # round(0.4 * 3) = 1 of 3 and round(0.4 * 2) = 1 of 2: times 3 and 2
+    # round(0.4 * 3) = 1 of 3 and round(0.4 * 2) = 1 of 2: two of the batch's five, each times 5 / 2
     credit = random_mask(CREDIT, BATCH, generator=generator("mask"), keep=0.4, normalize="selected")
-    assert sorted(credit[0].tolist())[:3] == [0.0] * 3 and credit[0].max().item() in (3.0, 6.0, 9.0)
-    assert sorted(credit[1].tolist())[:3] == [0.0] * 3 and credit[1].max().item() in (8.0, 10.0)
+    assert sorted(credit[0].tolist())[:3] == [0.0] * 3 and credit[0].max().item() in (2.5, 5.0, 7.5)
+    assert sorted(credit[1].tolist())[:3] == [0.0] * 3 and credit[1].max().item() in (10.0, 12.5)
 
 
 def test_token_uniforms_are_uniform_and_independent_of_place(make_batch: Any) -> None:

@@ -371,3 +371,21 @@ def test_mixtures_share_the_teacher() -> None:
     batch = batch_of([[0.2, -0.4], [0.6, 0.0]], rewards=torch.tensor([1.0, 0.0]), group_ids=torch.tensor([0, 0]))
     # Dr. GRPO: ±0.5
     check(assign_credit("0.5 * dr_grpo + 0.5 * opd", batch), [[0.35, 0.05], [0.05, -0.25]], 1e-6)
+
+
+def test_teacher_confidence_takes_half_of_eighteen() -> None:
+    # NLL 1 … 18 before the last of 19 tokens: the mean of the nine largest is 14
+    nll = torch.arange(1.0, 20.0)[None]
+    batch = batch_of([[1.0] * 19], teacher_logprobs=-nll, rewards=torch.tensor([1.0]))
+    credit = assign_credit(["signed_outcome", {"teacher_confidence": {"q": 0.5, "alpha": 0.1}}], batch) / 0.1
+    assert float(credit[0, -1]) == pytest.approx(math.exp(-1.4), rel=1e-6)
+
+
+def test_a_teachers_log_prob_above_zero_is_certainty() -> None:
+    above, zero = (torch.tensor([[p, -1.0, p, -2.0, p]]) for p in (1e-3, 0.0))
+    for window in (1, 2, 64):
+        step = {"teacher_confidence": {"window": window, "q": 0.0}}
+        got = [
+            assign_credit(["signed_outcome", step], batch_of([[0.0] * 5], teacher_logprobs=p)) for p in (above, zero)
+        ]
+        assert torch.equal(*got)

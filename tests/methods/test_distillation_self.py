@@ -206,16 +206,18 @@ def test_permuted_controls_keep_the_histogram(shuffle: str) -> None:
         ("rlsd", {}, 1.0, [1.1, 0.9, 1.1, 0.9, 1.1]),
         ("rlsd", {}, -1.0, [-0.9, -1.1, -0.9, -1.1, -0.9]),
         # min(w, clip w) for A = 1: small w is not clipped: ½ + ½ e^{−1} = 0.6839
-        ("rlsd", {"form": "paper"}, 1.0, [1.1, 0.6839, 1.1, 0.5034, 1.1]),
+        ("rlsd", {"form": "minimum"}, 1.0, [1.1, 0.6839, 1.1, 0.5034, 1.1]),
         # A = −1: w = e^{−δ}: large w is not clipped: −(½ + ½ e) = −1.8591
-        ("rlsd", {"form": "paper"}, -1.0, [-0.9, -1.8591, -0.9, -74.7066, -0.9]),
+        ("rlsd", {"form": "minimum"}, -1.0, [-0.9, -1.8591, -0.9, -74.7066, -0.9]),
+        ("rlsd", {"form": "released"}, 1.0, [1.1, 0.9, 1.1, 0.9, 1.1]),  # the names of older configs
+        ("rlsd", {"form": "paper"}, 1.0, [1.1, 0.6839, 1.1, 0.5034, 1.1]),
         ("rlrt", {}, 1.0, [0.6839, 1.5, 0.5677, 1.5, 0.6839]),
         ("antisd", {}, 1.0, [0.8450, 1.0950, 0.6416, 1.1716, 0.8450]),
         ("grpo_sd", {"lam": 0.5}, 1.0, [1.5, 0.5, 2.0, -1.5, 1.5]),
     ],
 )
 def test_baselines(name: str, options: dict, sign: float, expected: list[float]) -> None:
-    batch = five(host_advantages=torch.tensor([sign]))
+    batch = five(host_advantages=torch.tensor([sign]), step=0)
     check(assign_credit(get_pipeline(name, **options), batch)[0], expected)
 
 
@@ -259,15 +261,76 @@ def test_rlrt_leaves_wrong_responses_alone() -> None:
 def test_rlsd_schedule(progress: float, share: float) -> None:
     # λ: 0 → 0.5 over the first tenth, then to 0 over the rest; δ = 1, A = 1: 1 + 0.2 λ
     batch = five(host_advantages=torch.tensor([1.0]), progress=progress)
-    credit = assign_credit(get_pipeline("rlsd", warmup=0.1, lam_end=0.0), batch)
+    credit = assign_credit(get_pipeline("rlsd", warmup=0.1, decay_steps=None), batch)
     assert float(credit[0, 0]) == pytest.approx(1 + 0.2 * share, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "share"),
+    [
+        (0, {}, 0.5),
+        (10, {}, 0.4),
+        (49, {}, 0.01),
+        (50, {}, 0.0),
+        (1000, {}, 0.0),
+        (20, {"decay_steps": 40, "lam_end": 0.1}, 0.3),
+        (400, {"decay_steps": 40, "lam_end": 0.1}, 0.1),
+        (5, {"warmup": 0.2}, 0.25),
+        (30, {"warmup": 0.2}, 0.25),
+        (5, {"lam_end": None, "warmup": 0.2}, 0.25),
+        (30, {"lam_end": None, "warmup": 0.2}, 0.5),
+        (None, {"lam_end": None}, 0.5),
+    ],
+)
+def test_rlsd_lets_go_of_the_teacher_over_fifty_steps(step: int | None, options: dict, share: float) -> None:
+    batch = five(host_advantages=torch.tensor([1.0]), step=step, progress=0.9)
+    credit = assign_credit(get_pipeline("rlsd", **options), batch)
+    assert float(credit[0, 0]) == pytest.approx(1 + 0.2 * share, abs=1e-6)
+
+
+def test_rlsd_asks_for_the_step_only_where_it_counts_steps() -> None:
+    with pytest.raises(TokenCreditError, match="needs `step`"):
+        assign_credit("rlsd", five(host_advantages=torch.tensor([1.0])))
+    for options in ({"decay_steps": None}, {"lam_end": None}):
+        assert "step" not in get_pipeline("rlsd", **options).requires
+
+
+def test_srpo_averages_over_all_that_learn_from_the_teacher() -> None:
+    # two wrong responses with a teacher, H = 0 and 0, ln 2: e^{−H} = 1, 1, ½, mean of the three .8333
+    fields = {
+        "chosen": [[True, False], [True, True], [True, True]],
+        "host_advantages": torch.tensor([-1.0, -1.0, 1.0]),
+        "rewards": torch.tensor([0.0, 0.0, 1.0]),
+        "teacher_entropies": torch.tensor([[0.0, NAN], [0.0, math.log(2)], [5.0, 5.0]]),
+    }
+    batch = batch_of([[1.0, NAN], [1.0, 2.0], [1.0, 1.0]], None, **fields)
+    got = assign_credit("srpo", batch)
+    check(got, [[1.2, 0.0], [1.2, 1.2], [1.0, 1.0]], 1e-6)  # per response it would be 1, 1.3333, 1.3333
+
+
+def test_a_format_reward_is_no_success_above_the_threshold() -> None:
+    # .1 for the format, 1.1 for a right answer
+    fields = {
+        "rewards": torch.tensor([1.1, 0.1]),
+        "host_advantages": torch.tensor([1.0, -1.0]),
+        "teacher_entropies": torch.zeros(2, 2),
+    }
+    batch = batch_of([[1.0, -1.0], [1.0, -1.0]], [[0.1, 0.9], [0.1, 0.9]], **fields)
+    plain = assign_credit("grpo", batch)
+    for name, options, moved in (("rlrt", {}, 0), ("dasd", {"only": "correct"}, 0), ("srpo", {}, 1)):
+        found = assign_credit(get_pipeline(name, threshold=0.5, **options), batch)
+        assert not torch.equal(found[moved], plain[moved]) and torch.equal(found[1 - moved], plain[1 - moved]), name
+        # at 0 every well-formed response is correct
+        found = assign_credit(get_pipeline(name, **options), batch)
+        assert torch.equal(found[1], plain[1]) == (name == "srpo")
 
 
 def test_strength_zero_is_grpo_bit_for_bit() -> None:
     batch = five(host_advantages=torch.tensor([0.7]))
     plain = assign_credit("grpo", batch)
     for name, options in (
-        ("rlsd", {"lam": 0.0}),
+        ("rlsd", {"lam": 0.0}),  # without a step: nothing moves
+        ("rlsd", {"lam": 0.0, "lam_end": None}),
         ("rlrt", {"lam": 0.0}),
         ("antisd", {"g": 0.0}),
         ("grpo_sd", {"lam": 0.0}),

@@ -213,22 +213,22 @@ def test_empg_weights() -> None:
 
 
 def test_empg_bonus_and_centring() -> None:
-    # the bonus of a token is 0.05 e^-(H of the next): 0.05 (0.606531, 0.367879) = 0.030327, 0.018394, the last has none
+    # the bonus of a token is 0.1 e^-(H of the next): 0.1 (0.606531, 0.367879) = 0.060653, 0.036788, the last has none
     batch = batch_of([[0.0, 0.5, 1.0]])
     nothing = torch.zeros(1, 3, dtype=torch.float64)
-    expected = torch.tensor([[0.030327, 0.018394, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[0.060653, 0.036788, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(empg(nothing, batch, center=False), expected, rtol=0.0, atol=1e-6)
-    # minus the mean 0.016240
-    centred = torch.tensor([[0.014086, 0.002154, -0.016240]], dtype=torch.float64)
+    # minus the mean 0.032480
+    centred = torch.tensor([[0.028173, 0.004308, -0.032480]], dtype=torch.float64)
     torch.testing.assert_close(empg(nothing, batch), centred, rtol=0.0, atol=2e-6)
 
 
 def test_empg_by_steps() -> None:
-    # steps (7, 7) and (2): means 1 and 3, mapped to 0 and 1: e^-h = 1, 1, 0.367879, token mean 0.789293
-    # -> 1.266957, 1.266957, 0.466087; bonus of the first step 0.05 e^-1 = 0.018394
+    # steps (7, 7) and (2): means 1 and 3, mapped to 0 and 1: e^-h = 1 and 0.367879, mean of the two steps 0.683940
+    # -> 1.462117, 0.537883; bonus of the first step 0.1 e^-1 = 0.036788
     batch = batch_of([[0.5, NAN, 1.5, 3.0]], step_ids=torch.tensor([[7, -4, 7, 2]]))
     credit = empg(torch.ones(1, 4, dtype=torch.float64), batch, center=False)
-    expected = torch.tensor([[1.285351, 0.0, 1.285351, 0.466087]], dtype=torch.float64)
+    expected = torch.tensor([[1.498905, 0.0, 1.498905, 0.537883]], dtype=torch.float64)
     torch.testing.assert_close(credit, expected, rtol=0.0, atol=2e-6)
 
 
@@ -238,3 +238,37 @@ def test_presets_spell_the_published_choices() -> None:
     }
     hapo = get_pipeline("hapo").to_config()[1]["entropy_capacity"]
     assert (hapo["alpha"], hapo["phi"], hapo["stats"], hapo["renorm"]) == (0.2, 2.0, "group", "none")
+
+
+def test_every_step_of_empg_has_one_vote_however_long() -> None:
+    # one response, steps of 1 and 9 tokens with entropies 0 and 1: e^-h = 1 and 0.367879, mean 0.683940
+    batch = batch_of([[0.0] + [1.0] * 9], step_ids=torch.tensor([[4] + [9] * 9]))
+    ones = torch.ones(1, 10, dtype=torch.float64)
+    credit = empg(ones, batch, zeta=0.0, center=False)
+    expected = torch.tensor([[1.462117] + [0.537883] * 9], dtype=torch.float64)
+    torch.testing.assert_close(credit, expected, rtol=0.0, atol=1e-6)
+    # centred over the two steps, whose mean is 1, not over the ten tokens
+    torch.testing.assert_close(empg(ones, batch, zeta=0.0), expected - 1.0, rtol=0.0, atol=1e-6)
+
+
+def test_steps_of_empg_are_those_of_the_batch() -> None:
+    # three steps in two responses: entropies 0, 2, 1 -> h 0, 1, ½: e^-h 1, 0.367879, 0.606531, mean 0.658137
+    batch = batch_of([[0.0, 2.0, 2.0], [1.0, 1.0, NAN]], step_ids=torch.tensor([[0, 1, 1], [0, 0, 0]]))
+    credit = empg(torch.ones(2, 3, dtype=torch.float64), batch, zeta=0.0, center=False)
+    expected = torch.tensor([[1.519441, 0.558971, 0.558971], [0.921588, 0.921588, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(credit, expected, rtol=0.0, atol=1e-6)
+
+
+def test_the_only_correct_response_gets_nothing_from_gtpo() -> None:
+    batch = batch_of([[1.0, 3.0, 0.2], [2.0, NAN, NAN], [1.0, 0.5, NAN]])
+    credit = gtpo(wide(torch.tensor([1.0, -0.5, -0.5]), batch), batch)
+    assert credit[0].tolist() == [0.0, 0.0, 0.0]
+    assert bool((credit[1:] != 0).any())
+
+
+def test_entropies_a_rounding_below_zero_count_as_zero() -> None:
+    low = batch_of([[-2e-3, -1e-7, 0.5]])
+    zero = batch_of([[0.0, 0.0, 0.5]])
+    for advantages in (torch.zeros(1, 3), torch.tensor([[1.0, -1.0, 0.0]])):
+        for method in (entropy_bonus, reward_capacity):
+            torch.testing.assert_close(method(advantages, low), method(advantages, zero), rtol=0.0, atol=0.0)

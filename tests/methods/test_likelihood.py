@@ -8,7 +8,7 @@ import torch
 from tokencredit.credit import assign_credit, get_pipeline
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods import TRANSFORMS
-from tokencredit.methods.likelihood import entropy_drops, score_weights
+from tokencredit.methods.likelihood import entropy_drops, score_weights, surprisal
 from tokencredit.records import TokenBatch
 
 LOGPROBS = torch.tensor([[-0.1, -2.3, -0.5, -1.1]], dtype=torch.float64)
@@ -117,3 +117,22 @@ def test_missing_reference_is_named() -> None:
     batch = replace(one_response(), ref_logprobs=None)
     with pytest.raises(TokenCreditError, match="ref_logprobs"):
         assign_credit(get_pipeline("policy_divergence"), batch)
+
+
+@pytest.mark.parametrize("sharpening", [0.5, 1.0, 1.5, 2.0])
+def test_a_log_prob_a_rounding_above_zero_counts_as_zero(sharpening: float) -> None:
+    above = one_response(old_logprobs=torch.tensor([[1e-7, -2.3, 3e-6, -1.1]]))
+    zero = one_response(old_logprobs=torch.tensor([[0.0, -2.3, 0.0, -1.1]]))
+    credit = surprisal(ONES, above, sharpening=sharpening)
+    torch.testing.assert_close(credit, surprisal(ONES, zero, sharpening=sharpening), rtol=0.0, atol=0.0)
+    assert credit[0, 0] == credit[0, 2] == 0.0
+    sure = one_response(old_logprobs=torch.full((1, 4), 1e-7))
+    assert torch.equal(surprisal(ONES, sure, sharpening=sharpening), ONES)
+
+
+def test_the_distance_from_the_release_is_within_its_bound() -> None:
+    scores = torch.tensor([[0.1] + [0.0] * 299], dtype=torch.float64)
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    released = (scores + 1e-8) / (scores + 1e-8).sum() * 300
+    distance = float((score_weights(scores, mask) - released).abs().max())
+    assert 8.9e-3 < distance <= 300 * 299 * 1e-8 / 0.1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokencredit.credit import assign_credit, get_pipeline
-from tokencredit.methods.outcome import group_centered, group_normalized, leave_one_out, signed_outcome
+from tokencredit.methods.outcome import correct_rows, group_centered, group_normalized, leave_one_out, signed_outcome
 from tokencredit.records import TokenBatch
 
 
@@ -101,3 +101,13 @@ def test_signed_outcomes(preset: str, expected: list[float], failure: float) -> 
 def test_the_threshold_of_signed_outcomes() -> None:
     credit = signed_outcome(outcomes([0.2, 0.5, 0.6]), positive=2.0, negative=3.0, threshold=0.5)
     torch.testing.assert_close(credit, per_token([-3.0, -3.0, 2.0]).double())
+
+
+def test_correct_is_strictly_above_the_threshold() -> None:
+    batch = outcomes([-1.0, 0.0, 0.1, 1.0])
+    assert correct_rows(batch).tolist() == [False, False, True, True]
+    assert correct_rows(batch, 0.1).tolist() == [False, False, False, True]
+    assert correct_rows(batch, -1.0).tolist() == [False, True, True, True]
+    for preset, expected in (("psr", [0.0, 0.0, 0.0, 1.0]), ("nsr", [-1.0, -1.0, -1.0, 0.0])):
+        credit = assign_credit(get_pipeline(preset, threshold=0.5), batch)
+        torch.testing.assert_close(credit, per_token(expected))

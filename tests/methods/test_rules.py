@@ -147,3 +147,25 @@ def test_fipo_is_the_identity_on_the_first_update(make_batch: Any) -> None:
     batch = make_batch(host_advantages=True)
     same = make_batch(host_advantages=True, current_logprobs=batch.old_logprobs)
     assert torch.equal(assign_credit("fipo", same), assign_credit("grpo", same))
+
+
+@pytest.mark.parametrize(
+    ("clip_ratio_c", "expected"),
+    # a ratio of e^1.5 = 4.48 counts for nothing, neither for the tokens before it nor for its own; without the
+    # limit all three are clipped to 1.2. At 5 it counts
+    [(3.0, [1.0, 1.0, 1.0]), (None, [1.2, 1.2, 1.2]), (5.0, [1.2, 1.2, 1.2])],
+)
+def test_fipo_leaves_exploded_ratios_out(clip_ratio_c: float | None, expected: list[float]) -> None:
+    ratios = double([[0.0, 0.0, 1.5]])
+    batch = batch_of(ratios, old_logprobs=torch.full_like(ratios, -2.0), current_logprobs=ratios - 2.0)
+    credit = future_ratio(torch.ones_like(ratios), batch, clip_ratio_c=clip_ratio_c)
+    torch.testing.assert_close(credit, double([expected]))
+
+
+def test_fipo_ages_over_a_token_that_is_left_out() -> None:
+    # half-life 1: the last ratio counts ¼ of .4 two places before, whatever stands between
+    ratios = double([[0.0, 2.0, 0.4], [0.0, 0.0, 0.4]])
+    batch = batch_of(ratios, old_logprobs=torch.full_like(ratios, -3.0), current_logprobs=ratios - 3.0)
+    credit = future_ratio(torch.ones_like(ratios), batch, half_life=1.0, high=2.0)
+    expected = [math.exp(0.1), math.exp(0.2), math.exp(0.4)]
+    torch.testing.assert_close(credit, double([expected, expected]))

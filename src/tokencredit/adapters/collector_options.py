@@ -68,11 +68,16 @@ ACCEPTED: dict[tuple[str, str], tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def resolve_options(given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+def resolve_options(given: Any) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Options of our collectors by field, defaults filled in, and the functions that take a collector's place.
 
     An entry of `given` is a mapping of options, a function, or its name `module:function`.
     """
+    if not isinstance(given, Mapping):
+        raise TokenCreditError(
+            f"`collectors` must be a mapping from a field to options or a function, got {given!r}",
+            hint="for example collectors={'attention_entropies': {'layer': 4}}",
+        )
     options, functions = copy.deepcopy(OPTIONS), {}
     for name, value in given.items():
         if name not in OPTIONAL_FIELDS:

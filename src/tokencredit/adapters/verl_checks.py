@@ -117,7 +117,7 @@ def check_algorithm(pipeline: Pipeline, config: DictConfig) -> None:
 
 def check_fields(pipeline: Pipeline, settings: CreditSettings, config: DictConfig) -> None:
     """Every required field must have a source among verl's workers."""
-    for name in sorted(pipeline.requires - SOURCES.keys() - {"current_logprobs", "host_advantages"}):
+    for name in sorted(pipeline.requires - SOURCES.keys() - {"current_logprobs", "host_advantages", "step"}):
         raise TokenCreditError(
             f"{pipeline.name} needs `{name}`, which nothing in verl supplies",
             hint=f"train with TRL (`CreditGRPOTrainer`); there it comes from: {COLLECTORS[name]}",

@@ -26,7 +26,7 @@ FIELD_COLLECTORS: dict[str, FieldCollector] = {
     "ref_logprobs": signals.reference,
 }
 
-CARRIED = frozenset({"old_logprobs", "current_logprobs", "rollout_logprobs", "entropies", "values"})
+CARRIED = frozenset({"old_logprobs", "current_logprobs", "rollout_logprobs", "entropies", "values", "step"})
 
 CONTROLS: dict[str, list] = {
     "hapo (shuffled)": ["group_normalized", "entropy_capacity", "shuffle_within_response"],

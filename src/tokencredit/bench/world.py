@@ -146,6 +146,7 @@ def draw(world: World, config: BenchConfig, replicate: int) -> Sampled:
         entropies=entropies,
         values=prefixes.values,
         progress=0.0,
+        step=0,
     )
     return Sampled(world=world, batch=batch, trie=trie, prefixes=prefixes, replicate=replicate)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tokencredit.diagnostics.position import profile_sums
 from tokencredit.masked import chosen, positions, response_lengths, row_quantile
 from tokencredit.methods.distillation import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.outcome import correct_rows
 from tokencredit.methods.self_distillation import bonus_direction, scaled_gap, signed_gap
 from tokencredit.records import TokenBatch
 
@@ -109,7 +110,7 @@ def _router_sums(
     sums = [mask.sum(), filled.sum(), torch.where(filled, p80[:, 0], 0.0).sum()]
     sums += [router.clamp_min(0).sum(), router.clamp_max(0).sum(), (mask & (router > 0)).sum()]
     sums += [bonus.square().sum(), base.square().sum(), (mask & ((base + bonus) * base < 0)).sum()]
-    right = (batch.rewards > threshold)[:, None]
+    right = correct_rows(batch, threshold)[:, None]
     for in_arm in (router > 0, router < 0):
         for of_sign in (gap > 0, gap < 0):
             for rows in (right, ~right):

@@ -8,20 +8,24 @@ from typing import Any
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.adapter import adapter_residual, residual_fields
 from tokencredit.methods.attention import (
+    attention_blend,
     attention_gate,
     attention_schedule,
     attention_tilt,
+    blend_fields,
     keep_attention,
     keep_positions,
-    selection_scope,
     signal_fields,
 )
 from tokencredit.methods.controls import (
     constant_scale,
+    mass_scope,
     match_mass,
+    mean_weight,
     mean_within_response,
     random_mask,
     reverse,
+    selection_scope,
     shuffle_within_response,
 )
 from tokencredit.methods.distillation_table import (
@@ -49,6 +53,8 @@ from tokencredit.methods.success_trie import success_trie
 
 ENTROPIES = frozenset({"entropies"})
 OLD = frozenset({"old_logprobs"})
+FIFTH: dict[str, Any] = {"keep": 0.2, "normalize": "selected"}  # the hard subsets of arXiv:2605.07660
+THROUGH: dict[str, Any] = {"place": "through", "normalize": "selected"}
 WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 
 ESTIMATORS: dict[str, MethodSpec] = {
@@ -168,7 +174,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
         paper="arXiv:2603.19835",
         requires=OLD | {"current_logprobs"},
         scope="response",
-        domains={"half_life": "(0, inf)", "low": "(0, inf)", "high": "(0, inf)"},
+        domains={"half_life": "(0, inf)", "low": "(0, inf)", "high": "(0, inf)", "clip_ratio_c": "[1, inf)"},
         limits=(Limit({"low": 1.0, "high": 1.0}),),
         keeps_sign=True,
     ),
@@ -208,9 +214,18 @@ TRANSFORMS: dict[str, MethodSpec] = {
         limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
         keeps_sign=True,
     ),
+    "attention_blend": MethodSpec(
+        fn=attention_blend,
+        paper="arXiv:2605.07660",
+        requires=blend_fields,
+        scope="batch",
+        domains={"tau": "(0, inf)", "warmup_steps": "[1, inf)", "warmup_share": "(0, 1]"},
+        limits=(Limit({"low": (1.0, 1.0), "high": (1.0, 1.0)}),),
+        keeps_sign=True,
+    ),
     "attention_schedule": MethodSpec(
         fn=attention_schedule,
-        paper="arXiv:2605.07660",
+        paper="-",
         requires=signal_fields,
         scope="response",
         domains={"beta": "[0, 1)"},
@@ -219,7 +234,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "attention_tilt": MethodSpec(
         fn=attention_tilt,
-        paper="arXiv:2605.07660",
+        paper="-",
         requires=signal_fields,
         scope="response",
         domains={"kappa": "[0, inf)"},
@@ -228,7 +243,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "attention_gate": MethodSpec(
         fn=attention_gate,
-        paper="arXiv:2605.07660",
+        paper="-",
         requires=signal_fields,
         scope="response",
         domains={"floor": "(0, 1]", "tau": "(0, inf)"},
@@ -277,14 +292,15 @@ TRANSFORMS: dict[str, MethodSpec] = {
     "random_mask": MethodSpec(
         fn=random_mask,
         paper="-",
-        scope="response",
+        scope=selection_scope,
         domains={"keep": "(0, 1]"},
         limits=(Limit({"keep": 1.0}),),
         keeps_sign=True,
     ),
     "constant_scale": MethodSpec(fn=constant_scale, paper="-", limits=(Limit({"scale": 1.0}),)),
     "mean_within_response": MethodSpec(fn=mean_within_response, paper="-", scope="response"),
-    "match_mass": MethodSpec(fn=match_mass, paper="-", scope="group", keeps_sign=True, conserves="mass"),
+    "mean_weight": MethodSpec(fn=mean_weight, paper="-", scope="batch"),
+    "match_mass": MethodSpec(fn=match_mass, paper="-", scope=mass_scope, keeps_sign=True, conserves="mass"),
     **DISTILLATION_TRANSFORMS,
 }
 
@@ -316,16 +332,26 @@ PRESETS: dict[str, list[Any]] = {
     "policy_divergence": ["group_normalized", "policy_divergence"],
     "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],
     "arca_released": ["group_normalized", {"adapter_residual": {"sharpening": 2.0}}],
-    "attention": ["group_normalized", {"attention_schedule": {"beta": 0.5, "direction": "low_to_high"}}],
+    # arXiv:2605.07660 as published, then the same with the size of its step taken away, then alone.
+    "attention": ["group_normalized", {"attention_blend": {"direction": "low_to_high"}}],
+    "attention_high_to_low": ["group_normalized", {"attention_blend": {"direction": "high_to_low"}}],
+    "static_anchor": ["group_normalized", {"attention_blend": {"direction": "static_anchor"}}],
+    "static_explorer": ["group_normalized", {"attention_blend": {"direction": "static_explorer"}}],
+    "attention_mass_per_response": ["group_normalized", "attention_blend", {"match_mass": {"per": "response"}}],
+    "attention_mass_per_batch": ["group_normalized", "attention_blend", {"match_mass": {"per": "batch"}}],
+    "attention_mean_weight": ["group_normalized", "attention_blend", "mean_weight"],
+    "attention_rank_linear": ["group_normalized", {"attention_schedule": {"beta": 0.5, "direction": "low_to_high"}}],
     "attention_tilt": ["group_normalized", "attention_tilt"],
     "attention_gate": ["group_normalized", "attention_gate"],
-    "anchors": ["group_normalized", {"keep_attention": {"side": "low", "keep": 0.2}}],
-    "explorers": ["group_normalized", {"keep_attention": {"side": "high", "keep": 0.2}}],
-    "predictive_low": ["group_normalized", {"keep_attention": {"side": "low", "keep": 0.2, "signal": "predictive"}}],
-    "predictive_high": ["group_normalized", {"keep_attention": {"side": "high", "keep": 0.2, "signal": "predictive"}}],
-    "random_tokens": ["group_normalized", {"random_mask": {"keep": 0.2}}],
-    "front_half": ["group_normalized", {"keep_positions": {"start": 0.0, "stop": 0.5}}],
-    "back_half": ["group_normalized", {"keep_positions": {"start": 0.5, "stop": 1.0}}],
+    "anchors": ["group_normalized", {"keep_attention": FIFTH | {"side": "low"}}],
+    "explorers": ["group_normalized", {"keep_attention": FIFTH | {"side": "high"}}],
+    "predictive_low": ["group_normalized", {"keep_attention": FIFTH | {"side": "low", "signal": "predictive"}}],
+    "predictive_high": ["group_normalized", {"keep_attention": FIFTH | {"side": "high", "signal": "predictive"}}],
+    "random_tokens": ["group_normalized", {"random_mask": FIFTH}],
+    "first_fifth": ["group_normalized", {"keep_positions": {"stop": 0.2} | THROUGH}],
+    "last_fifth": ["group_normalized", {"keep_positions": {"start": 0.8} | THROUGH}],
+    "front_half": ["group_normalized", {"keep_positions": {"stop": 0.5, "normalize": "selected"}}],
+    "back_half": ["group_normalized", {"keep_positions": {"start": 0.5, "normalize": "selected"}}],
     "attention_illuminates": ["group_normalized", "attention_rhythm"],
     "atpo": ["group_normalized", "answer_attention"],
     "exact": ["exact_advantage"],

@@ -1,6 +1,7 @@
 """Controls: what a method's gain must survive. Uniform, shuffled, reversed, random, and of equal mass."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread
 from tokencredit.methods.entropy import rescale_mass
+from tokencredit.methods.spec import Scope
 from tokencredit.records import TokenBatch
 
 
@@ -57,21 +59,51 @@ def random_mask(
 ) -> Float[Tensor, "batch response"]:
     """Credit on a random share of each response's tokens.
 
-        Â′_t = Â_t · 1[t among k random tokens],   k = round(keep · n), at least 1      "selected": times n / k
+        Â′_t = Â_t · 1[t among k random tokens],   k = round(keep · n), at least 1
+        normalize="selected":  times Σn / Σk over the batch, as if the loss divided by the selected tokens
 
     The count-matched control of every method that selects tokens; keep = 1 is the identity.
 
-    Source: ours.
+    Paper: the random subsets of arXiv:2605.07660, which divides by the selected tokens (Eq. 17). Deviation: the paper
+    keeps each token with probability `keep`; ours keeps exactly k tokens of each response.
     """
     mask = batch.response_mask
-    length = response_lengths(mask)
-    kept = (keep * length).round().clamp_min(1).minimum(length)
     draws = torch.where(mask, token_uniforms(batch, generator), 2.0)
     ranks = draws.argsort(dim=1).argsort(dim=1)
-    factor = (
-        torch.where(kept > 0, length / kept.clamp_min(1), 1.0) if normalize == "selected" else torch.ones_like(kept)
-    )
-    return torch.where(mask & (ranks < kept), chosen(advantages, mask) * factor, 0.0)
+    return keep_only(advantages, mask & (ranks < kept_count(keep, mask)), batch, normalize)
+
+
+def selection_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """Counting the selected tokens takes the whole batch, choosing them only the response."""
+    return "batch" if hyperparameters["normalize"] == "selected" else "response"
+
+
+def keep_only(
+    advantages: Float[Tensor, "batch response"],
+    selected: Bool[Tensor, "batch response"],
+    batch: TokenBatch,
+    normalize: Literal["all", "selected"],
+) -> Float[Tensor, "batch response"]:
+    """The credit of the selected tokens; "selected" rescales to their number over the whole batch."""
+    factor = 1.0
+    if normalize == "selected":
+        kept, count = batch.reducer.total(torch.stack((selected.sum(), batch.response_mask.sum()))).tolist()
+        factor = count / max(kept, 1)
+    return torch.where(selected, chosen(advantages, batch.response_mask) * factor, 0.0)
+
+
+def share_of(share: float, count: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """share · count in float64, rounded to nine decimals: round, floor and ceil then give what the decimals mean.
+
+    A share times an integer tensor would be float32, where 0.3 · 50 is above 15 and 0.1 · 90 below 9.
+    """
+    return (share * count.double()).mul(1e9).round() / 1e9
+
+
+def kept_count(keep: float, mask: Bool[Tensor, "batch response"]) -> Int[Tensor, "batch 1"]:
+    """round(keep · n), at least one token of a response that has any."""
+    length = response_lengths(mask)
+    return share_of(keep, length).round().long().clamp_min(1).minimum(length)
 
 
 def constant_scale(
@@ -104,16 +136,37 @@ def mean_within_response(
     return chosen(mean.expand_as(advantages), mask)
 
 
+def mean_weight(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, base: Float[Tensor, "batch response"]
+) -> Float[Tensor, "batch response"]:
+    """Give every token the estimator's credit times the mean weight of the steps before, measured on this batch.
+
+        Â′_t = w̄ · base_t,   w̄ = mean of Â_t / base_t over the batch's tokens with base ≠ 0
+
+    What is left of a method when only the size of its step remains, and changes over training as the method changes it:
+    the control of a method whose weights do not have mean one. w̄ is what is logged as `credit/weight/mean`. Behind the
+    estimator alone it is the identity. Where every base is 0 so is the credit.
+
+    Source: ours.
+    """
+    mask = batch.response_mask
+    a, base = chosen(advantages, mask), chosen(base, mask)
+    some = base != 0
+    weights = torch.where(some, a / torch.where(some, base, 1.0), 0.0)
+    total, count = batch.reducer.total(torch.stack((weights.sum(), some.sum().double()))).unbind()
+    return base * (total / count.clamp_min(1.0))
+
+
 def match_mass(
     advantages: Float[Tensor, "batch response"],
     batch: TokenBatch,
     *,
     base: Float[Tensor, "batch response"],
-    per: Literal["response", "group", "polarity"] = "response",
+    per: Literal["response", "group", "polarity", "batch"] = "response",
 ) -> Float[Tensor, "batch response"]:
     """Rescale the credit to the mass that the estimator gave.
 
-        Â′ = Â · Σ|base| / Σ|Â|   over each response, group, or sign within a group
+        Â′ = Â · Σ|base| / Σ|Â|   over each response, group, sign within a group, or the batch
 
     `base` is the result of the pipeline's estimator. A method that scales its advantages takes a different step; this
     takes that away. A unit whose credit is all 0 stays 0.
@@ -121,6 +174,12 @@ def match_mass(
     Source: ours (control K7).
     """
     return rescale_mass(chosen(advantages, batch.response_mask), chosen(base, batch.response_mask), batch, per)
+
+
+def mass_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """The scope of `match_mass`: the unit whose mass is kept."""
+    per: Scope | Literal["polarity"] = hyperparameters["per"]
+    return "group" if per == "polarity" else per
 
 
 def token_uniforms(batch: TokenBatch, generator: torch.Generator) -> Float[Tensor, "batch response"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread
-from tokencredit.methods.controls import response_fingerprints, token_uniforms
+from tokencredit.methods.controls import response_fingerprints, share_of, token_uniforms
 from tokencredit.records import TokenBatch
 
 EPS = 1e-8
@@ -174,8 +174,8 @@ def _borrowed(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Te
     names = response_fingerprints(batch.response_ids, positions(mask), mask)
     labels = batch.reducer.labels(names)
     row = torch.searchsorted(labels, names)
-    at = (torch.arange(GRID, device=mask.device) + 0.5) / GRID
-    grid = compact(x, mask).gather(1, (at * length).long())
+    middles = 2 * torch.arange(GRID, device=mask.device) + 1  # of the grid's places, in halves of a place
+    grid = compact(x, mask).gather(1, middles * length // (2 * GRID))
     # Responses of the same tokens, and empty ones, share a label: the last column counts what was added.
     filled = torch.where(length > 0, torch.nn.functional.pad(grid, (0, 1), value=1.0), 0.0)
     table = batch.reducer.total(filled.new_zeros(labels.numel(), GRID + 1).index_add_(0, row, filled))
@@ -184,7 +184,7 @@ def _borrowed(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Te
         return x
     table = table[known]
     lender = table[known.long().cumsum(0)[row] % len(table)]  # the cumulative sum is the own place plus one
-    place = ((positions(mask) + 0.5) / length.clamp_min(1) * GRID).long().clamp(0, GRID - 1)
+    place = ((2 * positions(mask) + 1) * GRID // (2 * length.clamp_min(1))).clamp(0, GRID - 1)
     return chosen((lender[:, :-1] / lender[:, -1:]).gather(1, place), mask)
 
 
@@ -241,7 +241,7 @@ def teacher_confidence(
     Source: the release of arXiv:2606.22600, a variant that its paper does not evaluate.
     """
     mask = batch.response_mask
-    surprise = compact(-chosen(batch.require("teacher_logprobs"), mask), mask)
+    surprise = compact((-chosen(batch.require("teacher_logprobs"), mask)).clamp_min(0.0), mask)
     worst = _worst_means(surprise, window, q)
     weights = torch.exp(-alpha * worst).clamp_min(w_min)
     weights = torch.cat((torch.ones_like(weights[:, :1]), weights[:, 1:]), 1)
@@ -289,9 +289,8 @@ def _carried(places: Float[Tensor, "window batch block"], few: int) -> Float[Ten
 
 
 def _wanted(seen: Int[Tensor, "*tile"], q: float) -> Int[Tensor, "*tile"]:
-    """How many of the tokens seen count, at least one."""
-    # Rounded before the floor: (1 − 0.9) · 20 is 1.9999999999999996 in floating point.
-    return torch.floor(((1.0 - q) * seen).mul(1e9).round() / 1e9).long().clamp_min(1)
+    """How many of the tokens seen count: ⌊(1 − q) · seen⌋, at least one."""
+    return share_of(1.0 - q, seen).floor().long().clamp_min(1)
 
 
 def _worst_mean(surprise: Float[Tensor, "batch response"], start: int, window: int, q: float) -> Tensor:

@@ -20,6 +20,7 @@ from tokencredit.methods.self_distillation import (
     randomly_directed_self_distillation,
     rlrt,
     rlsd,
+    rlsd_fields,
     srpo,
 )
 from tokencredit.methods.spec import Limit, MethodSpec, Scope
@@ -168,10 +169,17 @@ DISTILLATION_TRANSFORMS: dict[str, MethodSpec] = {
     "rlsd": MethodSpec(
         fn=rlsd,
         paper="arXiv:2604.03128",
-        requires=GAP,
-        domains={"lam": "[0, 1]", "lam_end": "[0, 1]", "eps": "[0, 1]", "warmup": "[0, 1]"},
-        limits=(Limit({"lam": 0.0, "lam_end": None}),),
+        requires=rlsd_fields,
+        domains={
+            "lam": "[0, 1]",
+            "lam_end": "[0, 1]",
+            "eps": "[0, 1]",
+            "warmup": "[0, 1]",
+            "decay_steps": "[1, inf)",
+        },
+        limits=(Limit({"lam": 0.0, "lam_end": 0.0}), Limit({"lam": 0.0, "lam_end": None})),
         keeps_sign=True,
+        renamed={"form": {"released": "product", "paper": "minimum"}},
     ),
     "rlrt": MethodSpec(
         fn=rlrt,
@@ -185,7 +193,7 @@ DISTILLATION_TRANSFORMS: dict[str, MethodSpec] = {
         fn=srpo,
         paper="arXiv:2604.02288",
         requires=GAP | {"teacher_entropies"},
-        scope="response",
+        scope="batch",
         domains={"beta": "[0, inf)"},
     ),
     "antisd": MethodSpec(

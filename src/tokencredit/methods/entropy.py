@@ -14,7 +14,7 @@ from torch import Tensor
 from tokencredit.masked import chosen, compact, positions, response_lengths, spread, unit_moments, unit_sums
 from tokencredit.methods.spec import SCOPES, Scope
 from tokencredit.records import TokenBatch
-from tokencredit.reduce import group_totals, kth_smallest, quantile
+from tokencredit.reduce import extrema, group_totals, kth_smallest, quantile
 
 Unit = Literal["response", "group", "batch"]
 EPS = 1e-6
@@ -69,7 +69,7 @@ def rescale_mass(
     credit: Float[Tensor, "batch response"],
     reference: Float[Tensor, "batch response"],
     batch: TokenBatch,
-    per: Literal["response", "group", "polarity"],
+    per: Literal["response", "group", "polarity", "batch"],
 ) -> Float[Tensor, "batch response"]:
     """Scale `credit` so that Σ|credit| equals Σ|reference| in each unit.
 
@@ -99,7 +99,7 @@ def reward_capacity(
     Source: ours, after the bound I ≤ min(H, h_b(V)) ≤ ln 2 for binary rewards.
     """
     a = chosen(advantages, batch.response_mask)
-    capacity = chosen(batch.require("entropies"), batch.response_mask).clamp(max=math.log(2)) / math.log(2)
+    capacity = chosen(batch.require("entropies"), batch.response_mask).clamp(0.0, math.log(2)) / math.log(2)
     mean = unit_moments(capacity, batch, "group").mean
     return chosen(a * (1.0 + alpha * (capacity - mean)), batch.response_mask)
 
@@ -150,7 +150,8 @@ def entropy_bonus(
     Paper: Reasoning with Exploration (arXiv:2506.14758), α = 0.4 for GRPO, κ = 2.
     """
     a = chosen(advantages, batch.response_mask)
-    return a + torch.minimum(alpha * chosen(batch.require("entropies"), batch.response_mask), a.abs() / kappa)
+    entropies = chosen(batch.require("entropies"), batch.response_mask).clamp_min(0.0)  # a rounding can be below 0
+    return a + torch.minimum(alpha * entropies, a.abs() / kappa)
 
 
 def gtpo(
@@ -169,6 +170,9 @@ def gtpo(
     Sums run over the responses of the group with the same outcome that still have a token at position t; d_t, h_t count
     them; α₁ = `base_share`, α₂ = 1 − α₁; polarity is the sign of Â, and Â = 0 stays 0. H is at least `floor`.
     `normalize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
+
+    With `normalize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
+    gets a credit of exactly 0 on every token, since its r̃ is constant (the paper's Eq. 6 does the same).
 
     Paper: GTPO (arXiv:2508.04349), from a secondary summary: α₁ + α₂ = 1; the split 0.9/0.1 and the floor are ours.
     """
@@ -214,7 +218,7 @@ def empg(
     *,
     k: float = 1.0,
     k_bonus: float = 1.0,
-    zeta: float = 0.05,
+    zeta: float = 0.1,
     center: bool = True,
 ) -> Float[Tensor, "batch response"]:
     """EMPG: confident steps get a larger share, and a bonus for clarity that follows.
@@ -222,27 +226,23 @@ def empg(
         Â′ = Â · g(H_s) + ζ exp(−k′ H_{s+1}),    g(H) = e^{−kH} / mean e^{−kH}        then minus its mean (center)
 
     H_s is the mean entropy of step s (`batch.step_ids`; without them each token is a step), mapped to [0, 1] by the
-    least and greatest over the batch; the last step has no bonus. Means run over the tokens of the batch. Bonus and
-    centring can change signs; k = 0, ζ = 0, center = false is the identity.
+    least and greatest over the batch; the last step has no bonus. Both means run over the *steps* of the batch: a step
+    has one vote, however long. Bonus and centring can change signs; k = 0, ζ = 0, center = false is the identity.
 
-    Paper: EMPG (arXiv:2509.09265); k = k′ = 1 and ζ = 0.05 from another group's release, not verified.
+    Paper: EMPG (arXiv:2509.09265), Eq. 10 and 12; k = k′ = 1 and ζ = 0.1 are the authors'. Deviation: the scope is the
+    batch. The final centring is that of another group's release (over steps too); the authors' is not known to us.
     """
     mask = batch.response_mask
     entropies = _step_means(batch.require("entropies"), batch)
-    largest = batch.reducer.maximum(
-        torch.where(mask, entropies, -torch.inf).amax() if mask.any() else entropies.new_tensor(-torch.inf)
-    )
-    least = -batch.reducer.maximum(
-        torch.where(mask, -entropies, -torch.inf).amax() if mask.any() else entropies.new_tensor(-torch.inf)
-    )
-    span = largest - least
+    least, greatest = extrema(entropies, mask, batch.reducer)
+    span = greatest - least
     h = torch.where(mask & (span > 0), (entropies - least) / torch.where(span > 0, span, 1.0), 0.0)
     decay = torch.exp(-k * h)
-    gain = decay / unit_moments(decay, batch, "batch").mean.clamp_min(EPS)
+    gain = decay / _mean_over_steps(decay, batch).clamp_min(EPS)
     following = _next_step(h, batch)
     bonus = torch.where(torch.isnan(following), 0.0, zeta * torch.exp(-k_bonus * following))
     credit = chosen(chosen(advantages, mask) * gain + bonus, mask)
-    return chosen(credit - unit_moments(credit, batch, "batch").mean, mask) if center else credit
+    return chosen(credit - _mean_over_steps(credit, batch), mask) if center else credit
 
 
 def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
@@ -260,8 +260,21 @@ def _step_means(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[
     step = torch.where(batch.response_mask, _step_index(batch), 0)
     values = chosen(x, batch.response_mask)
     total = torch.zeros_like(values).scatter_add_(1, step, values)
-    count = torch.zeros_like(values).scatter_add_(1, step, batch.response_mask.double())
-    return chosen((total / count.clamp_min(1.0)).gather(1, step), batch.response_mask)
+    return chosen(total.gather(1, step) / _step_sizes(batch).clamp_min(1.0), batch.response_mask)
+
+
+def _mean_over_steps(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch 1"]:
+    """The mean over the steps of the batch of the mean of `x` over each step's tokens."""
+    share = 1.0 / _step_sizes(batch).clamp_min(1.0)  # what a token counts for in its step
+    return unit_sums(x * share, batch, "batch") / unit_sums(share, batch, "batch").clamp_min(1.0)
+
+
+def _step_sizes(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The number of chosen tokens in the step of each chosen token."""
+    step = torch.where(batch.response_mask, _step_index(batch), 0)
+    count = torch.zeros(step.shape, dtype=torch.float64, device=step.device)
+    count.scatter_add_(1, step, batch.response_mask.double())
+    return chosen(count.gather(1, step), batch.response_mask)
 
 
 def _next_step(step_values: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:

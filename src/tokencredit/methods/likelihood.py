@@ -105,17 +105,20 @@ def score_weights(
     floor: float = 0.0,
     cap: float | None = None,
 ) -> Float[Tensor, "batch response"]:
-    """Weights of mean one within each response, from scores α ≥ 0.
+    """Weights of mean one within each response, from scores α.
 
         w_t = n (α_t / max α)^p / Σ_k (α_k / max α)^p          all one where max α ≤ 1e-8
         w̃_t = clip(1 − m + m w_t, floor, cap), then divided by its mean
 
     m = `mix`. Bounds hold before the last division. Scaling all α changes nothing; p = 0 or m = 0 gives exactly one.
 
+    Scores below 0 count as 0: a log-prob can be above 0 by a rounding.
+
     Deviation from ARCA's release, (α + 1e-8)^p / Σ: dividing by the greatest score first keeps p = 2 clear of the
-    fallback (a sum of *squares* against 1e-8) and of underflow; the weights differ by less than n · 1e-8 / max α.
+    fallback (a sum of *squares* against 1e-8) and of underflow. At p = 1 the weights differ by at most
+    n (n − 1) · 1e-8 / Σα; for p < 1 there is no such bound, since the release's constant lifts small scores.
     """
-    scores = chosen(scores, mask)
+    scores = chosen(scores, mask).clamp_min(0.0)
     length = response_lengths(mask)
     largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.sum(1, keepdim=True)
     signal = largest > EPS

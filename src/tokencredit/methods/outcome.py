@@ -1,7 +1,7 @@
 """Estimators that give every token of a response the same credit, from the outcome alone."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokencredit.masked import chosen
@@ -19,6 +19,8 @@ def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "
     host's reward weights, scaling and epsilon stay in force.
 
     Paper: GRPO (arXiv:2402.03300). Not stated: eps; ours follows verl (TRL adds 1e-4 and is used as it is inside TRL).
+    Deviation: verl gives a group of one A = r / (1 + 1e-6) here, and r in its loop for RLOO; ours gives 0 in both. TRL
+    has no groups of one.
     """
     if batch.host_advantages is not None:
         return _broadcast(batch.host_advantages.double(), batch)
@@ -60,13 +62,23 @@ def signed_outcome(
 
         A = positive   if r > threshold,   −negative   otherwise
 
-    `threshold` = 0 splits 0/1 rewards and ±1 rewards alike. PSR is (1, 0), NSR (0, 1), plain REINFORCE on ±1 (1, 1).
+    `threshold`: see `correct_rows`. PSR is (1, 0), NSR (0, 1), plain REINFORCE on ±1 (1, 1).
 
     Paper: The Surprising Effectiveness of Negative Reinforcement (arXiv:2506.01347), λ = positive = 0.1. Deviation: the
     released code drops the other rows before the token mean for PSR and NSR; here they stay, with credit 0.
     """
     credit = torch.full_like(batch.rewards, -negative, dtype=torch.float64)
-    return _broadcast(credit.masked_fill(batch.rewards > threshold, positive), batch)
+    return _broadcast(credit.masked_fill(correct_rows(batch, threshold), positive), batch)
+
+
+def correct_rows(batch: TokenBatch, threshold: float = 0.0) -> Bool[Tensor, " batch"]:
+    """Which responses count as correct: those with a reward strictly above `threshold`.
+
+    Every method and metric that asks "was it correct?" asks here. The default 0 splits 0/1 rewards and ±1 rewards
+    alike. With shaped rewards it is wrong: where a format alone pays 0.1, every well-formed response is above 0, so set
+    the threshold between the best reward of a wrong answer and the least of a right one.
+    """
+    return batch.rewards > threshold
 
 
 def _centred(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:

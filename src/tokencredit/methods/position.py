@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.masked import chosen, positions, response_lengths
+from tokencredit.methods.controls import share_of
 from tokencredit.records import TokenBatch
 
 Schedule = Literal["none", "cosine"]
@@ -46,7 +47,8 @@ def prefix_mask(
 
     u is `batch.progress`; at least one token is kept. keep = 1 without schedule is the identity.
 
-    Paper: arXiv:2606.22600, section 3.1 (keep = 0.3); the schedule is its release's `opd_prefix_mask`.
+    Paper: arXiv:2606.22600, section 3.1 (keep = 0.3); the schedule is its release's `opd_prefix_mask`. Deviation: the
+    release multiplies in float32 and keeps one token more at some lengths (n = 50: 16); ours keeps ⌈s n⌉ (15).
     """
     return torch.where(
         _in_prefix(batch, _share(batch, keep, keep_end, schedule)), chosen(advantages, batch.response_mask), 0.0
@@ -117,9 +119,8 @@ def _share(batch: TokenBatch, keep: float, keep_end: float, schedule: Schedule) 
 
 
 def _count(batch: TokenBatch, share: float) -> Int[Tensor, "batch 1"]:
-    """⌈share · n⌉, at least one. Rounded first: 0.3 · 10 is above 3 in floating point after a schedule."""
-    wanted = (share * response_lengths(batch.response_mask)).double().mul(1e9).round() / 1e9
-    return wanted.ceil().long().clamp_min(1)
+    """⌈share · n⌉, at least one."""
+    return share_of(share, response_lengths(batch.response_mask)).ceil().long().clamp_min(1)
 
 
 def _in_prefix(batch: TokenBatch, share: float) -> Bool[Tensor, "batch response"]:

@@ -64,14 +64,16 @@ def clip_cov(
     Means over the N chosen tokens of the batch. Drawn by threshold on one number a token, so the count is exact in
     expectation over the eligible tokens. share = 0 is the identity.
 
-    Paper: The Entropy Mechanism (arXiv:2505.22617), share 2e-4, range (1, 5). Deviation: the scope is the batch.
+    Paper: The Entropy Mechanism (arXiv:2505.22617), share 2e-4, range (1, 5). Deviations from verl's release: the scope
+    is the batch; ln π is that of the policy that sampled, where verl takes the policy being updated; and verl leaves
+    tokens that PPO's clip has caught out of the draw. At a ratio of one the last two make no difference.
     """
     mask = batch.response_mask
     a = chosen(advantages, mask)
     covariance = _covariance(a, batch)
     eligible = mask & (covariance > low) & (covariance < high)
     able, count = batch.reducer.total(torch.stack((eligible.sum(), mask.sum()))).tolist()
-    wanted = max(1, int(share * count)) if share > 0 else 0
+    wanted = max(1, math.floor(round(share * count, 9))) if share > 0 else 0
     dropped = eligible & (token_uniforms(batch, generator) < wanted / max(able, 1))
     return torch.where(dropped, 0.0, a)
 
@@ -143,18 +145,25 @@ def future_ratio(
     half_life: float = 32.0,
     low: float = 1.0,
     high: float = 1.2,
+    clip_ratio_c: float | None = 3.0,
 ) -> Float[Tensor, "batch response"]:
     """FIPO: tokens whose continuation has become more likely get more credit.
 
-        Â′_t = Â_t · clip(exp Σ_{k ≥ t} γ^{k−t} ln(π_θ/π_old)_k, low, high),    γ = 2^{−1/half_life}
+        Â′_t = Â_t · clip(exp F_t, low, high),   F_t = Σ_{k ≥ t} γ^{k−t} x_k,   γ = 2^{−1/half_life}
+        x_k = ln(π_θ/π_old)_k,   0 where π_θ/π_old > clip_ratio_c
 
     π_θ is the policy that is being updated (`current_logprobs`); exactly the identity on the first update of a batch.
+    A token whose ratio has exploded says nothing about the tokens before it, so it is left out of their sums and of its
+    own; `clip_ratio_c=None` keeps it.
 
-    Paper: FIPO (arXiv:2603.19835), half-life 32 and [1, 1.2] from another release's defaults. Deviation: without that
-    release's special case for Â < 0 at ratios above 4.
+    Paper: FIPO (arXiv:2603.19835): `clip_ratio_c` = 3 from its authors' code, half-life 32 and [1, 1.2] from another
+    release's defaults. Deviations: without that release's special case for Â < 0 at ratios above 4; and the sum does
+    not age over tokens that the policy did not choose, as it does in both releases.
     """
     mask = batch.response_mask
     ratio = chosen(batch.require("current_logprobs"), mask) - chosen(batch.require("old_logprobs"), mask)
+    if clip_ratio_c is not None:
+        ratio = torch.where(ratio > math.log(clip_ratio_c), 0.0, ratio)
     gamma = 2.0 ** (-1.0 / half_life)
     future = torch.zeros_like(ratio)
     running = ratio.new_zeros(ratio.shape[0])

@@ -4,15 +4,26 @@ The gap δ_t = ln π(y_t | x, c, y_<t) − ln π(y_t | x, y_<t) is `teacher_logp
 is positive where the privileged context c makes the sampled token more likely.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, compact, positions, response_lengths, row_quantile, spread, unit_moments
+from tokencredit.masked import (
+    chosen,
+    compact,
+    positions,
+    response_lengths,
+    row_quantile,
+    spread,
+    unit_moments,
+    unit_sums,
+)
 from tokencredit.methods.controls import token_uniforms
 from tokencredit.methods.distillation import teacher_gap
+from tokencredit.methods.outcome import correct_rows
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import group_totals, quantile
 
@@ -55,6 +66,7 @@ def directed_self_distillation(  # noqa: PLR0913 - the open points of one publis
     only: Literal["all", "correct"] = "all",
     skip_first: int = 0,
     zero_spread: Literal["keep", "drop"] = "keep",
+    threshold: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
     """DASD: towards the privileged self where the policy is sure, away from it where it is not.
 
@@ -65,7 +77,8 @@ def directed_self_distillation(  # noqa: PLR0913 - the open points of one publis
     ignores correctness, is odd in δ and at most β|δ̄|. β = 0 is the identity; δ ≡ 0 or constant H give no bonus.
 
     * `gap_scale`: "std" and "zscore" (population), "batch_mean_abs", "none". `gate=False`: without the sigmoid.
-    * `cap`: |β ω δ̄| ≤ cap. `only="correct"`: no bonus where the reward is ≤ 0. `skip_first=n`: none on n first tokens.
+    * `cap`: |β ω δ̄| ≤ cap. `skip_first=n`: no bonus on the n first tokens.
+    * `only="correct"`: no bonus on responses that are not correct; `threshold`: see `outcome.correct_rows`.
     * `zero_spread="drop"`: none in groups whose rewards are all equal.
     * `direction`, the controls: see `bonus_direction`; "entropy_bonus" pays β Σ|ωδ̄| / ΣH · H_t instead.
 
@@ -80,7 +93,7 @@ def directed_self_distillation(  # noqa: PLR0913 - the open points of one publis
         bonus = _entropy_bonus(bonus, batch)
     allowed = mask & (positions(mask) >= skip_first)
     if only == "correct":
-        allowed = allowed & (batch.rewards > 0)[:, None]
+        allowed = allowed & correct_rows(batch, threshold)[:, None]
     if zero_spread == "drop":
         allowed = allowed & _spread_groups(batch)
     return chosen(advantages, mask) + torch.where(allowed, bonus, 0.0)
@@ -234,72 +247,98 @@ def rlsd(
     *,
     lam: float = 0.5,
     eps: float = 0.2,
-    form: Literal["released", "paper"] = "released",
+    form: Literal["product", "minimum"] = "product",
+    lam_end: float | None = 0.0,
+    decay_steps: int | None = 50,
     warmup: float = 0.0,
-    lam_end: float | None = None,
 ) -> Float[Tensor, "batch response"]:
-    """RLSD: the verifier gives the sign, the privileged self the size.
+    """RLSD: the verifier gives the sign, the privileged self the size, less and less as training goes on.
 
-        w_t = exp(sign(Â) δ_t),   Â′_t = Â_t [(1 − λ) + λ clip(w_t, 1 − ε, 1 + ε)]
+        w_t = exp(sign(Â) δ_t),   Â′_t = (1 − λ) Â_t + λ c_t,   λ from `lam` to `lam_end` over the first `decay_steps`
+        form="product":  c_t = Â_t clip(w_t, 1 − ε, 1 + ε)        form="minimum":  c_t = min(w_t Â_t, Â_t clip(w_t, …))
 
-    Keeps the sign. λ rises from 0 over the first `warmup` of training, then moves linearly to `lam_end`. λ = 0 without
-    `lam_end` is the identity. `form="paper"`: min(w Â, clip(w) Â), which does not clip small w for Â > 0, nor large w
-    for Â < 0.
+    Keeps the sign. λ falls linearly with the optimiser step and then stays at `lam_end`; `decay_steps=None` spreads the
+    same schedule over the whole run (`batch.progress`). `lam_end=None` keeps λ constant. `warmup`: the share of the
+    schedule over which λ rises from 0 first. λ = 0 throughout is the identity. "minimum" does not clip small w for
+    Â > 0, nor large w for Â < 0.
 
-    Paper: RLSD (arXiv:2604.03128); λ, ε and the default form from another release's port.
+    Paper: RLSD (arXiv:2604.03128 v2): λ = ½ to 0 over the first 50 steps, ε = 0.2; "product" is its Eq. 15, "minimum"
+    its Eq. 16. `warmup` is another release's.
     """
     a = chosen(advantages, batch.response_mask)
     weights = torch.exp((a.sign() * teacher_gap(batch)).clamp(-20.0, 20.0))
     credit = a * weights.clamp(1.0 - eps, 1.0 + eps)
-    if form == "paper":
+    if form == "minimum":
         credit = torch.minimum(a * weights, credit)
-    share = _scheduled(lam, lam_end, warmup, batch.progress or 0.0)
+    moves = lam_end is not None or warmup > 0.0
+    share = _scheduled(lam, lam_end, warmup, _schedule_done(batch, decay_steps)) if moves else lam
     return (1.0 - share) * a + share * credit
 
 
-def _scheduled(lam: float, lam_end: float | None, warmup: float, progress: float) -> float:
-    if progress < warmup:
-        return lam * progress / warmup
+def rlsd_fields(hyperparameters: Mapping[str, Any]) -> frozenset[str]:
+    """What `rlsd` reads: the step only where λ moves, and moves by steps."""
+    moves = hyperparameters["lam_end"] is not None or hyperparameters["warmup"] > 0.0
+    by_step = moves and hyperparameters["decay_steps"] is not None
+    return frozenset({"teacher_logprobs", "old_logprobs"} | ({"step"} if by_step else set()))
+
+
+def _schedule_done(batch: TokenBatch, steps: int | None) -> float:
+    """The share of the schedule that is done: of so many steps, or of the whole run."""
+    return (batch.progress or 0.0) if steps is None else min(batch.require("step") / steps, 1.0)
+
+
+def _scheduled(lam: float, lam_end: float | None, warmup: float, done: float) -> float:
+    if done < warmup:
+        return lam * done / warmup
     if lam_end is None or warmup >= 1.0:
         return lam
-    return lam + (lam_end - lam) * (progress - warmup) / (1.0 - warmup)
+    return lam + (lam_end - lam) * (done - warmup) / (1.0 - warmup)
 
 
 def rlrt(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, lam: float = 0.5, eps: float = 1.0
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    lam: float = 0.5,
+    eps: float = 1.0,
+    threshold: float = 0.0,
 ) -> Float[Tensor, "batch response"]:
     """RLRT: on correct responses, more credit where the privileged self likes the token less.
 
-        w_t = exp(−sign(Â) δ_t),   Â′_t = Â_t [(1 − λ) + λ clip(w_t, 1 − ε, 1 + ε)]   if r > 0,   Â_t otherwise
+        w_t = exp(−sign(Â) δ_t),   Â′_t = Â_t [(1 − λ) + λ clip(w_t, 1 − ε, 1 + ε)]   if r > threshold,   Â_t otherwise
 
     The privileged context is another correct response to the prompt. Keeps the sign for ε ≤ 1. λ = 0 is the identity.
+    `threshold`: see `outcome.correct_rows`.
 
     Paper: RLRT (arXiv:2605.10781), from a secondary summary; ε = 1 for base models, 0.5 instruct, 0.2 thinking.
     """
     a = chosen(advantages, batch.response_mask)
     weights = torch.exp(-a.sign() * teacher_gap(batch)).clamp(1.0 - eps, 1.0 + eps)
-    return torch.where((batch.rewards > 0)[:, None], (1.0 - lam) * a + lam * a * weights, a)
+    correct = correct_rows(batch, threshold)[:, None]
+    return torch.where(correct, (1.0 - lam) * a + lam * a * weights, a)
 
 
 def srpo(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, beta: float = 1.0
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, beta: float = 1.0, threshold: float = 0.0
 ) -> Float[Tensor, "batch response"]:
     """SRPO: wrong responses learn from the privileged self where it is sure, all others from the verifier.
 
-        Â′_t = e^{−β H_t} / mean e^{−β H} · δ_t   where r ≤ 0 and the response has a teacher,   Â_t elsewhere
+        Â′_t = e^{−β H_t} / mean e^{−β H} · δ_t   where r ≤ threshold and the response has a teacher,   Â_t elsewhere
 
-    H is the entropy of the teacher, the mean that of the response. A response without a teacher, such as one whose
-    group holds no correct one, was scored under its own prompt: δ ≡ 0. β = 0 weighs all tokens alike.
+    H is the entropy of the teacher; the mean runs over all tokens of the batch that learn from it, so that a response
+    on which the teacher is unsure weighs less as a whole. A response without a teacher, such as one whose group holds
+    no correct one, was scored under its own prompt: δ ≡ 0. β = 0 weighs all tokens alike. `threshold`: see
+    `outcome.correct_rows`.
 
-    Paper: SRPO (arXiv:2604.02288), β = 1. Deviations: δ is the sampled form of its divergence; over which tokens its
-    mean runs is not known to us.
+    Paper: SRPO (arXiv:2604.02288), β = 1. Deviation: δ is the sampled form of its divergence.
     """
     mask = batch.response_mask
     gap = teacher_gap(batch)
-    weights = chosen(torch.exp(-beta * chosen(batch.require("teacher_entropies"), mask)), mask)
-    mean = weights.sum(1, keepdim=True) / response_lengths(mask).clamp_min(1)
-    taught = (batch.rewards <= 0) & (gap != 0).any(1)
-    return torch.where(taught[:, None], weights / torch.where(mean > 0, mean, 1.0) * gap, chosen(advantages, mask))
+    taught = mask & (~correct_rows(batch, threshold) & (gap != 0).any(1))[:, None]
+    entropies = chosen(batch.require("teacher_entropies"), mask)
+    weights = torch.where(taught, torch.exp(-beta * entropies), 0.0)
+    mean = unit_sums(weights, batch, "batch") / unit_sums(taught.double(), batch, "batch").clamp_min(1.0)
+    return torch.where(taught, weights / torch.where(mean > 0, mean, 1.0) * gap, chosen(advantages, mask))
 
 
 def antisd(

@@ -13,6 +13,7 @@ from tokencredit.errors import TokenCreditError, shown, unknown
 Method = Callable[..., Tensor]
 Scope = Literal["token", "response", "group", "batch"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+Endpoints = tuple[float, float]  # a weight at the start and at the end of a schedule, each at least 0
 
 # Arguments that `assign_credit` supplies; they are no hyperparameters.
 SUPPLIED = frozenset({"advantages", "batch", "generator", "base"})
@@ -38,6 +39,7 @@ class MethodSpec:
       they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
     * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
+    * `renamed`: choices of a hyperparameter that had another name before, so that older configs still read.
     """
 
     fn: Method
@@ -48,6 +50,7 @@ class MethodSpec:
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
     conserves: str | None = None
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def required(self, hyperparameters: Mapping[str, Any]) -> frozenset[str]:
         """Batch fields read at these hyperparameters."""
@@ -85,6 +88,7 @@ def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
 def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a step, defaults filled in; errors name the value and what is accepted."""
     parameters = _hyperparameters(spec.fn)
+    given = {key: _current_name(spec, key, value) for key, value in given.items()}
     for key, value in given.items():
         if key not in parameters:
             raise _no_such_hyperparameter(name, key, parameters)
@@ -95,6 +99,11 @@ def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, 
     if missing:
         raise TokenCreditError(f"{name} needs `{missing[0]}`", hint=f"write `{name}: {{{missing[0]}: …}}`")
     return resolved
+
+
+def _current_name(spec: MethodSpec, key: str, value: Any) -> Any:
+    """Today's name of a choice that was renamed."""
+    return spec.renamed.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _no_such_hyperparameter(name: str, key: str, parameters: Mapping[str, Any]) -> TokenCreditError:
@@ -114,6 +123,13 @@ def _check_choice(name: str, key: str, value: object, annotation: object) -> Non
         listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
         if not (listed and all(_is_one_of(item, choices) for item in value)):  # type: ignore[attr-defined]
             raise TokenCreditError(f"`{key}` of {name} must be a list out of {list(choices)}, got {shown(value)}")
+        return
+    if annotation == Endpoints | None:
+        if value is not None and not _is_endpoints(value):
+            raise TokenCreditError(
+                f"`{key}` of {name} must be two numbers of at least 0, at the start and at the end, got {shown(value)}",
+                hint=f"for example `{key}: [1.0, 0.0]`",
+            )
         return
     whole = annotation in (int, int | None)
     optional = annotation in (float | None, int | None)
@@ -137,8 +153,16 @@ def _is_number(value: object, whole: bool) -> bool:
     return value == value and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
+def _is_endpoints(value: object) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != len(get_args(Endpoints)):
+        return False
+    return all(_is_number(item, whole=False) and 0.0 <= item <= sys.float_info.max for item in value)
+
+
 def _as_annotated(value: Any, annotation: object) -> Any:
     """A whole number where a float is meant becomes one: YAML reads `alpha: 1` as an int."""
+    if annotation == Endpoints | None and value is not None:
+        return tuple(float(item) for item in value)
     return float(value) if annotation in (float, float | None) and value is not None else value
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from tokencredit.masked import chosen, compact, response_lengths, spread
 from tokencredit.methods.controls import mix64
+from tokencredit.methods.outcome import correct_rows
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import LOCAL, group_totals
 
@@ -31,12 +32,21 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     Why: ∇V(x) = Σ_s P(s) V(s) ∇ ln π(last of s), over the prefixes of accepted responses alone. P(s) is known and need
     not be estimated from how often s came up; ω/G is the weight that makes up for the prefixes that did not. Failures
     enter through V̂ only. Exact, whatever κ, for a prompt whose responses were all found. Where all responses are rare
-    ω is 1, and what is left is positive-only REINFORCE with shrunk values. Biased through V̂ of what nobody found.
+    ω is 1, and what is left is positive-only REINFORCE with shrunk values.
 
-    Source: ours. Deviation from an estimate that any reward would allow: outcomes are accepted or not.
+    Biased twice. V̂ guesses the success of the responses that nobody found. And ω makes up for prefixes that nobody
+    *reached*, but credit is only paid where an *accepted* response passes: a prefix that was reached without success
+    gets nothing. Example: x with probability 0.8, then a (0.5, accepted) or b. The expected credit on x over G is
+    0.363, 0.365, 0.373, 0.387, 0.395 for G = 2, 3, 4, 6, 8; it should be P V = 0.4. On a it is exact.
+
+    `threshold`: see `correct_rows`. Outcomes are accepted or not; the size of a reward is not used.
+
+    Source: ours: Horvitz–Thompson weights from known prefix probabilities, each prefix once, shrinkage for the mass
+    that nobody sampled. Values of the prefixes that a group shares are older: TEMPO (arXiv:2509.18314), T-SPMO
+    (arXiv:2504.20834), RTMC (arXiv:2604.11037).
     """
     mask = batch.response_mask
-    success = (batch.rewards > threshold).double()
+    success = correct_rows(batch, threshold).double()
     logprobs = compact(chosen(batch.require("old_logprobs"), mask), mask).double()
     length = response_lengths(mask)
     inside = torch.arange(mask.shape[1], device=mask.device) < length
