@@ -18,7 +18,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tokencredit import seeds
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.collector_options import SHARED, resolve_options
-from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, prompt_texts, to_token_batch
+from tokencredit.adapters.texts import prompt_texts
+from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
 from tokencredit.adapters.trl_card import save_card
 from tokencredit.adapters.trl_collectors import (
     TeacherCallback,
@@ -28,7 +29,15 @@ from tokencredit.adapters.trl_collectors import (
     check_vision,
     restore_teacher,
 )
-from tokencredit.adapters.trl_passes import HostPass, as_scored, is_sharded, model_inputs, score_rows, sequences
+from tokencredit.adapters.trl_passes import (
+    HostPass,
+    as_scored,
+    is_sharded,
+    model_inputs,
+    prompt_rows,
+    score_rows,
+    sequences,
+)
 from tokencredit.adapters.trl_rewards import check_models, guard_rewards
 from tokencredit.adapters.trl_sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
@@ -373,7 +382,7 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     def _record(self, batch: TokenBatch, advantages: Tensor, inputs: dict[str, Any]) -> None:
         """Keep this micro-batch; store the whole rollout batch of all ranks once it is complete."""
-        prompts = prompt_texts(self._text_tokenizer, inputs["prompt_ids"], inputs["prompt_mask"])
+        prompts = prompt_texts(self._text_tokenizer, prompt_rows(inputs))
         config = self.pipeline.to_config()
         self._pieces.append(make_piece(self.state.global_step, config, batch, advantages, inputs, prompts))
         if len(self._pieces) < self.args.steps_per_generation:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.token_texts import batch_token_texts
+from tokencredit.adapters.texts import column_texts
 from tokencredit.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.reduce import Reducer
 
@@ -164,20 +164,3 @@ def _pad(value: Tensor, width: int) -> Tensor:
     if value.ndim == 1:
         return value
     return torch.nn.functional.pad(value, (0, width - value.shape[1]))
-
-
-def column_texts(
-    tokenizer: Any, ids: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> list[list[str]]:
-    """The text that each token adds to its response; padding is decoded apart, so that it adds nothing."""
-    used = [int(seen.nonzero()[-1]) + 1 if bool(seen.any()) else 0 for seen in mask.cpu()]
-    pieces = [row[:stop] for row, stop in zip(ids.tolist(), used, strict=True)]
-    pieces += [row[stop:] for row, stop in zip(ids.tolist(), used, strict=True)]
-    texts = batch_token_texts(tokenizer, pieces) if ids.numel() else pieces
-    return [[*chosen, *rest] for chosen, rest in zip(texts[: len(ids)], texts[len(ids) :], strict=True)]
-
-
-def prompt_texts(tokenizer: Any, ids: Int[Tensor, "batch prompt"], mask: Tensor) -> list[str]:
-    """The prompts as the model sees them, special tokens included, padding left out."""
-    rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
