@@ -107,8 +107,8 @@ def test_the_ending_is_found_where_a_template_rewrites_what_comes_before(tokeniz
     chat.chat_template = CHAT
     assert _generation_suffix(talk, chat, renderer()) == len("<assistant>")
     # Without a generation prompt this template closes the conversation: the renderings have one length.
-    chat.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-        "{% if add_generation_prompt %}go>{% else %}end{% endif %}"
+    ends = "{% if add_generation_prompt %}go>{% else %}end{% endif %}"
+    chat.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}" + ends
     assert len(render(talk, chat, {})) == len(render(talk, chat, {}, False))
     assert _generation_suffix(talk, chat, renderer()) == len("]go>")
     renderer().check([{"prompt": talk, "answer": "5"}], chat)
