@@ -39,7 +39,7 @@ def is_read_or_refused(config: Any) -> None:
         assert json.loads(json.dumps(Pipeline.parse(written).to_config())) == written
 
 
-@pytest.mark.parametrize("examples", few_or_many(500, 30_000))
+@pytest.mark.parametrize("examples", few_or_many(200, 30_000))
 def test_a_config_is_read_or_refused(examples: int) -> None:
     explore(is_read_or_refused, credit_configs(), examples=examples)
 
@@ -51,7 +51,7 @@ def overrides_are_taken_or_refused(name: str, given: Any) -> None:
         assert "\n" not in error.message
 
 
-@pytest.mark.parametrize("examples", few_or_many(300, 20_000))
+@pytest.mark.parametrize("examples", few_or_many(150, 20_000))
 def test_overrides_are_taken_or_refused(examples: int) -> None:
     explore(overrides_are_taken_or_refused, st.sampled_from(NAMES), hyperparameters(), examples=examples)
 
@@ -71,7 +71,7 @@ def gives_finite_credit_or_refuses(fields: dict[str, Any], name: str) -> None:
     assert not credit[uncounted].any()
 
 
-@pytest.mark.parametrize("examples", few_or_many(500, 30_000))
+@pytest.mark.parametrize("examples", few_or_many(200, 30_000))
 def test_a_batch_gives_finite_credit_or_is_refused(examples: int) -> None:
     names = st.sampled_from(sorted(presets()))
     explore(gives_finite_credit_or_refuses, batch_fields(), names, examples=examples)

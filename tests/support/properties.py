@@ -5,11 +5,13 @@ def test_anything_is_read_or_refused(examples: int) -> None:
     explore(check_that_it_is_read_or_refused, anything(), examples=examples)
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import HypothesisWarning
 from hypothesis.strategies import SearchStrategy
 
 EVERYDAY = 2_000  # properties with more examples than this draw new ones in every run
@@ -31,4 +33,6 @@ def explore(check: Callable[..., None], *strategies: SearchStrategy, examples: i
         print_blob=not same,
         suppress_health_check=list(HealthCheck),
     )
-    limits(given(*strategies)(check))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HypothesisWarning)  # of how long a strategy is when it is spelled out
+        limits(given(*strategies)(check))()

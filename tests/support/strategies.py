@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Unprintable:
         raise RuntimeError("no text")
 
 
+@cache
 def numbers() -> st.SearchStrategy[Any]:
     """Numbers of every size and type, also those that are no numbers."""
     sizes = [0, 1, -1, 0.0, -0.0, 0.5, 1e-320, 1e308, -1e308, 10**400, float("nan"), float("inf"), float("-inf")]
@@ -46,6 +48,7 @@ def numbers() -> st.SearchStrategy[Any]:
     return st.one_of(st.integers(), st.floats(), st.sampled_from([*sizes, *others]))
 
 
+@cache
 def odd_objects() -> st.SearchStrategy[Any]:
     """Objects that no config of YAML holds, but that a caller may pass."""
     found = [None, b"grpo", bytearray(b"x"), set(), frozenset({"grpo"}), range(3), object(), int, type]
@@ -53,6 +56,7 @@ def odd_objects() -> st.SearchStrategy[Any]:
     return st.one_of(st.sampled_from(found), st.builds(Unprintable))
 
 
+@cache
 def texts() -> st.SearchStrategy[str]:
     """Any text, lone surrogates included, and text that looks like credit."""
     pieces = st.sampled_from([*NAMES, *MODULES, "*", "+", "-", " ", "0.5", "1e999", ".", ":", "é", "\n", "e", "1"])
@@ -63,50 +67,50 @@ def texts() -> st.SearchStrategy[str]:
     )
 
 
-@st.composite  # here and below also because hypothesis spells out what a strategy is made of
-def scalars(draw: st.DrawFn) -> Any:
+@cache
+def scalars() -> st.SearchStrategy[Any]:
     """One value that is neither list nor mapping."""
-    return draw(st.one_of(st.none(), st.booleans(), numbers(), texts(), odd_objects()))
+    return st.one_of(st.none(), st.booleans(), numbers(), texts(), odd_objects())
 
 
-@st.composite
-def nested(draw: st.DrawFn, leaves: st.SearchStrategy[Any]) -> Any:
-    """Lists, tuples and mappings of `leaves`, nested in each other."""
+@cache
+def nested() -> st.SearchStrategy[Any]:
+    """Lists, tuples and mappings of scalars, nested in each other."""
     keys = st.one_of(texts(), st.sampled_from(PARAMETERS), st.none(), st.integers())
 
     def grow(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         lists = st.lists(inner, max_size=4)
         return st.one_of(lists, lists.map(tuple), st.dictionaries(keys, inner, max_size=3))
 
-    return draw(st.recursive(leaves, grow, max_leaves=8))
+    return st.recursive(scalars(), grow, max_leaves=6)
 
 
-@st.composite
-def hyperparameters(draw: st.DrawFn) -> Any:
+@cache
+def hyperparameters() -> st.SearchStrategy[Any]:
     """What may stand behind the name of a step."""
     choices = st.sampled_from(["group", "batch", "all", "selected", "low", "both"])
-    values = st.one_of(numbers(), choices, nested(scalars()))
-    return draw(st.one_of(st.none(), st.dictionaries(st.sampled_from(PARAMETERS), values, max_size=3), scalars()))
+    values = st.one_of(numbers(), choices, nested())
+    return st.one_of(st.none(), st.dictionaries(st.sampled_from(PARAMETERS), values, max_size=3), scalars())
 
 
-@st.composite
-def credit_steps(draw: st.DrawFn) -> Any:
+@cache
+def credit_steps() -> st.SearchStrategy[Any]:
     """One step of a pipeline, most of them nearly right."""
     name = st.one_of(st.sampled_from(NAMES), st.sampled_from(MODULES))
     named = st.dictionaries(name, hyperparameters(), min_size=1, max_size=2)
-    return draw(st.one_of(name, named, st.tuples(odd_objects(), hyperparameters()), scalars()))
+    return st.one_of(name, named, st.tuples(odd_objects(), hyperparameters()), scalars())
 
 
-@st.composite
-def credit_configs(draw: st.DrawFn) -> Any:
+@cache
+def credit_configs() -> st.SearchStrategy[Any]:
     """Configs of a pipeline, most of them nearly right."""
-    plain = st.one_of(credit_steps(), st.lists(credit_steps(), max_size=4), texts(), nested(scalars()))
+    plain = st.one_of(credit_steps(), st.lists(credit_steps(), max_size=4), texts(), nested())
 
     def sums(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         term = st.one_of(st.fixed_dictionaries({"weight": numbers(), "credit": inner}), inner)
         return st.fixed_dictionaries({"weighted_sum": st.one_of(st.lists(term, max_size=3), inner)})
 
-    return draw(st.recursive(plain, sums, max_leaves=4))
+    return st.recursive(plain, sums, max_leaves=4)
 
 
 ROWS, COLUMNS = 4, 3
