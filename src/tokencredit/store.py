@@ -157,7 +157,7 @@ def _content(record: CreditRecord) -> dict[str, Any]:
     batch = record.batch
     content = {
         "pipeline": record.pipeline,
-        "progress": batch.progress,
+        "progress": None if batch.progress is None else float(batch.progress),
         "group_ids": batch.group_ids.tolist(),
         "prompts": record.prompts,
         "tokens": record.tokens,
