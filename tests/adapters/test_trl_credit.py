@@ -271,7 +271,7 @@ def test_a_teacher_reads_the_beginning_of_a_stream(tmp_path: Path) -> None:
         processing_class=tokenizer,
         model=build_model(tokenizer, layers=1, width=16, heads=2, seed=1),
     )
-    assert len(read) < 200
+    assert len(read) < 1000
     built.train()
 
 

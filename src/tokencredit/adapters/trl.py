@@ -7,7 +7,6 @@ that the loss runs anyway, so it costs no forward. With an identity pipeline the
 
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -42,14 +41,12 @@ from tokencredit.adapters.trl_rewards import check_models, guard_rewards
 from tokencredit.adapters.trl_sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
 from tokencredit.collect.adapter import reference_pass
+from tokencredit.collect.teacher_prompts import first_rows
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.store import RecordStore
-
-# Training rows that a teacher checks at the start: of a data set, and of a stream, which has to be read for them.
-CHECKED_ROWS, CHECKED_OF_STREAM = 1000, 64
 
 
 class CreditGRPOTrainer(GRPOTrainer):
@@ -110,7 +107,10 @@ class CreditGRPOTrainer(GRPOTrainer):
         if self.teacher is not None:
             check_vision(self.teacher, self.processing_class)
             self.teacher.check(
-                self._text_tokenizer, policy=self.model, rows=self._first_rows(), temperature=self.temperature
+                self._text_tokenizer,
+                policy=self.model,
+                rows=first_rows(() if self.train_dataset is None else self.train_dataset),
+                temperature=self.temperature,
             )
             self.add_callback(TeacherCallback(self.teacher))
 
@@ -123,13 +123,6 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _text_tokenizer(self) -> Any:
         """The tokenizer, also of a vision-language model, whose processor holds it."""
         return getattr(self.processing_class, "tokenizer", self.processing_class)
-
-    def _first_rows(self) -> list[dict[str, Any]]:
-        """The rows that a teacher is checked with; a stream may have no end, so only its beginning is read."""
-        rows = self.train_dataset
-        if rows is None:
-            return []
-        return list(islice(iter(rows), CHECKED_ROWS if hasattr(rows, "__len__") else CHECKED_OF_STREAM))
 
     def create_model_card(self, model_name: str | None = None, *_: Any, **__: Any) -> None:
         """Write the model card in place of TRL's, which knows GRPO alone and links to a base model that may not be."""
