@@ -341,7 +341,6 @@ class CreditGRPOTrainer(GRPOTrainer):
             progress=min(1.0, step / max(1, self.state.max_steps)),
             reducer=self._reducer(),
             step=step,
-            requires=self.pipeline.requires,
         )
         if batch.response_mask.device.type != "mps":
             return batch

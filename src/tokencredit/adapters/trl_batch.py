@@ -13,9 +13,6 @@ from tokencredit.adapters.texts import column_texts
 from tokencredit.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.reduce import Reducer
 
-# Fields that nothing but a pipeline reads; the numbers of a step that are logged do without them.
-UNREAD = frozenset({"rollout_logprobs", "ref_logprobs"})
-
 
 class RowKeys:
     """Keys that we add to TRL's dictionary; each holds one value a row, so TRL's shuffle moves them along."""
@@ -85,12 +82,10 @@ def to_token_batch(
     progress: float,
     reducer: Reducer,
     step: int | None = None,
-    requires: frozenset[str] = frozenset(),
 ) -> TokenBatch:
     """A `TokenBatch` from TRL's inputs of a loss or of a rollout; `measured` wins over what was carried along.
 
-    Log-probs of the host that the pipeline does not read (not in `requires`) are left out where one is not finite: vLLM
-    reports no log-prob for some tokens, and TRL trains on without it.
+    Fields are examined where a method reads them: vLLM reports no log-prob for some tokens (NaN), and TRL trains on.
     """
     mask = inputs["completion_mask"].bool()
     if inputs.get("tool_mask") is not None:
@@ -105,9 +100,6 @@ def to_token_batch(
     for name, value in host.items():  # a carried None must not hide what the host has
         if value is not None:
             fields.setdefault(name, value)
-    for name in UNREAD - requires:
-        if name in fields and not bool(torch.isfinite(fields[name][mask]).all()):
-            del fields[name]
     return TokenBatch(
         response_ids=inputs["completion_ids"],
         response_mask=mask,
