@@ -97,7 +97,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._record_every = record_every
         super().__init__(*args, **kwargs)
         self.reward_funcs: list[Any] = guard_rewards(self.reward_funcs)  # also those of environments
-        if not self.use_vllm and self.rollout_func is None:
+        if not self.use_vllm and getattr(self, "rollout_func", None) is None:
             warn_of_shipped(self.model, self.generation_config)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
