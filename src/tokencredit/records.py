@@ -241,6 +241,8 @@ class TokenBatch(_Examined):
         """Where a field holds a value that no method can read; one number per token or per response."""
         value = getattr(self, name).detach()
         good = _representable(value)
+        if name == "doubling_ratios":
+            good |= value.isnan()  # an untouched adapter has nothing to double
         if domains and name in NOT_POSITIVE:
             good &= value <= _slack(value.dtype)
         if domains and name in NOT_NEGATIVE:

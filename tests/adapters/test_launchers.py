@@ -125,3 +125,12 @@ def test_threads_of_several_processes() -> None:
     assert launchers.threads({"LOCAL_WORLD_SIZE": "1"})["status"] == "ok"
     crowded = launchers.threads({"LOCAL_WORLD_SIZE": "1000"})
     assert crowded["status"] == "fail" and crowded["fix"] == "set OMP_NUM_THREADS=1"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [", b"- 1\n", b"[" * 3000])
+def test_an_unreadable_config_of_accelerate_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "default_config.yaml"
+    path.write_bytes(content)
+    found = launchers.accelerate(path, gpus=0)
+    assert found["status"] == "fail"
+    assert "\n" not in found["found"]

@@ -231,7 +231,7 @@ def test_a_log_prob_that_vllm_could_not_give_stops_no_method_that_does_not_read_
     )
     built.train()
     record = RecordStore(tmp_path / "records").read(0)
-    assert record.batch.rollout_logprobs is None
+    assert bool(record.batch.rollout_logprobs[:, 1].isnan().all())
     torch.testing.assert_close(assign_credit("hapo", record.batch), record.advantages, rtol=0, atol=0)
 
 
@@ -271,7 +271,7 @@ def test_a_teacher_reads_the_beginning_of_a_stream(tmp_path: Path) -> None:
         processing_class=tokenizer,
         model=build_model(tokenizer, layers=1, width=16, heads=2, seed=1),
     )
-    assert len(read) < 200
+    assert len(read) < 1000
     built.train()
 
 

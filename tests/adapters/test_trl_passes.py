@@ -1,19 +1,22 @@
 """Passes of our own run as TRL's do: what is equal differs by exactly 0, and images reach every pass."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel
 from trl_setup import ALPHABET, config, trainer
 from vision_setup import vision_model, vision_processor, vision_rows
 
 from tokencredit import TokenCreditError
+from tokencredit.adapters.collector_options import resolve_options
 from tokencredit.adapters.trl import CreditGRPOTrainer
 from tokencredit.adapters.trl_batch import Rollout
 from tokencredit.adapters.trl_collectors import built_in
-from tokencredit.adapters.trl_passes import Positioned, pad_left
+from tokencredit.adapters.trl_passes import Positioned, is_sharded, pad_left
 from tokencredit.collect.adapter import reference_logprobs
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import backbone_of
@@ -73,8 +76,6 @@ def test_rows_without_an_attempt_are_scored_as_the_student(tmp_path: Path) -> No
 
 def test_a_privileged_prompt_is_scored_as_if_it_stood_alone(tmp_path: Path) -> None:
     """GPT-2's positions are absolute: padding before a shorter prompt must not move them."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
     rows = [[3, 4, 5, 6, 7, 8, 9], [3, 4, 5]]
@@ -125,8 +126,6 @@ def test_parts_of_a_rollout_join_to_the_whole() -> None:
     parts = list(whole.parts())
     assert [len(part.response_ids) for part in parts] == [2, 1]
     assert [row["n"] for part in parts for row in part.columns] == [0, 1, 2]
-    from tokencredit.adapters.collector_options import resolve_options
-
     options = resolve_options({"importances": {"tail": 1}})[0]
     collector = built_in(options, None, adapter=False)["importances"]
     torch.testing.assert_close(collector(whole), torch.cat([collector(part) for part in parts]))
@@ -183,6 +182,46 @@ def test_images_reach_the_reference_of_an_adapter(tmp_path: Path) -> None:
 def test_passes_that_cannot_see_an_image_are_refused(credit: str, extra: Any, named: str, tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match=named):
         vision_run(tmp_path, credit, **extra)
+
+
+def test_sharded_weights_are_refused_where_a_pass_needs_them_whole() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert not is_sharded(model)
+    model.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks a parameter
+    assert is_sharded(model)
+    ids, seen = pad_left([[2, 3], [4]], torch.device("cpu"))
+    rollout = Rollout(
+        model=model,
+        tokenizer=None,
+        prompt_ids=ids,
+        prompt_mask=seen,
+        response_ids=ids,
+        response_mask=seen,
+        rewards=torch.zeros(2),
+        group_ids=torch.zeros(2, dtype=torch.long),
+        columns=[{}, {}],
+        temperature=1.0,
+    )
+    collectors = built_in(resolve_options({})[0], None, adapter=True)
+    for name in ("attention_entropies", "importances", "adapter_residuals", "doubling_ratios"):
+        with pytest.raises(TokenCreditError, match=f"the collector of `{name}` runs a pass outside the wrapper"):
+            collectors[name](rollout)
+
+
+def test_the_share_of_responses_without_the_marker_is_logged(tmp_path: Path) -> None:
+    options = {"importances": {"after": "="}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a micro-batch may hold no marker at all
+        built, (record,) = run(tmp_path, "atpo", {"max_steps": 1, **MICRO}, collectors=options)
+    texts = [built.processing_class.decode(ids[mask]) for ids, mask in rows_of(record)]
+    share = sum("=" not in text for text in texts) / 8
+    (logged,) = [log["credit/importances_without_marker"] for log in built.state.log_history if "loss" in log]
+    assert 0 < share < 1
+    assert logged == pytest.approx(share)
+
+
+def rows_of(record: Any) -> Any:
+    return zip(record.batch.response_ids, record.batch.response_mask, strict=True)
 
 
 def test_the_reference_of_a_script_is_the_function_of_the_library(tmp_path: Path) -> None:

@@ -211,6 +211,29 @@ def test_doubling_tells_signal_from_rounding() -> None:
     assert doubling_ratio(model.bfloat16(), ids, mask, *SPAN) < 1.8
 
 
+@pytest.mark.parametrize("strength", [10.0, 60.0])
+def test_a_strong_adapter_saturates_and_is_still_signal(strength: float) -> None:
+    model, (ids, mask) = lora_model(), batch()
+    before = scalings(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(strength)
+    base = adapter_residuals(model, ids, mask, *SPAN)[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2.0)
+        twice = adapter_residuals(model, ids, mask, *SPAN)[0]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+    real = mask[:, SPAN[0] : SPAN[0] + SPAN[1]].bool()
+    assert float((twice / base)[real].median()) < 1.6  # doubling shows nothing here
+    assert 1.8 < doubling_ratio(model, ids, mask, *SPAN) <= 2.1
+    assert scalings(model) == before
+
+
 def test_what_cannot_be_switched_off_is_refused() -> None:
     ids, mask = batch()
     with pytest.raises(TokenCreditError, match="without LoRA layers") as caught:

@@ -144,7 +144,7 @@ def test_attention_of_learned_positions_does_not_depend_on_padding() -> None:
     torch.testing.assert_close(together, by_itself, rtol=1e-4, atol=1e-5)
 
 
-# -- heads that are not known -------------------------------------------------------------------------------------------
+# -- heads that are not known ---------------------------------------------------------------------
 
 
 class Halved(T.LlamaForCausalLM):
@@ -173,7 +173,7 @@ def test_the_comparison_runs_once_and_leaves_the_model_alone() -> None:
     assert len(calls) == 1 and model.training and torch.equal(torch.get_rng_state(), state)
 
 
-# -- autocast -----------------------------------------------------------------------------------------------------------
+# -- autocast ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("onednn", [None, False])
@@ -215,7 +215,7 @@ def test_states_in_16_bits_meet_a_head_in_32() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-# -- differences of two passes --------------------------------------------------------------------------------------------
+# -- differences of two passes ---------------------------------------------------------------------
 
 
 def lora(model: Any, trained: bool) -> Any:
@@ -261,7 +261,7 @@ def test_transformers_own_adapters_are_no_peft_model() -> None:
     assert is_peft_model(lora(T.LlamaForCausalLM(T.LlamaConfig(**SHAPE)), trained=False))
 
 
-# -- images -----------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------
 
 
 def llava() -> Any:
@@ -309,7 +309,7 @@ def test_images_of_some_rows() -> None:
         rows_of({"pixel_values": torch.zeros(20, 3)}, slice(0, 1), 2)
 
 
-# -- attention layers ---------------------------------------------------------------------------------------------------------
+# -- attention layers ---------------------------------------------------------------------
 
 
 def test_linear_attention_is_not_taken_for_attention() -> None:

@@ -3,10 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
+
+from tokencredit.errors import TokenCreditError
+from tokencredit.files import read_yaml
 
 Check = dict[str, str]
 Status = Literal["ok", "fail", "note"]
@@ -85,9 +87,9 @@ def accelerate(path: Path, gpus: int) -> Check:
     if not path.is_file():
         return check(name, "note", f"no config at {path}; on the CPU it starts one process whatever it is told")
     try:
-        config: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        return check(name, "fail", f"{path}: {' '.join(str(error).split())}", "run `accelerate config` again")
+        config = read_yaml(path, "config of accelerate")
+    except TokenCreditError as error:
+        return check(name, "fail", error.message, "run `accelerate config` again")
     if not isinstance(config, Mapping):
         return check(name, "fail", f"{path} holds no mapping", "run `accelerate config` again")
     count, kind = config.get("num_processes", 1), str(config.get("distributed_type", "NO"))

@@ -7,7 +7,6 @@ that the loss runs anyway, so it costs no forward. With an identity pipeline the
 
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tokencredit import seeds
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.collector_options import SHARED, resolve_options
-from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, prompt_texts, to_token_batch
+from tokencredit.adapters.texts import prompt_texts
+from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
 from tokencredit.adapters.trl_card import save_card
 from tokencredit.adapters.trl_collectors import (
     TeacherCallback,
@@ -28,19 +28,25 @@ from tokencredit.adapters.trl_collectors import (
     check_vision,
     restore_teacher,
 )
-from tokencredit.adapters.trl_passes import HostPass, as_scored, is_sharded, model_inputs, score_rows, sequences
+from tokencredit.adapters.trl_passes import (
+    HostPass,
+    as_scored,
+    is_sharded,
+    model_inputs,
+    prompt_rows,
+    score_rows,
+    sequences,
+)
 from tokencredit.adapters.trl_rewards import check_models, guard_rewards
 from tokencredit.adapters.trl_sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
 from tokencredit.collect.adapter import reference_pass
+from tokencredit.collect.teacher_prompts import first_rows
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.store import RecordStore
-
-# Training rows that a teacher checks at the start: of a data set, and of a stream, which has to be read for them.
-CHECKED_ROWS, CHECKED_OF_STREAM = 1000, 64
 
 
 class CreditGRPOTrainer(GRPOTrainer):
@@ -91,7 +97,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._record_every = record_every
         super().__init__(*args, **kwargs)
         self.reward_funcs: list[Any] = guard_rewards(self.reward_funcs)  # also those of environments
-        if not self.use_vllm and self.rollout_func is None:
+        if not self.use_vllm and getattr(self, "rollout_func", None) is None:
             warn_of_shipped(self.model, self.generation_config)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
@@ -101,7 +107,10 @@ class CreditGRPOTrainer(GRPOTrainer):
         if self.teacher is not None:
             check_vision(self.teacher, self.processing_class)
             self.teacher.check(
-                self._text_tokenizer, policy=self.model, rows=self._first_rows(), temperature=self.temperature
+                self._text_tokenizer,
+                policy=self.model,
+                rows=first_rows(() if self.train_dataset is None else self.train_dataset),
+                temperature=self.temperature,
             )
             self.add_callback(TeacherCallback(self.teacher))
 
@@ -114,13 +123,6 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _text_tokenizer(self) -> Any:
         """The tokenizer, also of a vision-language model, whose processor holds it."""
         return getattr(self.processing_class, "tokenizer", self.processing_class)
-
-    def _first_rows(self) -> list[dict[str, Any]]:
-        """The rows that a teacher is checked with; a stream may have no end, so only its beginning is read."""
-        rows = self.train_dataset
-        if rows is None:
-            return []
-        return list(islice(iter(rows), CHECKED_ROWS if hasattr(rows, "__len__") else CHECKED_OF_STREAM))
 
     def create_model_card(self, model_name: str | None = None, *_: Any, **__: Any) -> None:
         """Write the model card in place of TRL's, which knows GRPO alone and links to a base model that may not be."""
@@ -339,7 +341,6 @@ class CreditGRPOTrainer(GRPOTrainer):
             progress=min(1.0, step / max(1, self.state.max_steps)),
             reducer=self._reducer(),
             step=step,
-            requires=self.pipeline.requires,
         )
         if batch.response_mask.device.type != "mps":
             return batch
@@ -373,7 +374,7 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     def _record(self, batch: TokenBatch, advantages: Tensor, inputs: dict[str, Any]) -> None:
         """Keep this micro-batch; store the whole rollout batch of all ranks once it is complete."""
-        prompts = prompt_texts(self._text_tokenizer, inputs["prompt_ids"], inputs["prompt_mask"])
+        prompts = prompt_texts(self._text_tokenizer, prompt_rows(inputs))
         config = self.pipeline.to_config()
         self._pieces.append(make_piece(self.state.global_step, config, batch, advantages, inputs, prompts))
         if len(self._pieces) < self.args.steps_per_generation:

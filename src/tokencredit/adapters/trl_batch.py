@@ -9,12 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.token_texts import batch_token_texts
+from tokencredit.adapters.texts import column_texts
 from tokencredit.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.reduce import Reducer
-
-# Fields that nothing but a pipeline reads; the numbers of a step that are logged do without them.
-UNREAD = frozenset({"rollout_logprobs", "ref_logprobs"})
 
 
 class RowKeys:
@@ -85,12 +82,10 @@ def to_token_batch(
     progress: float,
     reducer: Reducer,
     step: int | None = None,
-    requires: frozenset[str] = frozenset(),
 ) -> TokenBatch:
     """A `TokenBatch` from TRL's inputs of a loss or of a rollout; `measured` wins over what was carried along.
 
-    Log-probs of the host that the pipeline does not read (not in `requires`) are left out where one is not finite: vLLM
-    reports no log-prob for some tokens, and TRL trains on without it.
+    Fields are examined where a method reads them: vLLM reports no log-prob for some tokens (NaN), and TRL trains on.
     """
     mask = inputs["completion_mask"].bool()
     if inputs.get("tool_mask") is not None:
@@ -105,9 +100,6 @@ def to_token_batch(
     for name, value in host.items():  # a carried None must not hide what the host has
         if value is not None:
             fields.setdefault(name, value)
-    for name in UNREAD - requires:
-        if name in fields and not bool(torch.isfinite(fields[name][mask]).all()):
-            del fields[name]
     return TokenBatch(
         response_ids=inputs["completion_ids"],
         response_mask=mask,
@@ -164,20 +156,3 @@ def _pad(value: Tensor, width: int) -> Tensor:
     if value.ndim == 1:
         return value
     return torch.nn.functional.pad(value, (0, width - value.shape[1]))
-
-
-def column_texts(
-    tokenizer: Any, ids: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> list[list[str]]:
-    """The text that each token adds to its response; padding is decoded apart, so that it adds nothing."""
-    used = [int(seen.nonzero()[-1]) + 1 if bool(seen.any()) else 0 for seen in mask.cpu()]
-    pieces = [row[:stop] for row, stop in zip(ids.tolist(), used, strict=True)]
-    pieces += [row[stop:] for row, stop in zip(ids.tolist(), used, strict=True)]
-    texts = batch_token_texts(tokenizer, pieces) if ids.numel() else pieces
-    return [[*chosen, *rest] for chosen, rest in zip(texts[: len(ids)], texts[len(ids) :], strict=True)]
-
-
-def prompt_texts(tokenizer: Any, ids: Int[Tensor, "batch prompt"], mask: Tensor) -> list[str]:
-    """The prompts as the model sees them, special tokens included, padding left out."""
-    rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]

@@ -29,6 +29,12 @@ def sequences(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch sequence"],
     return ids, torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
 
 
+def prompt_rows(inputs: Mapping[str, Any]) -> list[list[int]]:
+    """The prompts of TRL's dictionary without padding."""
+    pairs = zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+    return [ids[seen.bool()].tolist() for ids, seen in pairs]
+
+
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What TRL keeps for the model beside token ids: images, their sizes and counts, token types."""
     accepted = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
@@ -87,7 +93,7 @@ class HostPass:
         """
         if prompts is None:
             return self._own()
-        own = [ids[seen.bool()].tolist() for ids, seen in self._prompts()]
+        own = prompt_rows(self.inputs)
         same = torch.tensor([list(one) == two for one, two in zip(prompts, own, strict=True)], dtype=torch.bool)
         sharded = is_sharded(self.trainer.model)  # then every process runs both passes, whatever its rows are
         if bool(same.all()) and not sharded:
@@ -98,9 +104,6 @@ class HostPass:
         kept = same.to(found[0].device)[:, None]
         first, second = (torch.where(kept, one, two) for one, two in zip(self._own(), found, strict=True))
         return first, second
-
-    def _prompts(self) -> Any:
-        return zip(self.inputs["prompt_ids"], self.inputs["prompt_mask"], strict=True)
 
     def _own(self) -> Scores:
         return self._masked(score_rows(self.trainer, self.inputs))

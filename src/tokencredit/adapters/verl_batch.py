@@ -10,6 +10,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from transfer_queue import KVBatchMeta
 
+from tokencredit.adapters.texts import column_texts, prompt_texts, without_padding
+from tokencredit.adapters.verl_rows import scored_rows
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import TokenBatch
 
@@ -63,8 +65,13 @@ def fetch(keys: Sequence[str], partition_id: str, names: Mapping[str, str], more
     return data
 
 
-def to_token_batch(data: TensorDict, keys: Sequence[str], names: Mapping[str, str], progress: float) -> TokenBatch:
-    """A `TokenBatch` of these rows; a response is a session, whose outcome is that of its last trajectory."""
+def to_token_batch(
+    data: TensorDict, keys: Sequence[str], names: Mapping[str, str], progress: float, step: int | None = None
+) -> TokenBatch:
+    """A `TokenBatch` of these rows; a response is a session, whose outcome is that of its last trajectory.
+
+    Rows without a chosen token are not scored: they get no credit and move no baseline.
+    """
     mask = padded(data["response_mask"]).bool()
     fields = {field: _response_part(field, data, stored, mask) for field, stored in names.items()}
     return TokenBatch(
@@ -73,7 +80,9 @@ def to_token_batch(data: TensorDict, keys: Sequence[str], names: Mapping[str, st
         rewards=_outcomes(padded(data["rm_scores"]).float().sum(1), keys),
         group_ids=group_ids([str(uid) for uid in data["uid"]]),
         host_advantages=one_per_response(padded(data["advantages"]), mask),
+        scored=scored_rows(mask),
         progress=progress,
+        step=step,
         **fields,  # type: ignore[arg-type]
     )
 
@@ -175,8 +184,6 @@ def _outcomes(scores: Float[Tensor, " batch"], keys: Sequence[str]) -> Float[Ten
 
 def decoded(data: TensorDict, tokenizer: Any) -> tuple[list[list[str]], list[str]]:
     """The text of every response token, and of every prompt, for display."""
-    ids = padded(data["responses"])
-    distinct = ids.unique().tolist()
-    text = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct]), strict=True))
-    prompts = tokenizer.batch_decode([row.tolist() for row in data["prompts"].unbind()], skip_special_tokens=True)
-    return [[text[token] for token in row] for row in ids.tolist()], prompts
+    tokens = column_texts(tokenizer, padded(data["responses"]), padded(data["response_mask"]).bool())
+    rows = [without_padding(row.tolist(), tokenizer.pad_token_id) for row in data["prompts"].unbind()]
+    return tokens, prompt_texts(tokenizer, rows)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import tensordict_utils
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from tokencredit.adapters.verl_batch import SOURCES, nested_like, one_per_response, padded
+from tokencredit.adapters.verl_rows import SCHEDULE, read_schedule, scored_rows
 from tokencredit.credit import assign_credit
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import TokenBatch
@@ -55,5 +57,7 @@ def micro_batch(names: Mapping[str, str], data: TensorDict, current: Tensor) -> 
         group_ids=torch.arange(mask.shape[0], device=mask.device),
         host_advantages=one_per_response(padded(data["advantages"], width), mask),
         current_logprobs=current.float(),
+        scored=scored_rows(mask),
+        **read_schedule(tensordict_utils.get_non_tensor_data(data, SCHEDULE, default=None)),
         **fields,
     )

@@ -41,6 +41,8 @@ class CreditSettings:
             raise unknown("credit.timing", self.timing, TIMINGS)
         if self.teacher not in TEACHERS:
             raise unknown("credit.teacher", self.teacher, TEACHERS)
+        if self.records is not None and not isinstance(self.records, str):
+            raise TokenCreditError(f"`credit.records` must be a folder, got {self.records!r}")
         if isinstance(self.record_every, bool) or not isinstance(self.record_every, int) or self.record_every < 1:
             raise TokenCreditError(f"`credit.record_every` must be a whole number from 1, got {self.record_every!r}")
         self.options()

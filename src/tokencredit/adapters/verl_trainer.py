@@ -22,6 +22,7 @@ from tokencredit.adapters import verl_batch, verl_checks, verl_signals
 from tokencredit.adapters.collector_options import SHARED
 from tokencredit.adapters.verl import PREFIX
 from tokencredit.adapters.verl_loss import credit_loss
+from tokencredit.adapters.verl_rows import SCHEDULE, pack_schedule, steps_done
 from tokencredit.adapters.verl_settings import read_settings
 from tokencredit.credit import assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
@@ -84,6 +85,8 @@ class CreditStep:
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         output = super()._compute_advantage(batch, metrics)
+        if self.timing == "update" and not self.pipeline.is_identity:
+            output.extra_info[SCHEDULE] = pack_schedule(self._progress(), steps_done(self.global_steps))
         at_rollout = self.timing == "rollout" and not self.pipeline.is_identity
         if at_rollout or self._records_this_step():
             try:
@@ -104,7 +107,7 @@ class CreditStep:
         recording = self._records_this_step()
         names = self._stored_names()
         data = verl_batch.fetch(keys, meta.partition_id, names, ("prompts",) if recording else ())
-        batch = verl_batch.to_token_batch(data, keys, names, self._progress())
+        batch = verl_batch.to_token_batch(data, keys, names, self._progress(), steps_done(self.global_steps))
         advantages = self._host_advantages(batch)
         if at_rollout:
             advantages = assign_credit(self.pipeline, batch, generator=self._generator())

@@ -27,7 +27,7 @@ from tokencredit.collect.logprobs import ExtraInputs, Pass, check_media, model_i
 from tokencredit.collect.models import backbone_of, eval_mode, head_of
 from tokencredit.errors import TokenCreditError
 
-LINEAR, HALVINGS = 1.9, 6  # a ratio that shows signal; how often the scaling is halved in search of one
+LINEAR, HALVINGS = 1.9, 8  # a ratio that shows signal; how often the scaling is halved in search of one
 
 
 @dataclass
@@ -115,8 +115,8 @@ def doubling_ratio(
 
     In bf16 both passes round; below 1.8 the residual orders tokens by rounding, not by the adapter. A strong adapter
     saturates: doubling it does not double the residual (1.4 was seen in float32). Therefore the scaling is halved, up
-    to six times, as long as the ratio grows: signal doubles at a smaller scaling, and rounding never does. Three
-    passes where the first ratio is at least 1.9, one more for each halving.
+    to eight times, until the ratio is 1.9: signal doubles at a smaller scaling, and rounding never does. Three passes
+    where the first ratio is at least 1.9, one more for each halving.
 
     A residual of 0 everywhere (B = 0) has nothing to double and gives NaN. Running the same pass twice would not show
     rounding: it repeats bit for bit.
@@ -138,10 +138,7 @@ def doubling_ratio(
         if best != best or best >= LINEAR:
             break
         larger, smaller = smaller, residuals(power)
-        ratio = min(_median_ratio(larger, smaller, real), 2.0)  # steeper than linear is signal too
-        if not ratio > best:
-            break
-        best = ratio
+        best = max(best, min(_median_ratio(larger, smaller, real), 2.0))  # steeper than linear is signal too
     return best
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokencredit.collect.models import is_peft_model, unwrapped
 from tokencredit.collect.teacher_checks import check_chat, check_end, check_size, check_tokenizers, end_ids
-from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
+from tokencredit.collect.teacher_probe import Batch, StartProbe
+from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits, first_rows
 from tokencredit.collect.teacher_score import Scores, score_entropies, used_widths
 from tokencredit.errors import TokenCreditError
 
@@ -20,6 +21,8 @@ class _Scoring(ABC):
     """Scores of a model that is at hand: `opened` gives it with the prompts that it sees."""
 
     given: Mapping[str, Any]
+    _student: Any = None  # the student's tokenizer
+    _start: StartProbe | None = None  # a teacher that is the policy itself has nothing to show
 
     @abstractmethod
     def opened(
@@ -54,7 +57,7 @@ class _Scoring(ABC):
     ) -> Scores:
         """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
         with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
-            return score_entropies(
+            scores = score_entropies(
                 model,
                 prompts,
                 response_ids,
@@ -63,6 +66,10 @@ class _Scoring(ABC):
                 batch_size=self.given["batch_size"],
                 device=next(model.parameters()).device,
             )
+        if self._start is not None:
+            batch = Batch(prompt_ids, response_ids, response_mask, rows)
+            self._start(self.score, scores[0], batch, temperature, policy, self._student)
+        return scores
 
 
 class ModelTeacher(_Scoring):
@@ -73,6 +80,7 @@ class ModelTeacher(_Scoring):
         self.prompts = PromptRenderer(given)
         self.needs_attempts = self.prompts.needs_attempts
         self._student: Any = None
+        self._start = StartProbe()
 
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> "ModelTeacher":
@@ -102,7 +110,7 @@ class ModelTeacher(_Scoring):
         temperature: float = 1.0,
     ) -> None:
         """Refuse another vocabulary, another chat template, another EOS, and rows without what the template shows."""
-        rows = list(rows) if isinstance(rows, Iterator) else rows
+        rows = first_rows(rows)
         check_tokenizers(policy_tokenizer, self.tokenizer)
         check_size(policy_tokenizer, self.model.get_input_embeddings().weight.shape[0])
         ends = end_ids(policy_tokenizer, policy), end_ids(self.tokenizer, self.model)
