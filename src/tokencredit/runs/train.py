@@ -13,8 +13,6 @@ from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
 from tokencredit.runs import folders, world
 
-# Where a forward gathers weights from all processes, so that none may stay away.
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 Progress = Callable[[int, str], None]  # steps done, a note
@@ -60,6 +58,7 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     torch.set_num_threads(int(config["threads"]))  # before a lab model is built: idle threads that spin cost more
     material = load_material(config)
     arguments = grpo_config(config, folder, material.max_response)
+    arguments.reward_weights = arguments.reward_weights or material.reward_weights
     pipeline = Pipeline.parse(config["credit"])
     adapter = config["lora"] is not None or hasattr(material.model, "peft_config")
     options, own = resolve_options(config["collectors"])
@@ -192,8 +191,7 @@ def _callback(config: Mapping[str, Any], folder: Path, material: Any, progress: 
     from tokencredit.runs.callback import RunCallback
     from tokencredit.runs.evaluation import evaluator
 
-    sharded = str(trainer.accelerator.distributed_type.value) in SHARDED
-    evaluate = evaluator(config, material) if sharded or world.is_main() else None
+    evaluate = evaluator(config, material, trainer)
     return RunCallback(folder, config, evaluate, progress if world.is_main() else None)
 
 
