@@ -1,4 +1,4 @@
-"""From a config to TRL's GRPOConfig: how a step is split over processes and micro-batches, and what this machine lacks."""
+"""From a config to TRL's GRPOConfig: the split of a step into micro-batches, and checks of what is installed."""
 
 import dataclasses
 import importlib.util
@@ -117,12 +117,12 @@ def lora_config(config: Mapping[str, Any]) -> Any:
 
 def check_installed(arguments: Any) -> None:
     """Refuse trackers, vLLM and uploads that this machine cannot serve, before anything is written."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+    from transformers.integrations import integration_utils as integrations
 
-    available = get_available_reporting_integrations()
+    available = integrations.get_available_reporting_integrations()
     for tracker in arguments.report_to:
-        if tracker not in INTEGRATION_TO_CALLBACK:
-            raise unknown("tracker in `trainer.report_to`", tracker, INTEGRATION_TO_CALLBACK)
+        if tracker not in integrations.INTEGRATION_TO_CALLBACK:
+            raise unknown("tracker in `trainer.report_to`", tracker, integrations.INTEGRATION_TO_CALLBACK)
         if tracker not in available:
             raise TokenCreditError(
                 f"`trainer.report_to` names {tracker}, which is not installed", hint=f"pip install {tracker}"

@@ -150,6 +150,6 @@ class RunCallback(TrainerCallback):
 
 
 def _generation_is_used_up(args: Any, state: Any) -> bool:
-    """Tell whether the next step samples anew: a checkpoint between two steps of one generation cannot be resumed exactly."""
+    """Tell whether the next step samples anew; between two steps of one generation no resumed run is exact."""
     per_generation = max(1, args.steps_per_generation // args.gradient_accumulation_steps) * args.num_iterations
     return bool(state.global_step % per_generation == 0)

@@ -208,6 +208,12 @@ def _check_source(config: Mapping[str, Any]) -> None:
         )
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
+    for name, given in (("dataset.path", dataset), ("reward", reward)):
+        if task is not None and given is not None:
+            raise TokenCreditError(
+                f"`task: {task}` brings its own prompts and reward, and `{name}` is {shown(given)}",
+                hint="leave out one of them",
+            )
     if task is None and reward is None and not ignores_reward(config["credit"]):
         raise TokenCreditError("`dataset` needs `reward`", hint="`reward: module:function`, a TRL reward function")
     if task is None and is_lab_model(config["model"]):
