@@ -202,7 +202,7 @@ def test_a_reward_that_is_not_one_number_per_response_is_refused(reward: Any, sa
         score([reward], [1.0], columns())
 
 
-# -- what an evaluation says ---------------------------------------------------------------------------------------------
+# -- what an evaluation says ---------------------------------------------------------------------------------------
 
 
 def test_an_evaluation_by_hand() -> None:

@@ -102,7 +102,9 @@ def _of_dataset(config: Mapping[str, Any]) -> Material:
     if wrapping.wraps:
         functions = [on_plain_text(function) for function in functions]
     reward = no_reward if not functions else functions[0] if len(functions) == 1 else functions
-    notes = [*wrapping.notes, _evaluation_note(config, evaluation, left_out)]
+    notes = list(wrapping.notes)
+    if left_out:
+        notes.append(f"{left_out} evaluation problems are left out because they are also training prompts")
     return Material(
         model,
         tokenizer,
@@ -123,19 +125,6 @@ def _evaluation(config: Mapping[str, Any], training: Dataset) -> tuple[Dataset |
         return None, 0
     chosen = rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
     return datasets.without_overlap(chosen, training["prompt"])
-
-
-def _evaluation_note(config: Mapping[str, Any], evaluation: Dataset | None, left_out: int) -> str:
-    if evaluation is None:
-        return (
-            "no evaluation: set dataset.evaluation (a file) or dataset.evaluation_split (a split) to measure the "
-            "reward on held-out problems"
-        )
-    every = config["evaluation"]["every"]
-    note = f"evaluation every {every} steps on {len(evaluation)} held-out problems"
-    if left_out:
-        note += f"; {left_out} more are left out because they are also training prompts"
-    return note
 
 
 def _response_length(config: Mapping[str, Any], default: int) -> int:
