@@ -56,6 +56,7 @@ def make_plan(
             ("precision", _precision(model, arguments)),
             ("memory", _memory(model, arguments)),
             ("evaluation", _evaluation(config)),
+            *(("note", note) for note in getattr(material, "notes", ())),
             ("trackers", trackers or "none; trainer.report_to names them"),
             ("folder", f"{folder}, {_saving(arguments)}"),
             ("first prompt", first_prompt(material, arguments)),

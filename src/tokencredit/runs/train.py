@@ -108,7 +108,6 @@ def _train(trainer: Any, callback: Any, start: Path | None, stop: Stop | None) -
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
-    callback.trainer = trainer
     if stop is not None:
         stop.training = True
     try:
