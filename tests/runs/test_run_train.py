@@ -168,10 +168,12 @@ def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "empty prompt" in refuse(folder, own(model_folder, blank))
     assert "cannot load the reward" in refuse(folder, own(model_folder, good, "own_rewards:missing"))
     config = own(model_folder, good)
-    config["dataset"]["evaluation"] = str(good)
+    held_out = [{"question": f"{n}-1=", "answer": str(n - 1)} for n in range(1, 4)]
+    config["dataset"]["evaluation"] = str(write_rows(tmp_path / "held_out.jsonl", held_out))
     assert run(folder, config)["status"] == "finished"
     evaluations = [line for line in folders.read_metrics(folder) if line["kind"] == "eval"]
-    assert evaluations[-1]["metrics"]["success"] == 0.5
+    assert evaluations[-1]["metrics"]["reward"] == 0.5
+    assert evaluations[-1]["metrics"]["success"] == 1.0  # every reward is above the threshold of 0
     shutil.rmtree(folder)
     with pytest.raises(TokenCreditError, match="'not_a_number' gave nan for row 0"):
         run(folder, own(model_folder, good, "own_rewards:not_a_number"))

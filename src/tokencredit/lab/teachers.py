@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tokencredit.lab.model import SIZES, warm_start
+from tokencredit.errors import unknown
+from tokencredit.lab.model import SIZES, STAGES, warm_start
 from tokencredit.lab.tasks import TASKS
 
 
@@ -13,6 +14,10 @@ def with_lab_model(section: Mapping[str, Any], task: str | None) -> dict[str, An
     Only on a task of the lab; it is built on first use. Other sections come back as they are.
     """
     found = dict(section)
-    if found.get("model") in SIZES and task in TASKS:
-        found["model"] = str(warm_start(str(task), size=found["model"], stage=found.pop("stage", "late")))
+    size = found.get("model")
+    if isinstance(size, str) and size in SIZES and task in TASKS:
+        stage = found.pop("stage", "late")
+        if not isinstance(stage, str) or stage not in STAGES:
+            raise unknown("stage of the teacher", stage, STAGES)
+        found["model"] = str(warm_start(str(task), size=size, stage=stage))
     return found

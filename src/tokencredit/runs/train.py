@@ -21,8 +21,6 @@ from tokencredit.runs.defaults import is_lab_model
 from tokencredit.runs.plan import Plan, make_plan
 from tokencredit.runs.stop import Stop, Stopped
 
-# Where a forward gathers weights from all processes, so that none may stay away.
-SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 Progress = Callable[[int, str], None]  # steps done, a note
@@ -232,8 +230,7 @@ def _callback(
     from tokencredit.runs.callback import RunCallback
     from tokencredit.runs.evaluation import evaluator
 
-    sharded = str(trainer.accelerator.distributed_type.value) in SHARDED
-    evaluate = evaluator(config, material) if sharded or world.is_main() else None
+    evaluate = evaluator(config, material, trainer)
     return RunCallback(
         folder,
         config,
