@@ -131,7 +131,9 @@ def test_refusals_come_before_anything_is_written(model_folder: Path, tmp_path: 
     (tmp_path / "empty").mkdir()
     assert "is not a model folder" in refuse(folder, small_config(tmp_path / "empty"))
     odd = {"num_generations": 4, "per_device_train_batch_size": 6}
-    assert "no whole groups of 4" in refuse(folder, small_config(model_folder, trainer=odd))
+    assert "cannot be split into micro-batches of 6 rows × 1 process" in refuse(
+        folder, small_config(model_folder, trainer=odd)
+    )
     alone = {"num_generations": 1}
     assert "must be at least 2" in refuse(folder, small_config(model_folder, trainer=alone))
     long = {"num_generations": 4, "max_completion_length": 100_000}

@@ -73,6 +73,11 @@ def resolve_options(given: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]]
 
     An entry of `given` is a mapping of options, a function, or its name `module:function`.
     """
+    if not isinstance(given, Mapping):
+        raise TokenCreditError(
+            f"`collectors` must be a mapping from a field to options or a function, got {given!r}",
+            hint="for example collectors={'attention_entropies': {'layer': 4}}",
+        )
     options, functions = copy.deepcopy(OPTIONS), {}
     for name, value in given.items():
         if name not in OPTIONAL_FIELDS:

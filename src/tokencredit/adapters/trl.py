@@ -7,6 +7,8 @@ that the loss runs anyway, so it costs no forward. With an identity pipeline the
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,29 @@ from trl import GRPOConfig, GRPOTrainer
 from tokencredit import seeds
 from tokencredit.adapters import trl_checks
 from tokencredit.adapters.collector_options import SHARED, resolve_options
-from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
-from tokencredit.adapters.trl_collectors import Collector, TeacherCallback, as_teacher, built_in, restore_teacher
+from tokencredit.adapters.trl_batch import Rollout, RowKeys, make_piece, merge_pieces, prompt_texts, to_token_batch
+from tokencredit.adapters.trl_card import save_card
+from tokencredit.adapters.trl_collectors import (
+    Collector,
+    TeacherCallback,
+    as_teacher,
+    built_in,
+    check_teacher,
+    restore_teacher,
+)
+from tokencredit.adapters.trl_passes import HostPass, as_scored, is_sharded, model_inputs, score_rows, sequences
+from tokencredit.adapters.trl_rewards import check_models, guard_rewards
+from tokencredit.adapters.trl_sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl_taps import PassTaps, draws_dropout
+from tokencredit.collect.adapter import reference_pass
 from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.summary import credit_metrics
-from tokencredit.errors import TokenCreditError
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.store import RecordStore
+
+# Training rows that a teacher checks at the start: of a data set, and of a stream, which has to be read for them.
+CHECKED_ROWS, CHECKED_OF_STREAM = 1000, 64
 
 
 class CreditGRPOTrainer(GRPOTrainer):
@@ -61,12 +77,14 @@ class CreditGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.pipeline = Pipeline.parse(credit)
         self.teacher = as_teacher(teacher) if "teacher_logprobs" in self.pipeline.requires else None
-        options, own = resolve_options(collectors or {})
+        options, own = resolve_options({} if collectors is None else collectors)
+        trl_checks.check_records(records, record_every)
+        check_teacher(teacher)
         adapter = trl_checks.has_adapter(args, kwargs)
         self.collectors = built_in(options, self.teacher, adapter=adapter) | own
         config = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
-        self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config)
-        self._guard_reward_functions(args, kwargs)
+        native = trl_checks.has_native_adapter(args, kwargs)
+        self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config, native_adapter=native)
         self._rewards: Tensor | None = None
         self._scored: dict[str, Tensor] | None = None  # filled while TRL scores a rollout batch
         self._loss_inputs: dict[str, Any] | None = None  # set while TRL computes a loss
@@ -74,13 +92,18 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._pieces: list[dict[str, Any]] = []
         self._record_every = record_every
         super().__init__(*args, **kwargs)
+        self.reward_funcs = guard_rewards(self.reward_funcs)  # also those of environments
+        if not self.use_vllm and self.rollout_func is None:
+            warn_of_shipped(self.model, self.generation_config)
         self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
         self._recording = records is not None
-        if not draws_dropout(self.model):
+        # Compiled code may have been built without our hooks, and then does not call them.
+        if not draws_dropout(self.model) and not self.args.torch_compile:
             self._taps = PassTaps((SHARED & self.pipeline.requires) - own.keys(), options)
         if self.teacher is not None:
-            rows = self.train_dataset
-            self.teacher.check(self.processing_class, policy=self.model, rows=rows, temperature=self.temperature)
+            self.teacher.check(
+                self._text_tokenizer, policy=self.model, rows=self._first_rows(), temperature=self.temperature
+            )
             self.add_callback(TeacherCallback(self.teacher))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -88,15 +111,32 @@ class CreditGRPOTrainer(GRPOTrainer):
         if self.teacher is not None:
             restore_teacher(self.teacher, resume_from_checkpoint)
 
-    @staticmethod
-    def _guard_reward_functions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if "reward_funcs" in kwargs:
-            kwargs["reward_funcs"] = trl_checks.guard_rewards(kwargs["reward_funcs"])
+    @property
+    def _text_tokenizer(self) -> Any:
+        """The tokenizer, also of a vision-language model, whose processor holds it."""
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def _first_rows(self) -> list[dict[str, Any]]:
+        """The rows that a teacher is checked with; a stream may have no end, so only its beginning is read."""
+        rows = self.train_dataset
+        if rows is None:
+            return []
+        return list(islice(iter(rows), CHECKED_ROWS if hasattr(rows, "__len__") else CHECKED_OF_STREAM))
+
+    def create_model_card(self, model_name: str | None = None, *_: Any, **__: Any) -> None:
+        """Write the model card in place of TRL's, which knows GRPO alone and links to a base model that may not be."""
+        if self.is_world_process_zero():
+            save_card(self, self.pipeline, model_name)
 
     # -- rollout -------------------------------------------------------------------------------------------------------
 
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with plain_sampling(self.model, getattr(self, "generation_config", None)):
+            return super()._generate_single_turn(*args, **kwargs)
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_models(rewards, self.reward_funcs, self.reward_func_names)
         self._rewards = rewards
         return rewards
 
@@ -128,17 +168,17 @@ class CreditGRPOTrainer(GRPOTrainer):
         rows = len(output["advantages"])
         first = self.accelerator.process_index * rows
         number = torch.arange(first, first + rows, device=output["advantages"].device)
-        weighted = self._rewards * self.reward_weights.to(self._rewards.device)
         unscored = torch.isnan(self._rewards).all(1)
-        rewards = torch.where(unscored, torch.nan, weighted.nansum(1)).view(-1, self.num_generations)
-        # An unscored response takes the mean of its group: then it moves neither the baseline nor the policy.
-        filled = torch.where(torch.isnan(rewards), rewards.nanmean(1, keepdim=True).nan_to_num(0.0), rewards).view(-1)
-        return {
+        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)  # 0 where nothing scored
+        keys = {
             RowKeys.ROW: number,
             RowKeys.GROUP: number // self.num_generations,
-            RowKeys.REWARD: filled[first : first + rows].float(),
+            RowKeys.REWARD: rewards[first : first + rows].float(),
             RowKeys.HOST: output["advantages"],
         }
+        if bool(unscored.any()):  # of all processes, so that every one of them carries the key or none does
+            keys[RowKeys.SCORED] = ~unscored[first : first + rows]
+        return keys
 
     def _collect(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Fields that the log-probs do not give: from tapped passes, from the loss later on, or from collectors."""
@@ -155,12 +195,15 @@ class CreditGRPOTrainer(GRPOTrainer):
         for name in sorted(wanted):
             with torch.no_grad():
                 found[name] = self.collectors[name](rollout)
+        for name, value in sorted(rollout.metrics.items()):
+            shares = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device))
+            self._metrics["train"][f"credit/{name}"].append(float(shares.mean()))
         output |= {f"{RowKeys.FIELD}{name}": value for name, value in found.items()}
 
     def _rollout(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> Rollout:
         return Rollout(
             model=self.model,
-            tokenizer=self.processing_class,
+            tokenizer=self._text_tokenizer,
             prompt_ids=output["prompt_ids"],
             prompt_mask=output["prompt_mask"].bool(),
             response_ids=output["completion_ids"],
@@ -169,25 +212,42 @@ class CreditGRPOTrainer(GRPOTrainer):
             group_ids=output[RowKeys.GROUP],
             columns=inputs,
             temperature=self.temperature,
+            scored=output.get(RowKeys.SCORED),
+            inputs=model_inputs(output),
+            score=HostPass(self, output),
+            autocast=self.accelerator.autocast,
+            rows_per_pass=self.args.per_device_train_batch_size,
         )
 
     def _from_taps(self, output: dict[str, Any]) -> dict[str, Tensor]:
-        ids, mask = self._sequences(output)
+        if self._lacks_reference(output):
+            self._tap_reference(output)
+        ids, mask = sequences(output)
         with torch.no_grad(), self.accelerator.autocast():
             width, at_once = output["completion_ids"].size(1), self.args.per_device_train_batch_size
             return self._taps.of_rollout(self.model, ids, mask, width, at_once)
 
-    @staticmethod
-    def _sequences(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1)
-        return ids, torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
+    def _lacks_reference(self, inputs: dict[str, Any]) -> bool:
+        """Whether residuals still need a pass of the reference which only TRL's own scoring method can run."""
+        tapped = self._taps.states
+        cannot_run_alone = bool(model_inputs(inputs)) or is_sharded(self.model)
+        return bool(tapped.policy) and not tapped.reference and cannot_run_alone
 
-    @staticmethod
-    def _sampled(output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """What a `rollout_func` knows already: its log-probs, and `entropies` if it returned them for every token."""
+    def _tap_reference(self, inputs: dict[str, Any]) -> None:
+        width = inputs["completion_ids"].size(1)
+        with reference_pass(self.model), self._taps.around(self.model, width, reference=True):
+            score_rows(self, inputs)
+
+    def _sampled(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """What a `rollout_func` knows already: its log-probs, and `entropies` if it returned them for every token.
+
+        Under mixed precision they are those of another policy: a sampler does not run under autocast.
+        """
         logprobs = output.get("sampling_per_token_logps")
         rows = [row["entropies"] for row in inputs if row.get("entropies") is not None]
-        if logprobs is None or len(rows) < len(inputs):
+        if logprobs is None or len(rows) < len(inputs) or self.accelerator.mixed_precision != "no":
+            return {}
+        if not bool(torch.isfinite(logprobs).all()):
             return {}
         entropies = torch.zeros_like(logprobs)
         for index, row in enumerate(rows):
@@ -200,33 +260,9 @@ class CreditGRPOTrainer(GRPOTrainer):
         if not wanted:
             return {}
         if not scored:
-            ids, mask = self._sequences(output)
-            width = output["completion_ids"].size(1)
-            was_training = self.model.training
-            self.model.eval()  # no dropout: the pass draws no random numbers
-            try:
-                with torch.no_grad(), self._taps.around(self.model, width):
-                    result = self._get_per_token_logps_and_entropies(
-                        self.model,
-                        ids,
-                        mask,
-                        width,
-                        batch_size=self.args.per_device_train_batch_size,
-                        compute_entropy=True,
-                    )
-            finally:
-                self.model.train(was_training)
-            scored = self._as_scored(result)
+            with self._taps.around(self.model, output["completion_ids"].size(1)):
+                scored = score_rows(self, output)
         return {name: scored[name] for name in wanted}
-
-    @staticmethod
-    def _as_scored(result: tuple[Any, ...]) -> dict[str, Tensor]:
-        if result[1] is None:
-            raise TokenCreditError(
-                "the log-prob method of this trainer returns no entropies",
-                hint="something replaced `_get_per_token_logps_and_entropies` (Unsloth does); train without it",
-            )
-        return {"old_logprobs": result[0].detach(), "entropies": result[1].detach()}
 
     # -- update --------------------------------------------------------------------------------------------------------
 
@@ -238,7 +274,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         with self._tapped(scoring, *args, **kwargs):
             result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if scoring:
-            self._scored = self._as_scored(result)
+            self._scored = as_scored(result)
         elif self._loss_inputs is not None:
             self._at_update(self._loss_inputs, result)
         return result
@@ -273,7 +309,7 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     def _at_update(self, inputs: dict[str, Any], result: tuple[Any, ...]) -> None:
         """Assign credit from the forward of the loss, and keep a record of what is trained."""
-        measured = self._as_scored(result)
+        measured = as_scored(result)
         measured["current_logprobs"] = measured["old_logprobs"]
         measured |= self._of_loss(inputs)
         old = inputs.get("old_per_token_logps")
@@ -288,16 +324,28 @@ class CreditGRPOTrainer(GRPOTrainer):
             self._tap(batch, inputs)
 
     def _of_loss(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        ids, mask = self._sequences(inputs)
+        ids, mask = sequences(inputs)
+        reference = inputs.get(RowKeys.REFERENCE)
+        if reference is None and self._lacks_reference(inputs):
+            self._tap_reference(inputs)
+            reference = self._taps.kept_reference()
         with self.accelerator.autocast():
-            reference = inputs.get(RowKeys.REFERENCE)
             return self._taps.of_loss(self.model, ids, mask, inputs["completion_ids"].size(1), reference)
 
     def _token_batch(self, inputs: dict[str, Any], measured: dict[str, Tensor]) -> TokenBatch:
-        steps = max(1, self.state.max_steps)
-        return to_token_batch(
-            inputs, measured, progress=min(1.0, self.state.global_step / steps), reducer=self._reducer()
+        step = self.state.global_step
+        batch = to_token_batch(
+            inputs,
+            measured,
+            progress=min(1.0, step / max(1, self.state.max_steps)),
+            reducer=self._reducer(),
+            step=step,
+            requires=self.pipeline.requires,
         )
+        if batch.response_mask.device.type != "mps":
+            return batch
+        # Apple GPUs have no float64, in which sums are taken.
+        return replace(batch, **{name: value.cpu() for name, value in batch.tensors().items()})
 
     def _reducer(self) -> Reducer:
         return LOCAL if self.accelerator.num_processes == 1 else ProcessGroupReducer()
@@ -306,13 +354,13 @@ class CreditGRPOTrainer(GRPOTrainer):
         # The same stream on every rank and in every inner update of a rollout batch.
         every = self.args.steps_per_generation * self.num_iterations
         generator = seeds.generator("credit", int(self.args.seed), self._step // every) if self.pipeline.draws else None
-        return assign_credit(self.pipeline, batch, generator=generator)
+        return assign_credit(self.pipeline, batch, generator=generator).to(self.accelerator.device)
 
     # -- side tap ------------------------------------------------------------------------------------------------------
 
     def _tap(self, batch: TokenBatch, inputs: dict[str, Any]) -> None:
         """Log and store what the first update of a rollout batch is trained on."""
-        advantages = inputs["advantages"].detach()
+        advantages = inputs["advantages"].detach().to(batch.response_mask.device)
         if advantages.ndim == 1:
             advantages = torch.where(batch.response_mask, advantages[:, None].expand(batch.response_mask.shape), 0.0)
         self._log_credit(batch, advantages)
@@ -325,7 +373,7 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     def _record(self, batch: TokenBatch, advantages: Tensor, inputs: dict[str, Any]) -> None:
         """Keep this micro-batch; store the whole rollout batch of all ranks once it is complete."""
-        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        prompts = prompt_texts(self._text_tokenizer, inputs["prompt_ids"], inputs["prompt_mask"])
         config = self.pipeline.to_config()
         self._pieces.append(make_piece(self.state.global_step, config, batch, advantages, inputs, prompts))
         if len(self._pieces) < self.args.steps_per_generation:
@@ -333,7 +381,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         pieces, self._pieces = self._pieces, []
         gathered = self._gather_pieces(pieces)
         if self.store is not None:
-            self.store.append(merge_pieces(gathered, self.processing_class))
+            self.store.append(merge_pieces(gathered, self._text_tokenizer))
 
     def _gather_pieces(self, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self.accelerator.num_processes == 1:

@@ -1,15 +1,20 @@
 """Between TRL's dictionaries and our records: the names at the border, and the pieces of a record."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokencredit.collect.token_texts import batch_token_texts
 from tokencredit.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.reduce import Reducer
+
+# Fields that nothing but a pipeline reads; the numbers of a step that are logged do without them.
+UNREAD = frozenset({"rollout_logprobs", "ref_logprobs"})
 
 
 class RowKeys:
@@ -18,6 +23,7 @@ class RowKeys:
     ROW = "tokencredit_row"
     GROUP = "tokencredit_group"
     REWARD = "tokencredit_reward"
+    SCORED = "tokencredit_scored"  # only where some response has no score
     HOST = "tokencredit_host_advantages"
     FIELD = "tokencredit_field_"
     REFERENCE = "tokencredit_reference_states"  # of the KL pass, kept for the forward of the loss
@@ -28,7 +34,13 @@ class Rollout:
     """What a collector sees: the policy and the rows of this process, before any shuffle.
 
     Prompts are padded on the left, responses on the right; `columns` are the dataset's rows, one for each response.
-    `shared` is for collectors that fill several fields from one pass.
+
+    * `scored`: False where no reward function gave a score; that response's reward means nothing. None: all have one.
+    * `inputs`: what the model takes beside token ids, such as images. A pass that leaves them out measures another
+      model.
+    * `score(prompts=None)`: log-probs and entropies of the responses from TRL's own scoring pass.
+    * `parts()`: the same rows in micro-batches, for passes of your own; run them under `autocast()`, as TRL does.
+    * `shared`: for collectors that fill several fields from one pass. `metrics`: numbers for the log, by name.
     """
 
     model: Any
@@ -41,7 +53,23 @@ class Rollout:
     group_ids: Int[Tensor, " batch"]
     columns: Sequence[Mapping[str, Any]]
     temperature: float
+    scored: Bool[Tensor, " batch"] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    score: Callable[..., tuple[Tensor, Tensor]] | None = None
+    autocast: Callable[[], Any] = nullcontext
+    rows_per_pass: int | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def parts(self) -> Iterator["Rollout"]:
+        """The rollout in pieces of as many rows as a micro-batch of the host has."""
+        size = self.rows_per_pass or max(len(self.response_ids), 1)
+        names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "rewards", "group_ids", "columns")
+        for start in range(0, len(self.response_ids), size):
+            rows = slice(start, start + size)
+            piece = {name: getattr(self, name)[rows] for name in names}
+            scored = None if self.scored is None else self.scored[rows]
+            yield replace(self, **piece, scored=scored, inputs={}, score=None, shared={})
 
     def sequences(self) -> tuple[Int[Tensor, "batch sequence"], Bool[Tensor, "batch sequence"], int, int]:
         """Prompts and responses as one sequence, its mask, and the lengths of the two parts."""
@@ -51,9 +79,19 @@ class Rollout:
 
 
 def to_token_batch(
-    inputs: Mapping[str, Any], measured: Mapping[str, Tensor], *, progress: float, reducer: Reducer
+    inputs: Mapping[str, Any],
+    measured: Mapping[str, Tensor],
+    *,
+    progress: float,
+    reducer: Reducer,
+    step: int | None = None,
+    requires: frozenset[str] = frozenset(),
 ) -> TokenBatch:
-    """A `TokenBatch` from TRL's inputs of a loss or of a rollout; `measured` wins over what was carried along."""
+    """A `TokenBatch` from TRL's inputs of a loss or of a rollout; `measured` wins over what was carried along.
+
+    Log-probs of the host that the pipeline does not read (not in `requires`) are left out where one is not finite: vLLM
+    reports no log-prob for some tokens, and TRL trains on without it.
+    """
     mask = inputs["completion_mask"].bool()
     if inputs.get("tool_mask") is not None:
         mask = mask & inputs["tool_mask"].bool()  # 1 = chosen by the policy; its padding is 1, so both masks count
@@ -67,13 +105,18 @@ def to_token_batch(
     for name, value in host.items():  # a carried None must not hide what the host has
         if value is not None:
             fields.setdefault(name, value)
+    for name in UNREAD - requires:
+        if name in fields and not bool(torch.isfinite(fields[name][mask]).all()):
+            del fields[name]
     return TokenBatch(
         response_ids=inputs["completion_ids"],
         response_mask=mask,
         rewards=inputs[RowKeys.REWARD],
         group_ids=inputs[RowKeys.GROUP],
         host_advantages=inputs[RowKeys.HOST],
+        scored=inputs.get(RowKeys.SCORED),
         progress=progress,
+        step=step,
         reducer=reducer,
         **fields,
     )
@@ -106,13 +149,13 @@ def merge_pieces(pieces: Sequence[Mapping[str, Any]], tokenizer: Any) -> CreditR
 
     tensors: dict[str, Any] = {name: joined([piece["tensors"][name] for piece in pieces]) for name in names}
     prompts = [prompt for piece in pieces for prompt in piece["prompts"]]
-    batch = TokenBatch(**tensors, progress=pieces[0]["progress"])
+    batch = TokenBatch(**tensors, progress=pieces[0]["progress"], step=pieces[0]["step"])
     return CreditRecord(
         step=pieces[0]["step"],
         pipeline=pieces[0]["pipeline"],
         batch=batch,
         advantages=joined([piece["advantages"] for piece in pieces]),
-        tokens=_decode(batch.response_ids, tokenizer),
+        tokens=column_texts(tokenizer, batch.response_ids, batch.response_mask),
         prompts=[prompts[index] for index in order.tolist()],
     )
 
@@ -123,8 +166,18 @@ def _pad(value: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(value, (0, width - value.shape[1]))
 
 
-def _decode(ids: Int[Tensor, "batch response"], tokenizer: Any) -> list[list[str]]:
-    """The text of each token on its own; looked up once for each distinct id."""
-    distinct = ids.unique().tolist()
-    text = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct]), strict=True))
-    return [[text[token] for token in row] for row in ids.tolist()]
+def column_texts(
+    tokenizer: Any, ids: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
+) -> list[list[str]]:
+    """The text that each token adds to its response; padding is decoded apart, so that it adds nothing."""
+    used = [int(seen.nonzero()[-1]) + 1 if bool(seen.any()) else 0 for seen in mask.cpu()]
+    pieces = [row[:stop] for row, stop in zip(ids.tolist(), used, strict=True)]
+    pieces += [row[stop:] for row, stop in zip(ids.tolist(), used, strict=True)]
+    texts = batch_token_texts(tokenizer, pieces) if ids.numel() else pieces
+    return [[*chosen, *rest] for chosen, rest in zip(texts[: len(ids)], texts[len(ids) :], strict=True)]
+
+
+def prompt_texts(tokenizer: Any, ids: Int[Tensor, "batch prompt"], mask: Tensor) -> list[str]:
+    """The prompts as the model sees them, special tokens included, padding left out."""
+    rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    return [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]

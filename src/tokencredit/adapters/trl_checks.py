@@ -1,12 +1,10 @@
 """What cannot work with TRL is refused before training, with the option, its value and the remedy."""
 
 import dataclasses
-import functools
-import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from tokencredit.credit import Pipeline
@@ -36,11 +34,13 @@ def check_versions(installed: str | None = None) -> None:
         )
 
 
-def check_all(pipeline: Pipeline, timing: str, collected: Iterable[str], config: Any) -> str:
+def check_all(
+    pipeline: Pipeline, timing: str, collected: Iterable[str], config: Any, *, native_adapter: bool = False
+) -> str:
     """Every refusal that needs no trainer; the timing that "auto" stands for."""
     check_versions()
     timing = resolve_timing(timing, pipeline, config)
-    check_adapter_fields(pipeline, collected)
+    check_adapter_fields(pipeline, collected, native=native_adapter)
     host = HOST_FIELDS if getattr(config, "beta", 0.0) else HOST_FIELDS - {"ref_logprobs"}
     check_fields(pipeline, host | set(collected), config)
     check_config(pipeline, config)
@@ -81,14 +81,34 @@ def _several_updates(config: Any) -> bool:
 
 
 def has_adapter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments of a trainer bring an adapter: a `peft_config`, or a model that has one."""
-    models = (kwargs.get("model"), *args[:1])
-    return kwargs.get("peft_config") is not None or any(hasattr(model, "peft_config") for model in models)
+    """Whether the arguments of a trainer bring a PEFT adapter: a `peft_config`, or a `PeftModel`.
+
+    Adapters of transformers' own `add_adapter` do not count: they have no `disable_adapter`.
+    """
+    model = _model_of(args, kwargs)
+    return kwargs.get("peft_config") is not None or hasattr(model, "get_base_model")
 
 
-def check_adapter_fields(pipeline: Pipeline, collected: Iterable[str]) -> None:
+def has_native_adapter(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model has an adapter of transformers' own `add_adapter`."""
+    model = _model_of(args, kwargs)
+    native = getattr(model, "_hf_peft_config_loaded", False)
+    return bool(native) and not hasattr(model, "get_base_model")
+
+
+def _model_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return kwargs["model"] if "model" in kwargs else next(iter(args), None)
+
+
+def check_adapter_fields(pipeline: Pipeline, collected: Iterable[str], *, native: bool = False) -> None:
     """Fields that only an adapter gives, where there is none and no collector of your own."""
     for name in sorted((pipeline.requires & ADAPTER_FIELDS) - set(collected)):
+        if native:
+            raise TokenCreditError(
+                f"{pipeline.name} needs `{name}`, and this model's adapter is one of `add_adapter`, which cannot be "
+                "switched off for a single pass",
+                hint="wrap the plain model with `peft.get_peft_model`, or give `peft_config=` to the trainer",
+            )
         raise TokenCreditError(
             f"{pipeline.name} needs `{name}`, and this model has no LoRA adapter",
             hint="train with LoRA (`lora:` in a config, `peft_config=` here), or bring a collector of your own",
@@ -117,9 +137,11 @@ def check_config(pipeline: Pipeline, config: Any) -> None:
             "only the sum of a response's advantages reaches the gradient",
             hint="set importance_sampling_level='token', or loss_type='cispo' or 'vespo'",
         )
-    if getattr(config, "use_liger_kernel", False):
+    # TRL 1.16 applies Liger's layer kernels and keeps its own loss; before, Liger's loss took one number per response.
+    if getattr(config, "use_liger_kernel", False) and _has_liger_loss():
         raise TokenCreditError(
-            "use_liger_kernel=True expects one advantage a response", hint="set use_liger_kernel=False"
+            "use_liger_kernel=True replaces the loss by one that takes one advantage per response in this TRL",
+            hint="set use_liger_kernel=False, or pip install 'trl>=1.16'",
         )
     if getattr(config, "top_entropy_quantile", 1.0) < 1.0:
         warnings.warn(
@@ -130,32 +152,18 @@ def check_config(pipeline: Pipeline, config: Any) -> None:
         warnings.warn("normalize_then_sum: the advantages of a group no longer sum to zero", stacklevel=3)
 
 
-def guard_rewards(functions: Any) -> Any:
-    """Reward functions that refuse NaN and infinity; None still means "not scored", as in TRL."""
-    if isinstance(functions, list):
-        return [guard_rewards(function) for function in functions]
-    plain = inspect.isfunction(functions) or inspect.ismethod(functions) or isinstance(functions, functools.partial)
-    if not plain or inspect.iscoroutinefunction(functions):
-        return functions
-    return _guarded(functions)
+def _has_liger_loss() -> bool:
+    from trl import GRPOTrainer  # `tokencredit doctor` reads this module where TRL may be missing
+
+    return hasattr(GRPOTrainer, "compute_liger_loss")
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    name = getattr(function, "__name__", "reward")
-
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        rewards = function(*args, **kwargs)
-        for row, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
-                raise TokenCreditError(
-                    f"reward function {name!r} gave {float(reward)} for row {row} of its batch",
-                    hint="return a finite number, or None for a response that cannot be scored",
-                )
-        return rewards
-
-    guarded.__name__ = name
-    return guarded
+def check_records(folder: Any, every: Any) -> None:
+    """Records are written into a folder, every so many steps."""
+    if folder is not None and not isinstance(folder, str | Path):
+        raise TokenCreditError(f"`records` must be a folder, got {folder!r}", hint="for example records='run/records'")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise TokenCreditError(f"`record_every` must be a whole number of at least 1, got {every!r}")
 
 
 def checkpointing_field(config: type) -> str:

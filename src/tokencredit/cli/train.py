@@ -92,21 +92,27 @@ def _train(arguments: argparse.Namespace, stop: Stop) -> int:
     if not world.is_main():
         return 0
     report = write_report([folder], folder / "report.html")
-    evaluations = [line for line in read_metrics(folder) if line["kind"] == "eval"]
+    lines = read_metrics(folder)
+    evaluations = [
+        {"step": line["step"]} | {key: line["metrics"][key] for key in ("success", "reward") if key in line["metrics"]}
+        for line in lines
+        if line["kind"] == "eval"
+    ]
     result = {
         "folder": str(folder),
         "report": str(report),
         "label": metadata["label"],
         "steps": metadata["steps"],
-        "success": [{"step": line["step"], "success": line["metrics"]["success"]} for line in evaluations],
+        "success": evaluations,
     }
     if arguments.json:
         print(json.dumps(result))
         return 0
-    for line in result["success"]:
-        print(f"step {line['step']:>6}   success {line['success']:.3f}")
+    for evaluation in evaluations:
+        values = "   ".join(f"{key} {value:.3f}" for key, value in evaluation.items() if key != "step")
+        print(f"step {evaluation['step']:>6}   {values}")
     if not evaluations:
-        _print_rewards(read_metrics(folder))
+        _print_rewards(lines)
     print(f"report: {printable(report)}")
     return 0
 

@@ -87,7 +87,7 @@ def _split_process(trainer: Mapping[str, Any], rows: int, processes: int, step: 
         given = f"{accumulation} accumulation steps with micro-batches of {micro_batch} rows"
     if micro_batch * accumulation != rows or micro_batch < 1:
         raise TokenCreditError(
-            f"the {step} cannot be split into {given} × {processes} processes",
+            f"the {step} cannot be split into {given} × {processes} process{'es' * (processes > 1)}",
             hint=f"choose a divisor of {rows} for trainer.{ROWS} and leave out trainer.{ACCUMULATION}, or change "
             "prompts_per_step",
         )

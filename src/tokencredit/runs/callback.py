@@ -54,7 +54,6 @@ class RunCallback(TrainerCallback):
         self.progress = progress
         self.stop = stop
         self.parent = multiprocessing.parent_process()  # None but in a worker of `compare`
-        self.trainer: Any = None
         self.unsaid = {"cut off"} | ({"no signal"} if learns_from_reward else set())
         self.evaluated = ""
         self.unreported = 0  # steps done since the last call of `progress`
@@ -62,7 +61,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Evaluate the model that a run starts from."""
         if state.global_step == 0:
-            self._evaluate(model, 0, args, state, control)
+            self._evaluate(model, 0, state)
         elif self.progress is not None:
             self.progress(state.global_step, f"resumed at step {state.global_step}")
 
@@ -71,7 +70,7 @@ class RunCallback(TrainerCallback):
         if self.parent is not None and not self.parent.is_alive():
             raise SystemExit("the command that started this run is gone")
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self._evaluate(model, state.global_step, args, state, control)
+            self._evaluate(model, state.global_step, state)
         self.unreported += 1
         if not control.should_log:  # else the log of this step brings numbers along
             self._report("")
@@ -123,7 +122,7 @@ class RunCallback(TrainerCallback):
             self.stop.number = int(flag.item()) or None
         return asked
 
-    def _evaluate(self, model: Any, step: int, args: Any, state: Any, control: Any) -> None:
+    def _evaluate(self, model: Any, step: int, state: Any) -> None:
         if self.evaluate is None:
             return
         was_training = model.training
@@ -131,22 +130,12 @@ class RunCallback(TrainerCallback):
             metrics = self.evaluate(model)
         finally:
             model.train(was_training)
-        self.evaluated = f"success {metrics['success']:.3f}"
+        numbers = [
+            (name, metrics[name]) for name in ("success", "reward") if isinstance(metrics.get(name), int | float)
+        ]
+        self.evaluated = "held out: " + ", ".join(f"{name} {value:.3f}" for name, value in numbers)
         if state.is_world_process_zero:
             folders.append_metrics(self.folder, step, "eval", metrics)
-            self._send_to_trackers(metrics, args, state, control)
-
-    def _send_to_trackers(self, metrics: Mapping[str, Any], args: Any, state: Any, control: Any) -> None:
-        """Log the evaluation's numbers where the host logs its own."""
-        if self.trainer is None or not args.report_to:
-            return
-        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-        trackers = tuple(INTEGRATION_TO_CALLBACK[name] for name in args.report_to if name in INTEGRATION_TO_CALLBACK)
-        logs = {f"eval_{key}": value for key, value in metrics.items() if isinstance(value, int | float)}
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, trackers):
-                callback.on_log(args, state, control, logs=dict(logs), model=self.trainer.model)
 
 
 def _generation_is_used_up(args: Any, state: Any) -> bool:

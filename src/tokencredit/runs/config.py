@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.credit import Pipeline
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.errors import TokenCreditError, shown, unknown
 from tokencredit.files import parse_yaml, read_yaml
 from tokencredit.lab.tasks import TASKS
-from tokencredit.runs.config_types import Reward, check_types, plain_value, reward_list, shown
+from tokencredit.loading import add_search_folder
+from tokencredit.runs.config_types import Reward, check_types, plain_value, reward_list
 from tokencredit.runs.defaults import (
     check_trainer_fields,
     is_lab_model,
@@ -155,7 +156,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _add_import_folders(config: Path) -> None:
-    """Last on the path, so that no file there hides an installed module."""
+    """Last on the path, so that no file hides an installed module; worker processes inherit the path."""
+    add_search_folder(config.absolute().parent)
     for folder in (str(Path.cwd()), str(config.absolute().parent)):
         if folder not in sys.path:
             sys.path.append(folder)

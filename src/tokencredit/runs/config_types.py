@@ -10,7 +10,7 @@ from pathlib import PurePath
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.errors import TokenCreditError, shown, unknown
 
 LARGEST = 2**31 - 1
 MOST_THREADS = 1024
@@ -134,15 +134,6 @@ def _text_key(key: Any, path: str) -> str:
     if not isinstance(key, str):
         raise TokenCreditError(f"{path} has the key {shown(key)}; a key must be a text", hint="quote it")
     return key
-
-
-def shown(value: Any) -> str:
-    """A value as an error repeats it: never more than 200 characters."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; a list that contains itself
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any, get_type_hints
 
 from tokencredit.adapters.trl_checks import checkpointing_field
-from tokencredit.errors import TokenCreditError
+from tokencredit.errors import TokenCreditError, shown
 from tokencredit.lab.model import SIZES
-from tokencredit.runs.config_types import fits, shown, words_of
+from tokencredit.runs.config_types import fits, words_of
 
 # For the lab's models; `trainer:` overrides it.
 TRAINER_DEFAULTS: dict[str, Any] = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit import files
-from tokencredit.errors import TokenCreditError
-from tokencredit.runs.config_types import is_whole, plain_value, shown
+from tokencredit.errors import TokenCreditError, shown
+from tokencredit.runs.config_types import is_whole, plain_value
 from tokencredit.store import RecordStore
 
 RUN, CONFIG, METRICS, RECORDS = "run.json", "config.yaml", "metrics.jsonl", "records"

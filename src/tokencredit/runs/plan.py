@@ -55,7 +55,8 @@ def make_plan(
             ("response", f"at most {arguments.max_completion_length} tokens, sampled by {sampler} sampler"),
             ("precision", _precision(model, arguments)),
             ("memory", _memory(model, arguments)),
-            ("evaluation", _evaluation(config)),
+            ("evaluation", _evaluation(config, material)),
+            *(("note", note) for note in getattr(material, "notes", ())),
             ("trackers", trackers or "none; trainer.report_to names them"),
             ("folder", f"{folder}, {_saving(arguments)}"),
             ("first prompt", first_prompt(material, arguments)),
@@ -93,17 +94,17 @@ def _memory(model: Any, arguments: Any) -> str:
     return f"about {gigabytes:.2g} GB for weights, gradients and Adam; activation checkpointing {checkpointed}"
 
 
-def _evaluation(config: Mapping[str, Any]) -> str:
+def _evaluation(config: Mapping[str, Any], material: Any) -> str:
     section, dataset = config["evaluation"], config["dataset"]
     when = f"every {section['every']} steps"
     if config["task"] is not None:
         return f"{section['problems']} problems of the task's test split, exact, {when}"
-    if dataset["evaluation"] is None and dataset["evaluation_split"] is None:
+    if material.evaluation is None:
         return "no evaluation set: only training rewards are shown; set dataset.evaluation or dataset.evaluation_split"
     path = dataset["evaluation"] or dataset["path"]
     split = f", split {dataset['evaluation_split']}" if dataset["evaluation_split"] else ""
     return (
-        f"{path}{split}: {section['problems']} problems × {section['samples']} samples, {when}; "
+        f"{path}{split}: {len(material.evaluation)} problems × {section['samples']} samples, {when}; "
         f"correct means a reward above {section['threshold']:g}"
     )
 

@@ -17,7 +17,6 @@ from tokencredit.runs import folders, world
 from tokencredit.runs.arguments import check_installed, grpo_config, lora_config
 from tokencredit.runs.config import ignores_reward
 from tokencredit.runs.config_types import reward_list
-from tokencredit.runs.defaults import is_lab_model
 from tokencredit.runs.plan import Plan, make_plan
 from tokencredit.runs.stop import Stop, Stopped
 
@@ -199,9 +198,9 @@ def _sampler_name(trainer: Any) -> str:
 def _fast_sampler(config: Mapping[str, Any], model: Any, arguments: Any) -> Any:
     """The lab's sampler where it can replace the host's: a lab model and plain softmax sampling."""
     from tokencredit.lab.rollout import UNUSED, rollout_func
-    from tokencredit.lab.sampler import unsupported
+    from tokencredit.lab.sampler import is_lab_model, unsupported
 
-    if config["sampler"] == "host" or (config["sampler"] == "auto" and not is_lab_model(config["model"])):
+    if config["sampler"] == "host" or (config["sampler"] == "auto" and not is_lab_model(model)):
         return None
     reasons = [
         f"{name}={getattr(arguments, name)!r}"
