@@ -87,10 +87,9 @@ def print_table(results: Sequence[Mapping[str, Any]]) -> None:
 
     table = Table(title=title(results))
     difference = f"end − {results[0]['label']}"
+    columns = ["method", "seeds", "start", "end", difference, "training reward, last 10 steps"]
     if results[0]["measure"] is None:
-        columns = ("method", "seeds", "last 10 steps", difference.removeprefix("end "))
-    else:
-        columns = ("method", "seeds", "start", "end", difference, "training reward, last 10 steps")
+        columns = ["method", "seeds", "last 10 steps", difference.removeprefix("end ")]
     for number, name in enumerate(columns):  # no label is cut, and none is read as markup
         table.add_column(_plain(name), justify="left" if number == 0 else "right", overflow="fold")
     for row in results:
