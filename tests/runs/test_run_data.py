@@ -327,6 +327,19 @@ def test_rewards_that_cannot_be_loaded(name: str, said: str, reward_file: Path) 
         load_rewards(name)
 
 
+def test_a_reward_model_is_a_folder_or_a_name(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForSequenceClassification
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small = Qwen3Config(vocab_size=9, num_key_value_heads=1, head_dim=8, num_labels=1, pad_token_id=0, **shape)
+    Qwen3ForSequenceClassification(small).save_pretrained(tmp_path / "judge")
+    (model,), weights = load_rewards({str(tmp_path / "judge"): 0.5})
+    assert model.config.num_labels == 1 and weights == [0.5]
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(TokenCreditError, match="cannot load the reward model"):
+        load_rewards(str(tmp_path / "nothing"))
+
+
 def test_a_reward_that_needs_a_missing_column_is_refused() -> None:
     check_columns([length_reward], ["prompt", "answer"], "training")
     with pytest.raises(TokenCreditError, match="'length_reward' needs the column 'answer', and the evaluation data"):

@@ -258,16 +258,26 @@ def test_pythons_generator_is_put_back() -> None:
 
 
 def test_the_generators_of_every_gpu_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = {0: "a", 1: "b"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
-    monkeypatch.setattr(torch, "manual_seed", lambda seed: states.update({0: "seeded", 1: "seeded"}))
+    generators = (torch.Generator().manual_seed(3), torch.Generator().manual_seed(4))
+    before = [generator.get_state() for generator in generators]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: [generator.manual_seed(seed) for generator in generators])
     with pytest.raises(KeyError), sampling.own_stream(1):
-        assert states == {0: "seeded", 1: "seeded"}
+        assert [generator.initial_seed() for generator in generators] == [1, 1]
         raise KeyError
-    assert states == {0: "a", 1: "b"}
+    assert all(torch.equal(each.get_state(), state) for each, state in zip(generators, before, strict=True))
+
+
+def test_the_generator_of_a_pretend_gpu_is_put_back() -> None:
+    fakecuda = pytest.importorskip("support.fakecuda", reason="the pretend CUDA device is not in this tree")
+    fakecuda.require()
+    with fakecuda.session():
+        before = fakecuda.cpu(torch.rand(3, device="cuda"))
+        state = torch.cuda.default_generators[0].get_state()
+        with sampling.own_stream(1):
+            torch.rand(5, device="cuda")
+        assert torch.equal(torch.cuda.default_generators[0].get_state(), state)
+        assert not torch.equal(fakecuda.cpu(torch.rand(3, device="cuda")), before)
 
 
 def test_nothing_to_evaluate_on_is_no_evaluation() -> None:

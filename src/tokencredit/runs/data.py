@@ -72,6 +72,7 @@ def _of_task(config: Mapping[str, Any]) -> Material:
     # A prompt for every place in the run: a host that resumes in a later epoch repeats the order of the first.
     count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
     dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
+    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
     response = _response_length(config, task.max_response)
     reward = lab_data.reward_function(task)
     prompts.check_lengths(dataset, tokenizer, model, response, {})
@@ -92,7 +93,7 @@ def _of_dataset(config: Mapping[str, Any]) -> Material:
     wrapping = prompts.choose_wrapping(dataset, tokenizer, section)
     dataset = prompts.wrap(dataset, wrapping)
     evaluation = None if evaluation is None else prompts.wrap(evaluation, wrapping)
-    _check_teacher_columns(config["teacher"], dataset, tokenizer)
+    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
     model = lab_data.load_model(path)
     response = _response_length(config, MOST_RESPONSES)
     options = config["trainer"].get("chat_template_kwargs") or {}
@@ -159,7 +160,7 @@ def check_teacher(section: Any) -> None:
     PromptRenderer(resolve_teacher(given))
 
 
-def _check_teacher_columns(section: Any, rows: Dataset, tokenizer: Any) -> None:
+def _check_columns_of_teacher(section: Any, rows: Dataset, tokenizer: Any) -> None:
     """Refuse a template that shows columns which the data lack, before the models are loaded."""
     if section is None:
         return

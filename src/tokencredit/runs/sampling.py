@@ -19,8 +19,9 @@ def own_stream(seed: int) -> Iterator[None]:
     These are Python's, NumPy's, and torch's on the CPU, on every CUDA device and on MPS.
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    cuda = [torch.cuda.get_rng_state(device) for device in devices]
+    if torch.cuda.is_available():
+        torch.cuda.init()  # before it there are no generators, and a seed would wait for them
+    cuda = [(generator, generator.get_state()) for generator in torch.cuda.default_generators]
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -31,8 +32,8 @@ def own_stream(seed: int) -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
-        for device, state in zip(devices, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        for generator, state in cuda:
+            generator.set_state(state)
         if mps is not None:
             torch.mps.set_rng_state(mps)
 
