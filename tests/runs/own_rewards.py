@@ -7,3 +7,7 @@ def constant(completions, **columns):
 
 def not_a_number(completions, **columns):
     return [float("nan")] * len(completions)
+
+
+def shorter_is_better(completion_ids, **columns):
+    return [1.0 / len(ids) for ids in completion_ids]

@@ -131,7 +131,9 @@ def test_refusals_come_before_anything_is_written(model_folder: Path, tmp_path: 
     (tmp_path / "empty").mkdir()
     assert "is not a model folder" in refuse(folder, small_config(tmp_path / "empty"))
     odd = {"num_generations": 4, "per_device_train_batch_size": 6}
-    assert "no whole groups of 4" in refuse(folder, small_config(model_folder, trainer=odd))
+    assert "cannot be split into micro-batches of 6 rows × 1 process" in refuse(
+        folder, small_config(model_folder, trainer=odd)
+    )
     alone = {"num_generations": 1}
     assert "must be at least 2" in refuse(folder, small_config(model_folder, trainer=alone))
     long = {"num_generations": 4, "max_completion_length": 100_000}
@@ -166,10 +168,12 @@ def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "empty prompt" in refuse(folder, own(model_folder, blank))
     assert "cannot load the reward" in refuse(folder, own(model_folder, good, "own_rewards:missing"))
     config = own(model_folder, good)
-    config["dataset"]["evaluation"] = str(good)
+    held_out = [{"question": f"{n}-1=", "answer": str(n - 1)} for n in range(1, 4)]
+    config["dataset"]["evaluation"] = str(write_rows(tmp_path / "held_out.jsonl", held_out))
     assert run(folder, config)["status"] == "finished"
     evaluations = [line for line in folders.read_metrics(folder) if line["kind"] == "eval"]
-    assert evaluations[-1]["metrics"]["success"] == 0.5
+    assert evaluations[-1]["metrics"]["reward"] == 0.5
+    assert evaluations[-1]["metrics"]["success"] == 1.0  # every reward is above the threshold of 0
     shutil.rmtree(folder)
     with pytest.raises(TokenCreditError, match="'not_a_number' gave nan for row 0"):
         run(folder, own(model_folder, good, "own_rewards:not_a_number"))

@@ -5,6 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tokencredit.credit import get_pipeline
@@ -52,32 +53,81 @@ def _show_one(name: str, *, as_json: bool) -> int:
     steps = {**estimators(), **transforms()}
     if name in steps:
         kind = "estimator" if name in estimators() else "transform"
-        found = _row(kind, name, steps[name]) | {"doc": inspect.getdoc(steps[name].fn)}
-        print(json.dumps(found) if as_json else _text(found))
+        described = _row(kind, name, steps[name]) | {"doc": inspect.getdoc(steps[name].fn), "page": _page(name)}
+        print(json.dumps(described) if as_json else _text(described))
     elif name not in presets():
         raise unknown("method", name, {*steps, *presets()})
     if name in presets():
-        pipeline = get_pipeline(name)
-        found = {
-            "kind": "preset",
-            "name": name,
-            "pipeline": pipeline.to_config(),
-            "requires": sorted(pipeline.requires),
-        }
-        print(json.dumps(found) if as_json else _preset_text(found))
+        described = _preset(name, steps)
+        print(json.dumps(described) if as_json else _preset_text(described, steps))
     return 0
 
 
-def _text(found: Mapping[str, Any]) -> str:
-    needs = ", ".join(found["requires"]) or "the outcome alone"
-    hyperparameters = ", ".join(f"{key}={value}" for key, value in found["hyperparameters"].items()) or "(none)"
-    head = f"{found['name']} ({found['kind']})\nneeds: {needs}\nhyperparameters: {hyperparameters}"
-    return f"{head}\npaper: {found['paper']}\n\n{found['doc']}\n"
+def _preset(name: str, steps: Mapping[str, MethodSpec]) -> dict[str, Any]:
+    pipeline = get_pipeline(name)
+    names = [step for step in _step_names(pipeline.to_config()) if step in steps]
+    return {
+        "kind": "preset",
+        "name": name,
+        "pipeline": pipeline.to_config(),
+        "requires": sorted(pipeline.requires),
+        "steps": names,
+        "papers": list(dict.fromkeys(steps[step].paper for step in names)),
+        "page": _page(name, *reversed(names)),
+    }
 
 
-def _preset_text(found: Mapping[str, Any]) -> str:
-    needs = ", ".join(found["requires"]) or "the outcome alone"
-    return f"{found['name']} (preset)\nneeds: {needs}\npipeline: {json.dumps(found['pipeline'])}\n"
+def _step_names(config: Any) -> list[str]:
+    """The names of the methods of a pipeline; a weighted sum has several chains."""
+    if isinstance(config, str):
+        return [config]
+    if isinstance(config, Mapping):
+        return _step_names(config["weighted_sum"]) if "weighted_sum" in config else [str(key) for key in config]
+    return [name for part in config for name in _step_names(part)]
+
+
+def _page(*names: str) -> str | None:
+    """The page of a checkout that says most of a method; None where the docs are not there."""
+    folder = Path(__file__).parents[3] / "docs" / "methods"
+    for name in names:
+        counts = {page.name: page.read_text(encoding="utf-8").count(f"`{name}`") for page in folder.glob("*.md")}
+        if any(counts.values()):
+            return f"docs/methods/{max(sorted(counts), key=lambda page: counts[page])}"
+    return None
+
+
+def _text(described: Mapping[str, Any]) -> str:
+    needs = ", ".join(described["requires"]) or "only the outcome"
+    hyperparameters = ", ".join(f"{key}={value}" for key, value in described["hyperparameters"].items()) or "(none)"
+    head = f"{described['name']} ({described['kind']})\nneeds: {needs}\nhyperparameters: {hyperparameters}"
+    page = f"\npage: {described['page']}" if described["page"] else ""
+    first = [described["name"]] if described["kind"] == "estimator" else ["group_normalized", described["name"]]
+    config = f"\nconfig: `credit: [{', '.join(first)}]`"
+    return f"{head}\npaper: {described['paper']}{page}{config}\n\n{described['doc']}\n"
+
+
+def _preset_text(described: Mapping[str, Any], steps: Mapping[str, MethodSpec]) -> str:
+    name = described["name"]
+    needs = ", ".join(described["requires"]) or "only the outcome"
+    lines = [f"{name} (preset)", f"needs: {needs}", f"pipeline: {' → '.join(_chains(described['pipeline']))}"]
+    lines += [f"paper: {', '.join(described['papers'])}"]
+    lines += [f"page: {described['page']}"] if described["page"] else []
+    defaults = steps[described["steps"][-1]].defaults if described["steps"] else {}
+    if defaults:
+        key, value = next(iter(defaults.items()))
+        shown = json.dumps(value)
+        lines += [
+            f"config: `credit: {name}`, or `credit: {{{name}: {{{key}: {shown}}}}}`, or --set credit.{key}={shown}"
+        ]
+    else:
+        lines += [f"config: `credit: {name}`"]
+    for step in described["steps"]:
+        lines += ["", f"## {step}", "", inspect.getdoc(steps[step].fn) or ""]
+    return "\n".join(lines) + "\n"
+
+
+def _chains(pipeline: Any) -> list[str]:
+    return [_step_text(step) for step in pipeline] if isinstance(pipeline, list) else [json.dumps(pipeline)]
 
 
 def _print_tables(found: Mapping[str, Any]) -> None:

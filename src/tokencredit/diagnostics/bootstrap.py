@@ -32,9 +32,10 @@ def interval(values: Values, level: float = 0.95, resamples: int = 2000, seed: i
 
     `values` is one number a unit, or [seed, problem], where the same problems were put to every seed: seeds and
     problems are then resampled independently of each other. An axis of length one is not resampled, so with one seed
-    the interval speaks of problems alone. With few seeds (below about eight) percentile intervals are too narrow.
+    the interval is about other problems only. With few seeds (below about eight) percentile intervals are too narrow:
+    `diagnostics.intervals.seed_interval` is for seeds.
     """
-    table = _table(values)
+    table = table_of(values)
     if not 0 < level < 1:
         raise TokenCreditError(f"`level` must be in (0, 1), got {level}")
     if table.size == 0:
@@ -56,7 +57,7 @@ def paired_bootstrap(
 
     Shapes must agree; see `interval` for what is resampled.
     """
-    one, two = _table(first), _table(second)
+    one, two = table_of(first), table_of(second)
     if one.shape != two.shape:
         raise TokenCreditError(
             f"paired values must have one shape, got {list(one.shape)} and {list(two.shape)} ([seed, problem])",
@@ -65,7 +66,8 @@ def paired_bootstrap(
     return interval(two - one, level, resamples, seed)
 
 
-def _table(values: Values) -> Float[np.ndarray, "seed problem"]:
+def table_of(values: Values) -> Float[np.ndarray, "seed problem"]:
+    """Values as a table [seed, problem]; one axis is one seed."""
     try:
         table = np.asarray(values, dtype=np.float64)
     except ValueError as error:

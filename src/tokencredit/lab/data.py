@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.tasks import Problem, Task, get_task
+from tokencredit.progress import track
 
 RewardFunction = Callable[..., list[float]]
 
@@ -18,7 +19,8 @@ def prompt_dataset(task: Task | str, split: str, count: int, seed: int = 0) -> D
     """Problems as rows: `prompt` is plain text, `problem` the JSON that the reward function reads."""
     if count < 1:
         raise TokenCreditError(f"`count` must be at least 1, got {count}")
-    problems = _task(task).problems(split, count, seed)
+    resolved = _task(task)
+    problems = [resolved._problem(split, seed, index) for index in track(range(count), "drawing problems")]
     return Dataset.from_dict(
         {"prompt": [problem.prompt for problem in problems], "problem": [problem.to_json() for problem in problems]}
     )

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tokencredit.errors import TokenCreditError
-from tokencredit.lab.model import SIZES, warm_start
+from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.lab.model import SIZES, STAGES, warm_start
 from tokencredit.lab.tasks import TASKS
 
 
@@ -18,6 +18,10 @@ def with_lab_model(section: Any, task: str | None) -> dict[str, Any]:
             f"`teacher` must be a mapping with `kind`, got {section!r}", hint="for example `teacher: {kind: base}`"
         )
     found = dict(section)
-    if isinstance(found.get("model"), str) and found["model"] in SIZES and task in TASKS:
-        found["model"] = str(warm_start(str(task), size=found["model"], stage=found.pop("stage", "late")))
+    size = found.get("model")
+    if isinstance(size, str) and size in SIZES and task in TASKS:
+        stage = found.pop("stage", "late")
+        if not isinstance(stage, str) or stage not in STAGES:
+            raise unknown("stage of the teacher", stage, STAGES)
+        found["model"] = str(warm_start(str(task), size=size, stage=stage))
     return found

@@ -1,7 +1,7 @@
-"""From a config to what TRL's trainer takes: model, tokenizer, dataset, reward; every refusal before training."""
+"""From a config to what TRL's trainer takes: model, tokenizer, data, rewards. Everything is refused before training."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -10,57 +10,129 @@ from datasets import Dataset
 
 from tokencredit.collect.exact import ExactValues
 from tokencredit.collect.teacher import resolve_teacher
-from tokencredit.errors import TokenCreditError
+from tokencredit.collect.teacher_prompts import PromptRenderer
+from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
-from tokencredit.lab.model import SIZES, warm_start
+from tokencredit.lab.model import SIZES, STAGES, warm_start
 from tokencredit.lab.tasks import Problem, Task, get_task
 from tokencredit.lab.teachers import with_lab_model
-from tokencredit.loading import load_attribute
+from tokencredit.runs import datasets, prompts
+from tokencredit.runs.rewards import check_columns, load_rewards, on_plain_text
+
+load_dataset_section = datasets.load_dataset_section
+
+MOST_RESPONSES = 256  # default length of a response where neither the task nor `trainer:` says one
+TEACHER_ROWS = 64  # rows whose columns are checked against the teacher's template before a model is loaded
 
 
 class Material(NamedTuple):
-    """What a run trains on."""
+    """What a run trains and evaluates on.
+
+    `reward` is one function, or a list with `reward_weights`. `evaluation` are the held-out rows, if any. `notes` are
+    sentences about the data for the plan that is printed before the first step.
+    """
 
     model: Any
     tokenizer: Any
     dataset: Dataset
-    reward: Callable[..., Any]
+    reward: Any
     task: Task | None
     max_response: int
     teacher: dict[str, Any] | None = None
     collectors: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    reward_weights: list[float] | None = None
+    evaluation: Dataset | None = None
+    notes: tuple[str, ...] = ()
 
 
 def model_folder(config: Mapping[str, Any]) -> str:
     """The folder or name of the model; a lab model is built on first use and cached."""
     if config["task"] is not None and config["model"] in SIZES:
+        if not isinstance(config["stage"], str) or config["stage"] not in STAGES:
+            raise unknown("stage", config["stage"], STAGES)
         return str(warm_start(config["task"], size=config["model"], stage=config["stage"]))
     return str(config["model"])
 
 
 def load_material(config: Mapping[str, Any]) -> Material:
-    """Load everything and refuse what cannot be trained."""
+    """Load everything that a run needs, cheap things first, and refuse what cannot be trained."""
+    check_teacher(config["teacher"])
+    material = _of_dataset(config) if config["task"] is None else _of_task(config)
+    return material._replace(teacher=_teacher(config))
+
+
+def _of_task(config: Mapping[str, Any]) -> Material:
+    task = get_task(config["task"])
     path = model_folder(config)
     model, tokenizer = lab_data.load_model(path), lab_data.load_tokenizer(path)
     if config["model"] in SIZES and not torch.cuda.is_available():  # what makes a tiny model fast on a CPU
         model.set_attn_implementation("eager")
         fuse_norms(model)
-    if config["task"] is not None:
-        task = get_task(config["task"])
-        # A prompt for every place in the run: a host that resumes in a later epoch repeats the order of the first.
-        count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
-        dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
-        response = int(config["trainer"].get("max_completion_length") or task.max_response)
-        reward = lab_data.reward_function(task)
-        found = Material(model, tokenizer, dataset, reward, task, response, collectors={"values": exact_values(task)})
-    else:
-        dataset = load_dataset_section(config["dataset"])
-        response = int(config["trainer"].get("max_completion_length") or 256)
-        reward = no_reward if config["reward"] is None else _load_function(config["reward"])
-        found = Material(model, tokenizer, dataset, reward, None, response)
-    _check_prompts(found)
-    return found._replace(teacher=_teacher(config))
+    # A prompt for every place in the run: a host that resumes in a later epoch repeats the order of the first.
+    count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
+    dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
+    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
+    response = _response_length(config, task.max_response)
+    reward = lab_data.reward_function(task)
+    prompts.check_lengths(dataset, tokenizer, model, response, {})
+    return Material(model, tokenizer, dataset, reward, task, response, collectors={"values": exact_values(task)})
+
+
+def _of_dataset(config: Mapping[str, Any]) -> Material:
+    section = config["dataset"]
+    functions, weights = load_rewards(config["reward"])
+    dataset = datasets.load_dataset_section(section)
+    evaluation, left_out = _evaluation(config, dataset)
+    for name, rows in (("training", dataset), ("evaluation", evaluation)):
+        if rows is not None:
+            prompts.check_kinds(rows, name)
+            check_columns(functions, rows.column_names, name)
+    path = model_folder(config)
+    tokenizer = lab_data.load_tokenizer(path)
+    wrapping = prompts.choose_wrapping(dataset, tokenizer, section)
+    dataset = prompts.wrap(dataset, wrapping)
+    evaluation = None if evaluation is None else prompts.wrap(evaluation, wrapping)
+    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
+    model = lab_data.load_model(path)
+    response = _response_length(config, MOST_RESPONSES)
+    options = config["trainer"].get("chat_template_kwargs") or {}
+    prompts.check_lengths(dataset, tokenizer, model, response, options)
+    if evaluation is not None:
+        prompts.check_lengths(evaluation, tokenizer, model, response, options, "evaluation")
+    if wrapping.wraps:
+        functions = [on_plain_text(function) for function in functions]
+    reward = no_reward if not functions else functions[0] if len(functions) == 1 else functions
+    notes = list(wrapping.notes)
+    if left_out:
+        notes.append(f"{left_out} evaluation problems are left out because they are also training prompts")
+    return Material(
+        model,
+        tokenizer,
+        dataset,
+        reward,
+        None,
+        response,
+        reward_weights=None if all(weight == 1 for weight in weights) else weights,
+        evaluation=evaluation,
+        notes=tuple(notes),
+    )
+
+
+def _evaluation(config: Mapping[str, Any], training: Dataset) -> tuple[Dataset | None, int]:
+    """The held-out rows without those that are also trained on, and how many were left out."""
+    rows = datasets.load_evaluation(config["dataset"])
+    if rows is None:
+        return None, 0
+    chosen = rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
+    return datasets.without_overlap(chosen, training["prompt"])
+
+
+def _response_length(config: Mapping[str, Any], default: int) -> int:
+    given = config["trainer"].get("max_completion_length") or default
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise TokenCreditError(f"`trainer.max_completion_length` must be a whole number of at least 1, got {given!r}")
+    return given
 
 
 def exact_values(task: Task) -> ExactValues:
@@ -76,84 +148,37 @@ def exact_values(task: Task) -> ExactValues:
     )
 
 
+def check_teacher(section: Any) -> None:
+    """Refuse wrong keys, values and template names of a `teacher:` section before anything is loaded or built."""
+    if section is None:
+        return
+    if not isinstance(section, Mapping):
+        raise TokenCreditError(f"`teacher` must be a mapping, got {section!r}", hint="see docs/teachers.md")
+    if not isinstance(section.get("kind"), str):
+        raise TokenCreditError(f"`teacher` needs a `kind`, got {dict(section)!r}", hint="see docs/teachers.md")
+    given = dict(section)
+    if isinstance(given.get("model"), str) and given["model"] in SIZES:
+        given.pop("stage", None)  # `with_lab_model` checks it
+    PromptRenderer(resolve_teacher(given))
+
+
+def _check_columns_of_teacher(section: Any, rows: Dataset, tokenizer: Any) -> None:
+    """Refuse a template that shows columns which the data lack, before the models are loaded."""
+    if section is None:
+        return
+    given = {name: value for name, value in section.items() if name != "stage"}
+    PromptRenderer(resolve_teacher(given)).check(islice(rows, TEACHER_ROWS), tokenizer)
+
+
 def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The `teacher:` section; `model: tiny` or `small` with a `stage` means a model of the lab."""
     if config["teacher"] is None:
         return None
     section = with_lab_model(config["teacher"], config["task"])
-    resolve_teacher(section)  # its keys and values, before anything is loaded
+    resolve_teacher(section)
     return section
-
-
-def load_dataset_section(section: Mapping[str, Any]) -> Dataset:
-    """A JSONL, JSON, CSV or Parquet file, a folder saved by `datasets`, or a dataset name."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    path = Path(section["path"])
-    readers = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    try:
-        if path.is_dir():
-            loaded: Any = load_from_disk(str(path))
-        elif path.suffix in readers:
-            if not path.is_file():
-                raise TokenCreditError(f"no dataset file {str(path)!r}")
-            if path.stat().st_size == 0:
-                raise TokenCreditError(f"the dataset {str(path)!r} is empty", hint="it needs at least one prompt")
-            loaded = load_dataset(readers[path.suffix], data_files=str(path), split="train")
-        else:
-            loaded = load_dataset(str(path), split=section["split"])
-    except TokenCreditError:
-        raise
-    except Exception as error:  # the reader's many error types, told in one line
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise TokenCreditError(f"cannot read the dataset {section['path']!r}: {reason}") from error
-    if isinstance(loaded, DatasetDict):
-        if section["split"] not in loaded:
-            raise TokenCreditError(f"{path} has no split {section['split']!r}; it has {', '.join(loaded)}")
-        loaded = loaded[section["split"]]
-    return _checked_dataset(loaded, section)
-
-
-def _checked_dataset(dataset: Dataset, section: Mapping[str, Any]) -> Dataset:
-    if len(dataset) == 0:
-        raise TokenCreditError(f"the dataset {section['path']!r} is empty", hint="it needs at least one prompt")
-    column = section["prompt"]
-    if column not in dataset.column_names:
-        raise TokenCreditError(
-            f"the dataset {section['path']!r} has no column {column!r}; it has {', '.join(dataset.column_names)}",
-            hint="name the column of the prompts: `dataset: {prompt: …}`",
-        )
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
 
 
 def no_reward(completions: list[Any], **columns: Any) -> list[float]:
     """For pipelines that learn from a teacher alone: TRL wants a reward, credit does not read it."""
     return [0.0] * len(completions)
-
-
-def _load_function(name: str) -> Callable[..., Any]:
-    function = load_attribute(str(name), "the reward")
-    if not callable(function):
-        raise TokenCreditError(f"the reward {name!r} is no function")
-    return function
-
-
-def _check_prompts(material: Material) -> None:
-    """No prompt may be longer than the model takes together with a response."""
-    limit = getattr(material.model.config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    for row, prompt in enumerate(material.dataset["prompt"]):
-        if not isinstance(prompt, str) and not isinstance(prompt, list):
-            raise TokenCreditError(f"row {row} of the dataset has the prompt {prompt!r}; it must be text or messages")
-        if isinstance(prompt, list):
-            continue  # chat messages: the template decides their length, and TRL checks it
-        length = len(material.tokenizer(prompt)["input_ids"])
-        if length == 0:
-            raise TokenCreditError(f"row {row} of the dataset has an empty prompt")
-        if length + material.max_response > limit:
-            raise TokenCreditError(
-                f"row {row} of the dataset: a prompt of {length} tokens and a response of {material.max_response} "
-                f"exceed the {limit} positions of the model",
-                hint="drop long prompts, or lower trainer.max_completion_length",
-            )

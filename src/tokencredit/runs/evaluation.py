@@ -1,75 +1,212 @@
-"""Success on held-out problems: exact where the accepted responses can be listed, by sampling elsewhere."""
+"""Evaluation on held-out problems: exact where the accepted responses can be listed, by sampling elsewhere."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
+from tokencredit.collect.prompts import prompt_ids
 from tokencredit.lab.success import success_probability
 from tokencredit.lab.tasks import Task
+from tokencredit.runs import sampling, world
+from tokencredit.runs.rewards import score
+from tokencredit.seeds import derive
+
+Metrics = dict[str, Any]
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # a forward gathers weights from all processes
+
+# Metrics that trackers get, as eval/…; the others are lists or settings.
+TRACKED = ("reward", "success", "unscored")
 
 
-def evaluator(config: Mapping[str, Any], material: Any) -> Callable[[Any], dict[str, Any]] | None:
-    """A function from the model to {"success", "per_problem"}; None where the config names nothing to evaluate on."""
-    count = int(config["evaluation"]["problems"])
+def evaluator(config: Mapping[str, Any], material: Any, trainer: Any = None) -> Callable[[Any], Metrics] | None:
+    """Build the function that evaluates a model.
+
+    On a lab task success is exact. On a data set every problem gets `evaluation.samples` responses, sampled and scored
+    as in training. With a `trainer` its generation, rewards and state are used, the problems are divided among its
+    processes, and the numbers are logged to its trackers.
+
+    Args:
+      config: a resolved config.
+      material: what `runs.data.load_material` returned.
+      trainer: TRL's trainer, if there is one.
+
+    Returns:
+      A function from a model to metrics; see docs/report.md for their names. None where there is nothing to evaluate
+      on, and on processes that take no part.
+    """
     if material.task is not None:
-        return _exact(material.task, material.tokenizer, count)
-    if config["dataset"]["evaluation"] is None:
-        return None
-    from tokencredit.runs.data import load_dataset_section
+        sharded = trainer is not None and str(trainer.accelerator.distributed_type.value) in SHARDED
+        if not (sharded or world.is_main()):
+            return None
+        evaluate = _exact(material.task, material.tokenizer, int(config["evaluation"]["problems"]))
+    else:
+        rows = _rows(config, material)
+        if rows is None or (trainer is None and not world.is_main()):
+            return None
+        evaluate = _sampled(rows, material, config["evaluation"], trainer)
+    return evaluate if trainer is None else _logged(evaluate, trainer)
 
-    rows = load_dataset_section(config["dataset"] | {"path": config["dataset"]["evaluation"]})
-    chosen = rows.select(range(min(count, len(rows))))
-    return _sampled(chosen, material, int(config["evaluation"]["samples"]))
+
+def _rows(config: Mapping[str, Any], material: Any) -> Any:
+    rows = getattr(material, "evaluation", None)
+    if rows is not None or hasattr(material, "evaluation"):
+        return rows
+    from tokencredit.runs.datasets import load_evaluation
+
+    rows = load_evaluation(config["dataset"])
+    return None if rows is None else rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
 
 
-def _exact(task: Task, tokenizer: Any, count: int) -> Callable[[Any], dict[str, Any]]:
+def _exact(task: Task, tokenizer: Any, count: int) -> Callable[[Any], Metrics]:
     """V(x) = Σ_c π(c | x) over the accepted responses: no sampling noise, the same problems in every run."""
     problems = task.problems("test", count)
 
-    def evaluate(model: Any) -> dict[str, Any]:
+    def evaluate(model: Any) -> Metrics:
         values = success_probability(model, tokenizer, task, problems).tolist()
         return {"success": sum(values) / len(values), "per_problem": values}
 
     return evaluate
 
 
-def _sampled(rows: Any, material: Any, samples: int) -> Callable[[Any], dict[str, Any]]:
-    """Mean reward of `samples` responses to each prompt, from TRL-like sampling at temperature 1."""
+def _sampled(rows: Any, material: Any, settings: Mapping[str, Any], trainer: Any) -> Callable[[Any], Metrics]:
+    samples, threshold = int(settings["samples"]), float(settings.get("threshold", 0.0))
+    problems = [dict(row) for row in rows]
+    size = 1 if trainer is None else world.size()
+    rank = 0 if trainer is None else world.rank()
+    # Every process takes the same number of problems, so that all of them make the same calls.
+    shares = [
+        [index % len(problems) for index in range(first, size * -(-len(problems) // size), size)]
+        for first in range(size)
+    ]
 
-    def evaluate(model: Any) -> dict[str, Any]:
-        state = torch.get_rng_state()  # evaluation must not move the run's own stream
-        try:
-            torch.manual_seed(0)
-            values = [_mean_reward(model, material, row, samples) for row in rows]
-        finally:
-            torch.set_rng_state(state)
-        return {"success": sum(values) / len(values), "per_problem": values}
+    def evaluate(model: Any) -> Metrics:
+        with sampling.own_stream(derive("evaluation", rank)):
+            rewards, logged = _rewards(model, material, [problems[index] for index in shares[rank]], samples, trainer)
+        scored: dict[int, list[float | None]] = {}
+        for share, found in zip(shares, _gather(rewards, size), strict=True):
+            scored |= dict(zip(share, found, strict=True))
+        return logged | summarise([scored[index] for index in range(len(problems))], threshold)
 
     return evaluate
 
 
-@torch.no_grad()
-def _mean_reward(model: Any, material: Any, row: Mapping[str, Any], samples: int) -> float:
-    model.eval()
-    prompt = row["prompt"]
-    text = (
-        prompt
-        if isinstance(prompt, str)
-        else material.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+def _gather(values: list[Any], size: int) -> list[list[Any]]:
+    if size == 1:
+        return [values]
+    import torch
+
+    found: list[Any] = [None] * size
+    torch.distributed.all_gather_object(found, values)
+    return found
+
+
+def _rewards(
+    model: Any, material: Any, problems: Sequence[Mapping[str, Any]], samples: int, trainer: Any = None
+) -> tuple[list[list[float | None]], dict[str, float]]:
+    """Sample `samples` responses to each problem and score them; a list of rewards per problem, and logged metrics."""
+    options = _chat_options(material, trainer)
+    ids = [prompt_ids(material.tokenizer, problem["prompt"], **options) for problem in problems]
+    responses = sampling.sample_responses(model, material, ids, samples, trainer)
+    columns: dict[str, list[Any]] = {
+        name: [problem.get(name) for problem in problems for _ in range(samples)]
+        for name in dict.fromkeys(name for problem in problems for name in problem)
+        if name not in ("prompt", "completion", "completion_ids")
+    }
+    columns["prompts"] = [problem["prompt"] for problem in problems for _ in range(samples)]
+    columns["completions"] = _completions(material.tokenizer, columns["prompts"], responses)
+    columns["completion_ids"] = responses
+    functions = material.reward if isinstance(material.reward, list) else [material.reward]
+    weights = getattr(material, "reward_weights", None) or [1.0] * len(functions)
+    processors: Sequence[Any] = [None] * len(functions)
+    state = None
+    if trainer is not None:
+        functions, weights = trainer.reward_funcs, trainer.args.reward_weights or [1.0] * len(trainer.reward_funcs)
+        processors, state = trainer.reward_processing_classes, trainer.state
+    found = score(
+        functions,
+        weights,
+        columns,
+        processors=processors,
+        chat_template_kwargs=options["chat_template_kwargs"],
+        state=state,
     )
-    inputs = material.tokenizer(text, return_tensors="pt").to(model.device)
-    ids = model.generate(
-        **inputs,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        num_return_sequences=samples,
-        max_new_tokens=material.max_response,
-    )[:, inputs["input_ids"].shape[1] :]
-    texts = material.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    columns = {name: [value] * samples for name, value in row.items() if name != "prompt"}
-    completions = texts if isinstance(prompt, str) else [[{"role": "assistant", "content": item}] for item in texts]
-    rewards = material.reward(prompts=[prompt] * samples, completions=completions, **columns)
-    scored = [float(reward) for reward in rewards if reward is not None]
+    rows = range(0, len(found.rewards), samples)
+    return [found.rewards[row : row + samples] for row in rows], found.metrics
+
+
+def _chat_options(material: Any, trainer: Any) -> dict[str, Any]:
+    """What the chat template gets in training."""
+    if trainer is None:
+        return {"chat_template_kwargs": getattr(material, "chat_template_kwargs", None) or {}}
+    return {
+        "chat_template_kwargs": getattr(trainer, "chat_template_kwargs", None) or {},
+        "tools": getattr(trainer, "tools", None),
+        "chat_template": getattr(trainer, "chat_template", None),
+    }
+
+
+def _completions(tokenizer: Any, prompts: Sequence[Any], responses: list[list[int]]) -> list[Any]:
+    """The responses as TRL hands them to reward functions: texts, or one assistant turn each."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    if isinstance(prompts[0], str):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def summarise(rewards: Sequence[Sequence[float | None]], threshold: float) -> Metrics:
+    """Reduce the rewards of every problem's responses to the metrics of an evaluation.
+
+    Args:
+      rewards: one list per problem; None for a response that no reward function scored.
+      threshold: a response succeeds if its reward is above it.
+
+    Returns:
+      `reward` (mean), `success` (share of responses above the threshold), both as means over problems, and per problem;
+      `threshold`; `binary` (whether all rewards are 0 or 1); `unscored` responses. Problems without a scored response
+      are left out, and then `problems` lists those that count.
+    """
+    kept = [(index, [value for value in row if value is not None]) for index, row in enumerate(rewards)]
+    kept = [(index, row) for index, row in kept if row]
+    flat = [value for _, row in kept for value in row]
+    means = [math.fsum(row) / len(row) for _, row in kept]
+    shares = [sum(value > threshold for value in row) / len(row) for _, row in kept]
+    found: Metrics = {
+        "per_problem": means,
+        "per_problem_success": shares,
+        "threshold": threshold,
+        "binary": all(value in (0.0, 1.0) for value in flat),
+        "unscored": sum(map(len, rewards)) - len(flat),
+    }
+    if kept:
+        found |= {"reward": math.fsum(means) / len(means), "success": math.fsum(shares) / len(shares)}
+    if len(kept) < len(rewards):
+        found["problems"] = [index for index, _ in kept]
+    return found
+
+
+def _logged(evaluate: Callable[[Any], Metrics], trainer: Any) -> Callable[[Any], Metrics]:
+    """Send an evaluation's numbers to the trainer's trackers as eval/reward, eval/success, …"""
+    from transformers import Trainer
+
+    def evaluate_and_log(model: Any) -> Metrics:
+        found = evaluate(model)
+        numbers = {
+            f"eval_{name}": value
+            for name, value in found.items()
+            if name in TRACKED or (isinstance(value, float) and name != "threshold")
+        }
+        # The base class: TRL's own `log` would print its table of completions once more. Logging tells the trainer
+        # that this step is logged, and its own metrics are still to come.
+        should_log = trainer.control.should_log
+        Trainer.log(trainer, numbers)
+        trainer.control.should_log = should_log
+        return found
+
+    return evaluate_and_log
+
+
+def _mean_reward(model: Any, material: Any, row: Mapping[str, Any], samples: int) -> float:
+    """Mean reward of `samples` responses to one prompt; 0 if none was scored."""
+    (rewards,), _ = _rewards(model, material, [row], samples)
+    scored = [value for value in rewards if value is not None]
     return sum(scored) / max(1, len(scored))

@@ -17,6 +17,6 @@ TASKS: dict[str, Task] = {
 
 def get_task(name: str) -> Task:
     """The task called `name`."""
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name]
