@@ -1,9 +1,6 @@
 """Attention entropies from queries and keys: values by hand, blocks, GQA, windows, soft-caps, sinks, the kernel."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -171,44 +168,6 @@ def test_many_short_sequences_at_once(heads: str, drop: int, context: str, monke
         for other in found[1:]:
             for one, two in zip(found[0], other, strict=True):
                 torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-
-
-KERNEL_CHECK = """
-import torch
-from tokencredit.collect.attention_triton import triton_head_entropies
-
-g = torch.Generator().manual_seed(0)
-starts = torch.tensor([0, 9], dtype=torch.int32)  # the second sequence is padded on the left
-for dtype in (torch.float32, torch.bfloat16):
-    query = (torch.randn(2, 6, 70, 32, generator=g) * 4).to(dtype)
-    key = (torch.randn(2, 2, 70, 32, generator=g) + 3 * torch.randn(1, 2, 1, 32, generator=g)).to(dtype)
-    for window in (0, 20):
-        mask = torch.ones(70, 70, dtype=torch.bool).tril()
-        mask = mask & ~mask.tril(-window) if window else mask
-        seen = mask & (torch.arange(70)[None, None] >= starts[:, None, None])
-        entropies, log_sums = triton_head_entropies(query, key, scale=0.2, window=window, starts=starts)
-        scores = query.double() @ key.double().repeat_interleave(3, 1).mT * 0.2
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
-        wanted = torch.special.entr(torch.softmax(scores, -1)).sum(-1)
-        print(*(float(x.abs().max()) for x in (
-            (entropies - wanted)[0], (entropies - wanted)[1, :, 9:],
-            entropies[1, :, :9], (log_sums - scores.logsumexp(-1))[0],
-        )))
-"""
-
-
-def test_kernel_in_the_interpreter() -> None:
-    # Triton chooses between compiler and interpreter when it is imported, hence the process of its own.
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL_CHECK],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    errors = torch.tensor([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
-    assert errors.shape == (4, 4)
-    assert float(errors.max()) < 1e-4
 
 
 def test_distances_and_influences_by_hand() -> None:

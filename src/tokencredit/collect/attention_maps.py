@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tokencredit.collect import attention_fused
 from tokencredit.collect.attention import EnoughError, attention_layers, probe_attention
 from tokencredit.collect.attention_rows import Visibility, row_blocks, score_blocks
 from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
@@ -88,15 +89,18 @@ def head_maps(
     rows: slice,
     softcap: float | None = None,
 ) -> HeadMaps:
-    """The three numbers of every head, block by block."""
+    """The three numbers of every head: by the fused kernels where they fit, else block by block."""
     batch, heads, queries, _ = query.shape
     first, stop, _ = rows.indices(queries)
     length, share = stop - first, heads // key.shape[1]
     distances, influences, reach = (torch.zeros(batch, heads, length, device=query.device) for _ in range(3))
     lookers = _lookers(length, query.device)
+    seen = attention_fused.fused_intervals(query, key, visibility, rows)
+    if seen is not None:
+        return _fused_maps(attention_fused.prepare(query, key, seen, rows, scale, softcap), lookers)
     offset = key.shape[2] - queries
     for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], share):
+        for block_rows in row_blocks(first, stop, key.shape[2], share, query.device):
             place = slice(block_rows.start - first, block_rows.stop - first)
             blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
             for index, block in enumerate(blocks):
@@ -107,11 +111,19 @@ def head_maps(
                 back = (own[:, None] - keys[None]).clamp_min(0).float()
                 reach[sequence, members, place] = (probs * back).sum(-1)
                 distances[sequence, members, place] = (probs * back.clamp_max(NEAR)).sum(-1)
-                seen = ((back >= NEAR) & (back <= FAR) & (keys >= first + offset)[None]).float()
-                looked = (probs * seen).sum(1)  # over the rows of the block
+                band = ((back >= NEAR) & (back <= FAR) & (keys >= first + offset)[None]).float()
+                looked = (probs * band).sum(1)  # over the rows of the block
                 inside = (keys >= first + offset) & (keys < stop + offset)
                 influences[sequence, members].index_add_(1, keys[inside] - first - offset, looked[:, inside])
     return HeadMaps(distances, influences / lookers.clamp_min(1.0), reach)
+
+
+def _fused_maps(call: attention_fused.Call, lookers: Float[Tensor, " response"]) -> HeadMaps:
+    """`head_maps` from the fused kernels."""
+    of_heads = attention_fused.fused_heads(call, near=NEAR)
+    influences = attention_fused.fused_influences(call, of_heads.log_sums, NEAR, FAR)
+    assert of_heads.distances is not None and of_heads.reach is not None
+    return HeadMaps(of_heads.distances, influences / lookers.clamp_min(1.0), of_heads.reach)
 
 
 def _lookers(length: int, device: torch.device) -> Float[Tensor, " response"]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokencredit.collect import attention_fused
 from tokencredit.collect.attention_parts import (
     SCORES,
     Context,
@@ -29,6 +30,7 @@ from tokencredit.collect.head_gemm import product_into
 from tokencredit.collect.head_tiles import OUT
 
 BLOCK, LEAST = 128, 8  # rows of one block at most, and at least
+DEVICE_BLOCK, DEVICE_SCORES = 4096, 1 << 27  # off the CPU: few launches count more than a cache
 
 
 class RowStatistics(NamedTuple):
@@ -66,15 +68,22 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
     * `heads`: "mean_rows" averages the rows over the heads first, "mean_entropy" the entropies afterwards.
     * `drop_sink`: so many of the first visible keys are zeroed, the row renormalised, N_t reduced.
     * `context`: N_t counts the visible keys, or is the length of the sequence.
+
+    On CUDA the fused kernels compute what they can (`attention_fused.fits`), and blocks of scores the rest.
     """
     batch, query_heads, queries, _ = query.shape
     first, stop, _ = rows.indices(queries)
+    if heads == "mean_rows" or drop_sink == 0:
+        spans = attention_fused.fused_intervals(query, key, visibility, rows)
+        if spans is not None:
+            call = attention_fused.prepare(query, key, spans, rows, scale, softcap)
+            return _fused_statistics(call, heads, drop_sink, context)
     if batch > 1 and stop > first and sequences_at_once(query_heads, stop - first, key.shape[2]) > 1:
         how = (heads, drop_sink, context)
         return RowStatistics(*short_statistics(query, key, visibility, slice(first, stop), scale, softcap, how))
     found = torch.zeros(3, batch, max(stop - first, 0), device=query.device)
     for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], query_heads // key.shape[1]):
+        for block_rows in row_blocks(first, stop, key.shape[2], query_heads // key.shape[1], query.device):
             total = None
             for block in score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
                 part = _head_sum(block, heads, drop_sink)
@@ -86,6 +95,16 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
             place = slice(block_rows.start - first, block_rows.stop - first)
             found[:, sequence, place] = torch.stack((entropy, torch.where(count > 0, sink, 0.0), count))
     return RowStatistics(*found)
+
+
+def _fused_statistics(call: attention_fused.Call, heads: Heads, drop: int, context: Context) -> RowStatistics:
+    """`row_statistics` from the fused kernels."""
+    of_heads = attention_fused.fused_heads(call)
+    of_rows = attention_fused.fused_mean_rows(call, of_heads.log_sums, drop)
+    entropy = of_rows.entropies if heads == "mean_rows" else of_heads.entropies.mean(1)
+    count = (call.seen.high - call.seen.low).clamp_min(0).float()
+    entropy = normalised(entropy, count, call.key.shape[2], drop, context)
+    return RowStatistics(entropy, torch.where(count > 0, of_rows.sink_mass, 0.0), count)
 
 
 @torch.no_grad()
@@ -101,10 +120,13 @@ def head_entropies(
     """Entropy of every head's rows in nats, not divided: lse − E[score]; 0 where nothing is visible."""
     batch, query_heads, queries, _ = query.shape
     first, stop, _ = rows.indices(queries)
+    fused = attention_fused.fused_intervals(query, key, visibility, rows)
+    if fused is not None:
+        return attention_fused.fused_heads(attention_fused.prepare(query, key, fused, rows, scale, softcap)).entropies
     found = torch.zeros(batch, query_heads, max(stop - first, 0), device=query.device)
     share = query_heads // key.shape[1]
     for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], share):
+        for block_rows in row_blocks(first, stop, key.shape[2], share, query.device):
             place = slice(block_rows.start - first, block_rows.stop - first)
             blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
             for index, block in enumerate(blocks):
@@ -115,9 +137,14 @@ def head_entropies(
     return found
 
 
-def row_blocks(first: int, stop: int, keys: int, share: int) -> Iterator[slice]:
-    """The rows first … stop − 1 in blocks whose scores (rows × keys × `share` heads of one key head) stay small."""
-    step = max(LEAST, min(BLOCK, SCORES // max(keys * share, 1)))
+def row_blocks(first: int, stop: int, keys: int, share: int, device: torch.device | None = None) -> Iterator[slice]:
+    """The rows first … stop − 1 in blocks whose scores (rows × keys × `share` heads of one key head) stay small.
+
+    Small is what fits the cache of a CPU; on another device a block fills it instead.
+    """
+    large = device is not None and device.type != "cpu"
+    most, scores = (DEVICE_BLOCK, DEVICE_SCORES) if large else (BLOCK, SCORES)
+    step = max(LEAST, min(most, scores // max(keys * share, 1)))
     return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
 
 
