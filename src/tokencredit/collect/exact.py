@@ -201,17 +201,15 @@ class ExactValues:
             credit.check_rewards(at, ids, mask, self._verdicts(rollout, ids, mask))
         return credit.of_responses(at, ids, mask).values.to(rollout.response_ids.device)
 
-    def _with_sampled(
-        self, prompts: list[tuple[int, ...]], at: Tensor, ids: Tensor, mask: Tensor
-    ) -> list[Accepted | list[list[int]]]:
+    def _with_sampled(self, prompts: list[tuple[int, ...]], at: Tensor, ids: Tensor, mask: Tensor) -> list[Accepted]:
         """The lists of the prompts, with sampled spellings of their texts that are not in them."""
-        found: list[Accepted | list[list[int]]] = []
+        found: list[Accepted] = []
         for index, prompt in enumerate(prompts):
             known = self._encoded[prompt]
             if not known.lattices:
                 found.append(known)
                 continue
-            listed = {tuple(item) for item in known.listed}
+            listed = {tuple(item) for item in known}
             rows = {tuple(ids[row][mask[row]].tolist()) for row in (at == index).nonzero()[:, 0].tolist()} - listed
             new = [
                 list(row)
@@ -220,7 +218,7 @@ class ExactValues:
                     row[-1:] == (lattice.eos,) and lattice.eos in lattice.after(row[:-1]) for lattice in known.lattices
                 )
             ]
-            found.append(Accepted(known.listed + new, known.lattices))
+            found.append(Accepted([*known, *new], known.lattices))
         return found
 
     def _verdicts(self, rollout: Any, ids: Tensor, mask: Tensor) -> Float[Tensor, " batch"]:
