@@ -136,22 +136,25 @@ def exact_credit(
     """Values of every prefix of every accepted response, from teacher-forced passes over them in tiles.
 
     `accepted[p]` are the accepted responses to `prompts[p]` as token ids, EOS included; a prompt may have none. Lists
-    from `encode_accepted` may know of further spellings: those that matter are added, and `omitted` bounds the rest.
+    from `encode_accepted` may know of further spellings: those that matter are added, and `omitted` bounds the rest,
+    with a warning where that may be more than a hundredth of V(x).
+
     The pass runs in eval mode in the model's dtype, the sums over the trie in float64. The policy is softmax(logits /
     temperature). A response that is cut off counts as failed, so no listed response may be longer than the sampler's
     limit.
     """
     check_accepted(accepted, eos_token_id, show)
     trie, nodes, omitted = value_accepted(model, prompts, accepted, temperature=temperature, tile_tokens=tile_tokens)
-    return ExactCredit(trie=trie, nodes=nodes, show=show, omitted=omitted)
+    credit = ExactCredit(trie=trie, nodes=nodes, show=show, omitted=omitted)
+    _warn_of_omitted(credit)
+    return credit
 
 
 class ExactValues:
     """Collector of `values`, for prompts whose accepted responses a function lists.
 
     `accepted(columns)` gives the texts that are accepted, without EOS, from the row of the data set; lists of token ids
-    are taken as they are. A text counts in every spelling (`encode_accepted`). Where spellings are left out that may
-    hold more than a hundredth of the success probability, a warning gives the bound: the values are then lower bounds.
+    are taken as they are. A text counts in every spelling (`encode_accepted`), or a warning says how much is left out.
 
     `verify(columns, text)` is the verifier, asked about every finished response so that a wrong list is found where it
     happens. Lists are encoded once per prompt; the forward over them runs on every call, as the policy moves.
@@ -196,7 +199,6 @@ class ExactValues:
             temperature=rollout.temperature,
             show=rollout.tokenizer.decode,
         )
-        _warn_of_omitted(credit)
         if self.verify is not None:
             credit.check_rewards(at, ids, mask, self._verdicts(rollout, ids, mask))
         return credit.of_responses(at, ids, mask).values.to(rollout.response_ids.device)
