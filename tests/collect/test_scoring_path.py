@@ -41,6 +41,7 @@ GEMMA = {"lru_width": 32, "attention_window_size": 64, "head_dim": 8}
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 MODELS: dict[str, Callable[[], Any]] = {
     "granite": lambda: T.GraniteForCausalLM(T.GraniteConfig(**SHAPE, logits_scaling=3.0, embedding_multiplier=4.0)),
+    "hyperclovax": lambda: T.HyperCLOVAXForCausalLM(T.HyperCLOVAXConfig(**SHAPE, logits_scaling=0.4)),
     "cohere": lambda: T.CohereForCausalLM(T.CohereConfig(**SHAPE, logit_scale=0.3)),
     "cohere2": lambda: T.Cohere2ForCausalLM(T.Cohere2Config(**SHAPE, logit_scale=2.5, head_dim=8)),
     "gemma2": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=2.0)),

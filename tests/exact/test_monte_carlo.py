@@ -1,5 +1,7 @@
 """Values by continuation against exact values."""
 
+import copy
+
 import pytest
 import torch
 from exact_setup import ACCEPTED, EOS, PROMPTS, next_probs, sampled, tiny_credit, tiny_model
@@ -84,3 +86,13 @@ def test_no_samples_are_refused() -> None:
     owners, ids, mask = torch.tensor([0]), torch.tensor([[EOS]]), torch.ones(1, 1).bool()
     with pytest.raises(TokenCreditError, match="`samples` must be at least 1, got 0"):
         monte_carlo_values(table_sampler(0), outcome, PROMPTS, owners, ids, mask, samples=0, max_response=LIMIT)
+
+
+def test_generation_settings_of_a_model_do_not_filter_its_samples() -> None:
+    plain, shipped = copy.deepcopy(tiny_model()), copy.deepcopy(tiny_model())
+    settings = {"top_p": 0.3, "min_p": 0.9, "repetition_penalty": 4.0, "no_repeat_ngram_size": 1, "typical_p": 0.2}
+    for name, value in settings.items():
+        setattr(shipped.generation_config, name, value)
+    drawn = [generating(model, eos_token_id=EOS, seed=3)([[2, 3], [4]], [4, 4], 16) for model in (plain, shipped)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(ids) for rows in drawn[0] for ids in rows}) > 4

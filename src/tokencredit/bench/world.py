@@ -84,7 +84,8 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     model = in_float64(model) if config.dtype == "float64" else model
     problems = task.problems(config.split, config.prompts, config.seed)
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    accepted = [encode_accepted(tokenizer, task.accepted(p), max_tokens=task.max_response) for p in problems]
+    limit = task.max_response
+    accepted: list[list[list[int]]] = [encode_accepted(tokenizer, task.accepted(p), max_tokens=limit) for p in problems]
     _check_lengths(accepted, task.max_response, tokenizer)
     credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
     return World(task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit)

@@ -92,6 +92,7 @@ def adapter_is_off(model: nn.Module) -> bool:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
+    """The model as it is: the switch of a pass with the adapter on."""
     yield
 
 
@@ -176,4 +177,5 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 def lora_modules(model: nn.Module) -> list[Any]:
+    """The layers that carry a LoRA adapter."""
     return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]

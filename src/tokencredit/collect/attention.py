@@ -218,7 +218,7 @@ def attention_layers(model: nn.Module) -> dict[int, Any]:
     modules = [
         module
         for module in backbone_of(model).modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and _uses_interface(type(module))
+        if isinstance(getattr(module, "layer_idx", None), int) and _uses_interface(type(module).forward)
     ]
     found = {module.layer_idx: module for module in modules if hasattr(module, "config")}
     if not found or min(found) < 0:
@@ -231,9 +231,9 @@ def attention_layers(model: nn.Module) -> dict[int, Any]:
 
 
 @cache
-def _uses_interface(kind: type) -> bool:
+def _uses_interface(forward: Callable[..., Any]) -> bool:
     """Whether the forward of a module asks the AttentionInterface for its attention function."""
-    function = inspect.unwrap(kind.forward)
+    function = inspect.unwrap(forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(function, "__code__", None), "co_names", ())
 
 

@@ -43,7 +43,7 @@ def head_moments(  # type: ignore[no-untyped-def]  # noqa: PLR0913 - a kernel ta
     SHARE: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CAP: tl.constexpr, DISTANCES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one head. Online softmax; outputs are [batch, heads, count], rows first … first + count − 1."""
+    """One program: ROWS rows of one head, by an online softmax. Outputs are [batch, heads, count]."""
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     sequence, head = pair // heads, pair % heads
     local = block * ROWS + tl.arange(0, ROWS)

@@ -136,22 +136,25 @@ def exact_credit(
     """Values of every prefix of every accepted response, from teacher-forced passes over them in tiles.
 
     `accepted[p]` are the accepted responses to `prompts[p]` as token ids, EOS included; a prompt may have none. Lists
-    from `encode_accepted` may know of further spellings: those that matter are added, and `omitted` bounds the rest.
+    from `encode_accepted` may know of further spellings: those that matter are added, and `omitted` bounds the rest,
+    with a warning where that may be more than a hundredth of V(x).
+
     The pass runs in eval mode in the model's dtype, the sums over the trie in float64. The policy is softmax(logits /
     temperature). A response that is cut off counts as failed, so no listed response may be longer than the sampler's
     limit.
     """
     check_accepted(accepted, eos_token_id, show)
     trie, nodes, omitted = value_accepted(model, prompts, accepted, temperature=temperature, tile_tokens=tile_tokens)
-    return ExactCredit(trie=trie, nodes=nodes, show=show, omitted=omitted)
+    credit = ExactCredit(trie=trie, nodes=nodes, show=show, omitted=omitted)
+    _warn_of_omitted(credit)
+    return credit
 
 
 class ExactValues:
     """Collector of `values`, for prompts whose accepted responses a function lists.
 
     `accepted(columns)` gives the texts that are accepted, without EOS, from the row of the data set; lists of token ids
-    are taken as they are. A text counts in every spelling (`encode_accepted`). Where spellings are left out that may
-    hold more than a hundredth of the success probability, a warning gives the bound: the values are then lower bounds.
+    are taken as they are. A text counts in every spelling (`encode_accepted`), or a warning says how much is left out.
 
     `verify(columns, text)` is the verifier, asked about every finished response so that a wrong list is found where it
     happens. Lists are encoded once per prompt; the forward over them runs on every call, as the policy moves.
@@ -196,22 +199,19 @@ class ExactValues:
             temperature=rollout.temperature,
             show=rollout.tokenizer.decode,
         )
-        _warn_of_omitted(credit)
         if self.verify is not None:
             credit.check_rewards(at, ids, mask, self._verdicts(rollout, ids, mask))
         return credit.of_responses(at, ids, mask).values.to(rollout.response_ids.device)
 
-    def _with_sampled(
-        self, prompts: list[tuple[int, ...]], at: Tensor, ids: Tensor, mask: Tensor
-    ) -> list[Accepted | list[list[int]]]:
+    def _with_sampled(self, prompts: list[tuple[int, ...]], at: Tensor, ids: Tensor, mask: Tensor) -> list[Accepted]:
         """The lists of the prompts, with sampled spellings of their texts that are not in them."""
-        found: list[Accepted | list[list[int]]] = []
+        found: list[Accepted] = []
         for index, prompt in enumerate(prompts):
             known = self._encoded[prompt]
             if not known.lattices:
                 found.append(known)
                 continue
-            listed = {tuple(item) for item in known.listed}
+            listed = {tuple(item) for item in known}
             rows = {tuple(ids[row][mask[row]].tolist()) for row in (at == index).nonzero()[:, 0].tolist()} - listed
             new = [
                 list(row)
@@ -220,7 +220,7 @@ class ExactValues:
                     row[-1:] == (lattice.eos,) and lattice.eos in lattice.after(row[:-1]) for lattice in known.lattices
                 )
             ]
-            found.append(Accepted(known.listed + new, known.lattices))
+            found.append(Accepted([*known, *new], known.lattices))
         return found
 
     def _verdicts(self, rollout: Any, ids: Tensor, mask: Tensor) -> Float[Tensor, " batch"]:

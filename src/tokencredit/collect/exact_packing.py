@@ -82,6 +82,7 @@ def stacked(model: Any, packs: Sequence[Packed]) -> Stacked:
 
 
 def packed_logits(model: Any, stacked: Stacked) -> Float[Tensor, "pack length vocab"]:
+    """One forward over packed tries."""
     return model(
         input_ids=stacked.ids, position_ids=stacked.positions, attention_mask=stacked.mask, use_cache=False
     ).logits

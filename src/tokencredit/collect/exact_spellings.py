@@ -5,8 +5,8 @@ response is accepted as well, so its probability belongs to V.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -105,18 +105,12 @@ class Lattice:
             stack += [[*prefix, token] for token in reversed(following) if token != self.eos]
 
 
-@dataclass(eq=False)
-class Accepted(Sequence):
-    """Accepted responses of one prompt as token ids, and the lattices of texts that have more spellings than these."""
+class Accepted(list[list[int]]):
+    """Accepted responses of one prompt as token ids; `lattices` are those of texts with more spellings than these."""
 
-    listed: list[list[int]] = field(default_factory=list)
-    lattices: list[Lattice] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.listed)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.listed[index]
+    def __init__(self, listed: Iterable[list[int]] = (), lattices: Iterable[Lattice] = ()) -> None:
+        super().__init__(listed)
+        self.lattices = list(lattices)
 
 
 def encode_accepted(tokenizer: Any, responses: Sequence[str | TokenIds], *, max_tokens: int | None = None) -> Accepted:
@@ -146,7 +140,7 @@ def encode_accepted(tokenizer: Any, responses: Sequence[str | TokenIds], *, max_
                 spelled += few
         if isinstance(response, str) and tuple(spelled[0]) in seen:
             raise TokenCreditError(f"accepted response {response!r} is listed twice")
-        found.listed += [ids for ids in spelled if tuple(ids) not in seen or not isinstance(response, str)]
+        found += [ids for ids in spelled if tuple(ids) not in seen or not isinstance(response, str)]
         seen |= {tuple(ids) for ids in spelled}
     return found
 

@@ -21,7 +21,7 @@ PROBE = 5  # tokens of the row on which heads are compared
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 2e-3}  # relative to the largest logit; TF32 is within
 COARSE = 0.125  # where the model's own head runs in 16 bits
 
-_checked: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # "" where our logits are the model's
+_checked: WeakKeyDictionary[nn.Module, Readout | str] = WeakKeyDictionary()  # or what is wrong with our logits
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -136,15 +136,16 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> tuple[Float[Tensor, "
         raise TokenCreditError(
             "the output head has a bias, which the tiled head does not read", hint="take log-probs from the host's pass"
         )
-    readout = readout_of(causal.config.get_text_config())
     if causal not in _checked:
-        _checked[causal] = "" if is_sharded(causal) else _compare(model, causal, head.weight, readout)
-    if _checked[causal]:
+        readout = readout_of(causal.config.get_text_config())
+        _checked[causal] = readout if is_sharded(causal) else _compare(model, causal, head.weight, readout)
+    found = _checked[causal]
+    if isinstance(found, str):
         raise TokenCreditError(
-            f"the logits of {type(causal).__name__} cannot be rebuilt from its hidden states: {_checked[causal]}",
+            f"the logits of {type(causal).__name__} cannot be rebuilt from its hidden states: {found}",
             hint="take log-probs from the host's pass, or a collector of your own; please report the model class",
         )
-    return head.weight, readout._replace(temperature=temperature)
+    return head.weight, found._replace(temperature=temperature)
 
 
 def readout_of(config: Any) -> Readout:
@@ -164,8 +165,11 @@ def _number(config: Any, name: str) -> float:
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, causal: Any, weight: Tensor, readout: Readout) -> str:
-    """Run one short row; return what is wrong with our logits, or "" if nothing is."""
+def _compare(model: nn.Module, causal: Any, weight: Tensor, readout: Readout) -> Readout | str:
+    """Run one short row; return the readout that gives the model's logits, or what is wrong with ours.
+
+    HyperCLOVA X multiplies by the `logits_scaling` by which Granite divides, so the inverse scale is tried too.
+    """
     states: list[Any] = []
     handle = backbone_of(model).register_forward_hook(lambda module, args, output: states.append(output))
     ids = _probe_ids(causal.config, weight.shape[0]).to(weight.device)
@@ -181,17 +185,20 @@ def _compare(model: nn.Module, causal: Any, weight: Tensor, readout: Readout) ->
         return "its parts do not return `last_hidden_state`"
     if hidden.shape[-1] != weight.shape[1]:
         return f"its hidden states have width {hidden.shape[-1]}, its head {weight.shape[1]}"
-    with torch.autocast(weight.device.type, enabled=False):
-        ours = tile_logits(folded(hidden[0].to(weight.dtype), readout), weight, readout, False).float()
-    if ours.shape != own.shape:
-        return f"it gives logits of shape {tuple(own.shape)}, its head {tuple(ours.shape)}"
     # accelerate wraps the forward of a model in autocast, and gives float32 back
     rough = weight.dtype not in TOLERANCE or hasattr(causal, "_original_forward")
     largest = float(own.abs().max())
-    error = float((ours - own).abs().max())
-    if error <= (COARSE if rough else TOLERANCE[weight.dtype]) * max(largest, 1e-6):
-        return ""
-    return f"they differ from the model's own by up to {error:.3g}, where the largest is {largest:.3g}"
+    allowed = (COARSE if rough else TOLERANCE[weight.dtype]) * max(largest, 1e-6)
+    errors = []
+    for candidate in (readout, readout._replace(scale=1.0 / readout.scale)):
+        with torch.autocast(weight.device.type, enabled=False):
+            ours = tile_logits(folded(hidden[0].to(weight.dtype), candidate), weight, candidate, False).float()
+        if ours.shape != own.shape:
+            return f"it gives logits of shape {tuple(own.shape)}, its head {tuple(ours.shape)}"
+        errors.append(float((ours - own).abs().max()))
+        if errors[-1] <= allowed:
+            return candidate
+    return f"they differ from the model's own by up to {errors[0]:.3g}, where the largest is {largest:.3g}"
 
 
 def _probe_ids(config: Any, vocab: int) -> Tensor:

@@ -23,6 +23,19 @@ Sampler = Callable[[Sequence[TokenIds], Sequence[int], int], list[list[list[int]
 Outcome = Callable[[int, TokenIds], float]
 
 
+# A model's generation settings may filter or penalise tokens; values are those of the policy without any of it.
+PLAIN = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
 class MonteCarloValues(NamedTuple):
     """V̂ of the prefix before each token and its standard error, 0 outside the mask; what it took to find them.
 
@@ -116,8 +129,7 @@ def _generate(
         attention_mask=mask.to(model.device),
         do_sample=True,
         temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        **PLAIN,
         max_new_tokens=max(limits),
         num_return_sequences=each,
         eos_token_id=eos,

@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     rows: list[Mapping[str, Any]]
 
     def first(self, count: int) -> "Batch":
-        return Batch(*(part[:count] for part in self))
+        return Batch(self.prompt_ids[:count], self.response_ids[:count], self.response_mask[:count], self.rows[:count])
 
 
 class StartProbe:

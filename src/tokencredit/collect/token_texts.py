@@ -49,7 +49,7 @@ def batch_token_texts(
     return found
 
 
-def _incremental(tokenizer: Any, ids: list[int], options: dict[str, bool]) -> list[str]:
+def _incremental(tokenizer: Any, ids: Sequence[int], options: dict[str, bool]) -> list[str]:
     """Pieces from a short window before each token: linear in the length of the response."""
     pieces: list[str] = []
     first = shown = 0  # the window starts at `first`; tokens before `shown` have their text already
@@ -65,7 +65,7 @@ def _incremental(tokenizer: Any, ids: list[int], options: dict[str, bool]) -> li
     return pieces
 
 
-def _by_prefix(tokenizer: Any, ids: list[int], text: str, options: dict[str, bool]) -> list[str]:
+def _by_prefix(tokenizer: Any, ids: Sequence[int], text: str, options: dict[str, bool]) -> list[str]:
     """Pieces from every prefix decoded: exact for any tokenizer, quadratic in the length of the response."""
     ends = [0]
     for stop in range(1, len(ids)):
