@@ -123,6 +123,11 @@ def test_a_preset_is_shown_with_paper_equation_page_and_config(capsys: pytest.Ca
             2,
             "error: a file",
         ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1102976 vs 1102864"),
+            2,
+            "error: a file",
+        ),
         (MemoryError(), 2, "error: this machine's memory is full"),
         (Stopped(15, "stopped after step 3 of 9"), 143, "stopped after step 3 of 9; the same command goes on from the"),
         (KeyboardInterrupt(), 130, "interrupted"),

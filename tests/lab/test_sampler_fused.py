@@ -3,6 +3,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit.lab.fused import _RMSNorm, fuse_norms
+from tokencredit.lab.model import build_model, build_tokenizer
+from tokencredit.lab.sampler import is_lab_model, unsupported
 
 TINY = {
     "vocab_size": 11,
@@ -46,3 +48,11 @@ def test_fused_model_has_the_same_loss_and_gradients(family: str) -> None:
     assert list(model.state_dict()) == names
     for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_labs_sampler_reads_a_fused_lab_model() -> None:
+    tokenizer = build_tokenizer("0123456789+=")
+    model = build_model(tokenizer, layers=1, width=16, heads=2, seed=0)
+    fuse_norms(model)
+    assert is_lab_model(model)
+    assert unsupported(model) is None

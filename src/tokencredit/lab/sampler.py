@@ -19,6 +19,8 @@ from tokencredit.errors import TokenCreditError
 
 MODEL_TYPES = ("llama", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
+# Whose modules `sample` reads; the last are the norms of `fuse_norms`, which every lab run on a CPU has.
+KNOWN_PACKAGES = ("transformers.", "torch.", "tokencredit.lab.")
 LAB_VOCABULARY = 256  # the lab's tokenizers know single characters
 COMPACT_BELOW = 0.875  # share of unfinished rows under which the finished ones are dropped from the cache
 
@@ -351,7 +353,7 @@ def _unread_module(model: Any, base: Any, projections: list[Any]) -> str | None:
         return "its adapter adds virtual tokens to the prompt"
     read = {id(module) for projection in projections for module in projection.modules()}
     for name, module in base.named_modules():
-        if id(module) not in read and not type(module).__module__.startswith(("transformers.", "torch.")):
+        if id(module) not in read and not type(module).__module__.startswith(KNOWN_PACKAGES):
             kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
             return f"{name or 'the model'} is a {kind}, which the sampler does not read"
     return None
