@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from run_setup import model_folder  # noqa: F401
+from run_setup import model_folder, small_config  # noqa: F401
 from tokenizers.processors import TemplateProcessing
+from transformers import Trainer
 
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.runs import sampling
+from tokencredit.runs import evaluation, folders, sampling, world
+from tokencredit.runs.config import load_config
 from tokencredit.runs.evaluation import evaluator, summarise
 from tokencredit.runs.rewards import is_async, score
+from tokencredit.runs.train import train_run
 
 DIGITS = "0123456789+=,"
 TEMPLATE = (
@@ -269,3 +272,62 @@ def test_the_generators_of_every_gpu_are_put_back(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_to_evaluate_on_is_no_evaluation() -> None:
     assert evaluator(config(), material(evaluation=None)) is None
+
+
+def test_processes_share_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, three problems: each takes two, so that both make the same calls, and no problem is missing."""
+    given = material(evaluation=rows("1=", "2=", "3="))
+    trainer = SimpleNamespace()
+    monkeypatch.setattr(evaluation, "_logged", lambda evaluate, trainer: evaluate)
+    monkeypatch.setattr(world, "size", lambda: 2)
+    taken: dict[int, list] = {}
+
+    def scored(model: Any, material: Any, problems: list, samples: int, trainer: Any) -> Any:
+        taken[world.rank()] = [problem["prompt"] for problem in problems]
+        return [[float(problem["prompt"][0])] * samples for problem in problems], {}
+
+    monkeypatch.setattr(evaluation, "_rewards", scored)
+    for rank in (0, 1):
+        monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluation, "_gather", lambda values, size: [[[1.0], [3.0]], [[2.0], [1.0]]])
+        found = evaluator(config(), given, trainer)(None)
+        assert found["per_problem"] == [1.0, 2.0, 3.0]
+    assert taken == {0: ["1=", "3="], 1: ["2=", "1="]}
+
+
+def by_digits(completions: list, completion_ids: list, trainer_state: Any, **_: Any) -> list[float]:
+    return [float(text.count("1")) for text in completions]
+
+
+async def format_reward(completions: list, **_: Any) -> list[float | None]:
+    return [None for _ in completions]
+
+
+def test_a_run_evaluates_with_its_own_rewards_and_logs_to_its_trackers(
+    model_folder: Any,  # noqa: F811
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from run_setup import write_yaml
+
+    monkeypatch.syspath_prepend(str(__file__.rpartition("/")[0]))
+    for name, texts in (("train", ["1+1=", "2+2=", "3+3="]), ("held_out", ["4+4=", "5+5="])):
+        (tmp_path / f"{name}.json").write_text("[" + ", ".join(f'{{"prompt": "{text}"}}' for text in texts) + "]")
+    logged: list[dict] = []
+    log = Trainer.log
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, *more: logged.append(dict(logs)) or log(self, logs, *more))
+    given = small_config(model_folder, steps=2) | {
+        "task": None,
+        "dataset": {"path": str(tmp_path / "train.json"), "evaluation": str(tmp_path / "held_out.json")},
+        "reward": {"test_run_evaluation:by_digits": 2.0, "test_run_evaluation:format_reward": 1.0},
+        "evaluation": {"every": 1, "samples": 4, "threshold": 1.5},
+    }
+    train_run(load_config(write_yaml(tmp_path / "config.yaml", given)), tmp_path / "run")
+    lines = folders.read_metrics(tmp_path / "run")
+    evaluations = [line["metrics"] for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]  # evaluating swallows no log
+    assert len(evaluations) == 3 and all(len(found["per_problem"]) == 2 for found in evaluations)
+    sent = [logs for logs in logged if "eval_reward" in logs]
+    assert [logs["eval_reward"] for logs in sent] == [found["reward"] for found in evaluations]
+    assert [logs["eval_success"] for logs in sent] == [found["success"] for found in evaluations]
+    assert all(value % 0.5 == 0 for found in evaluations for value in found["per_problem"])  # 2 · count / 4 samples

@@ -8,6 +8,8 @@ from typing import Any
 
 from tokencredit.cli.train import add_config_arguments, out_folder
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import parse_yaml
+from tokencredit.progress import printable
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,10 +21,19 @@ def add_parser(subparsers: Any) -> None:
     )
     add_config_arguments(parser)
     parser.add_argument(
-        "--credit", nargs="+", required=True, metavar="METHOD", help="presets, expressions, or pipelines as inline YAML"
+        "--credit",
+        nargs="+",
+        required=True,
+        metavar="METHOD",
+        help="presets, expressions, pipelines as inline YAML, or {credit: …, teacher: {…}}",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 … N−1 for each method; default 3")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; default: the processors")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time; default one per GPU, without a GPU one, or for lab models one per processor",
+    )
     parser.set_defaults(handler=run)
 
 
@@ -31,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tokencredit.report.html import write_report
     from tokencredit.runs.compare import compare_runs, plan_runs
     from tokencredit.runs.config import load_config
+    from tokencredit.runs.stop import Stop
 
     for name, value in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):
         if value is not None and value < 1:
@@ -39,47 +51,79 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     plans = plan_runs(config, credits, range(arguments.seeds))
     folder = out_folder(arguments)
-    found = compare_runs(plans, folder, arguments.jobs)
+    with Stop():  # SIGTERM unwinds like Ctrl-C, so that the runs can save a checkpoint
+        comparison = compare_runs(plans, folder, arguments.jobs)
     report = write_report([folder], folder / "report.html")
     if arguments.json:
-        print(json.dumps(found | {"folder": str(folder), "report": str(report)}))
+        print(json.dumps(comparison | {"folder": str(folder), "report": str(report)}))
         return 0
-    print_table(found["results"])
-    print(f"report: {report}")
+    print_table(comparison["results"])
+    for line in conclusions(comparison):
+        print(printable(line))
+    print(f"report: {printable(report)}")
     return 0
 
 
 def parse_credit(text: str) -> Any:
     """A name or expression as it is; text that starts with `{` or `[` is YAML."""
-    import yaml
-
     if not text.lstrip().startswith(("{", "[")):
         return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TokenCreditError(f"--credit {text!r} is no YAML: {' '.join(str(error).split())}") from error
+    return parse_yaml(text, f"--credit {text!r}")
+
+
+def title(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the table shows, and what its intervals are."""
+    measure, seeds = rows[0]["measure"], rows[0]["seeds"]
+    shown = "training reward (there is no evaluation set)" if measure is None else f"{measure} on held-out problems"
+    if seeds == 1:
+        return f"{shown}, one seed: no intervals"
+    return f"{shown}, 95 % t intervals over {seeds} seeds"
 
 
 def print_table(results: Sequence[Mapping[str, Any]]) -> None:
-    """Success at the start and the end, and the paired difference to the first method."""
+    """Success or mean reward at the start and the end, and the paired difference to the first method."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="success on held-out problems, 95 % bootstrap intervals over seeds and problems")
-    columns = ("method", "seeds", "start", "end", f"end − {results[0]['label']}", "training reward, last 10 steps")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # no label is cut
+    table = Table(title=title(results))
+    difference = f"end − {results[0]['label']}"
+    columns = ["method", "seeds", "start", "end", difference, "training reward, last 10 steps"]
+    if results[0]["measure"] is None:
+        columns = ["method", "seeds", "last 10 steps", difference.removeprefix("end ")]
+    for number, name in enumerate(columns):  # no label is cut, and none is read as markup
+        table.add_column(_plain(name), justify="left" if number == 0 else "right", overflow="fold")
     for row in results:
-        cells = [show(row.get(name)) for name in ("start", "end", "difference")]
-        table.add_row(row["label"], str(row["seeds"]), *cells, f"{row['reward']:.3f}")
+        table.add_row(*(_plain(cell) for cell in _cells(row)))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def show(found: Mapping[str, float | None] | None) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    start = [row["label"], str(row["seeds"])]
+    if row["measure"] is None:
+        return [*start, show(row["reward_interval"]), show(row["reward_difference"])]
+    return [*start, *(show(row.get(name)) for name in ("start", "end", "difference")), f"{row['reward']:.3f}"]
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+def conclusions(comparison: Mapping[str, Any]) -> list[str]:
+    """What must be known to read the table: whether there was headroom, and how to get held-out numbers."""
+    if comparison["results"][0]["measure"] is None:
+        return ["hint: set dataset.evaluation (a file) or dataset.evaluation_split (a split) for held-out numbers"]
+    room = comparison.get("headroom")
+    if room is None:
+        return []
+    return [f"exact − grpo {show(room['difference'])}: {room['verdict']}"]
+
+
+def show(interval: Mapping[str, float | None] | None) -> str:
     """`0.55 [0.51, 0.59]`."""
-    if not found:
+    if not interval:
         return "–"
-    if found["low"] is None:
-        return f"{found['mean']:.3f}"
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    if interval["low"] is None:
+        return f"{interval['mean']:.3f}"
+    return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

@@ -1,26 +1,24 @@
 """Methods side by side: equal budgets, paired seeds, intervals; a killed comparison goes on where it was."""
 
 import copy
-import ctypes
-import math
-import os
-import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokencredit import files
 from tokencredit.credit import Pipeline
-from tokencredit.diagnostics.bootstrap import Interval, interval, paired_bootstrap
-from tokencredit.errors import TokenCreditError
+from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.progress import bar
 from tokencredit.runs import folders
+from tokencredit.runs.defaults import is_lab_model
+from tokencredit.runs.results import headroom, results
+from tokencredit.runs.workers import Job, default_jobs, run_jobs
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-POLL = 1.0  # seconds between looks at the runs' metrics
+__all__ = ["Plan", "check_first", "compare_runs", "headroom", "plan_runs", "results"]
+
+LONGEST_NAME = 240  # bytes of a folder's name; file systems allow 255
 
 
 class Plan(NamedTuple):
@@ -33,8 +31,12 @@ class Plan(NamedTuple):
 
 
 def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence[int]) -> list[Plan]:
-    """Every method with every seed; one seed means the same prompts, the same start and the same held-out problems."""
-    labels = [folders.label_of(credit) for credit in credits]
+    """Plan every method with every seed; one seed means the same prompts, start and held-out problems for all methods.
+
+    A method is a credit, or `{credit: …, teacher: {…}}` where it has a teacher of its own.
+    """
+    entries = [_entry(item, config) for item in credits]
+    labels = [folders.label_of(credit) for credit, _ in entries]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise TokenCreditError(f"method {sorted(repeated)[0]!r} is named twice", hint="name each method once")
@@ -47,92 +49,89 @@ def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence
         raise TokenCreditError("a comparison needs at least one method and one seed")
     plans = []
     for seed in seeds:
-        for label, credit in zip(labels, credits, strict=True):
+        for label, (credit, teacher) in zip(labels, entries, strict=True):
             Pipeline.parse(credit)
             own = copy.deepcopy(dict(config)) | {"credit": credit, "seed": seed, "name": f"{label}, seed {seed}"}
+            own["teacher"] = copy.deepcopy(teacher)
             plans.append(Plan(label, seed, f"{_file_name(label)}/seed-{seed}", own))
     return plans
 
 
+def _entry(item: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The credit and the teacher of a method."""
+    if not isinstance(item, Mapping) or "credit" not in item:
+        return item, config["teacher"]
+    for key in item:
+        if key not in ("credit", "teacher"):
+            raise unknown("key of a method", key, ("credit", "teacher"))
+    return item["credit"], item.get("teacher", config["teacher"])
+
+
 def compare_runs(plans: Sequence[Plan], folder: Path, jobs: int | None = None) -> dict[str, Any]:
-    """Run what is not finished, `jobs` at a time; the contents of compare.json, results included."""
+    """Run what is not finished, `jobs` at a time, in a folder that is locked meanwhile.
+
+    Args:
+      plans: what `plan_runs` returned.
+      folder: of the results.
+      jobs: runs at a time; None for one per GPU, see `workers.default_jobs`.
+
+    Returns:
+      The contents of compare.json, with `results` and, where both `grpo` and `exact` are compared, `headroom`.
+    """
     check_first(plans, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    labels = list(dict.fromkeys(plan.label for plan in plans))
-    seeds = list(dict.fromkeys(plan.seed for plan in plans))
-    described = {"runs": [plan.path for plan in plans], "labels": labels, "seeds": seeds}
-    folders.write_json(folder / "compare.json", described)
-    jobs = jobs or max(1, (os.cpu_count() or 1) // int(plans[0].config["threads"]))
-    started = time.monotonic()
-    _run_all(plans, folder, min(jobs, len(plans)))
-    described |= {"results": results(plans, folder), "seconds": round(time.monotonic() - started, 1)}
-    folders.write_json(folder / "compare.json", described)
+    with files.lock_folder(folder):
+        labels = list(dict.fromkeys(plan.label for plan in plans))
+        seeds = list(dict.fromkeys(plan.seed for plan in plans))
+        described: dict[str, Any] = {"runs": [plan.path for plan in plans], "labels": labels, "seeds": seeds}
+        files.write_json(folder / "compare.json", described)
+        config = plans[0].config
+        at_once = default_jobs(config, lab=is_lab_model(config["model"])) if jobs is None else jobs
+        started = time.monotonic()
+        _run_all(plans, folder, min(at_once, len(plans)))
+        rows = results(plans, folder)
+        described |= {"results": rows, "seconds": round(time.monotonic() - started, 1)}
+        found = headroom(rows, plans, folder)
+        if found is not None:
+            described["headroom"] = found
+        files.write_json(folder / "compare.json", described)
     return described
 
 
 def check_first(plans: Sequence[Plan], folder: Path) -> None:
-    """Everything that can be refused is refused before the first run starts: settings, folders, data, model."""
+    """Refuse everything that can be refused before the first run starts: settings, folders, teachers, data, model."""
+    from tokencredit.runs.data import check_teacher
     from tokencredit.runs.train import check_run
 
     for plan in plans:
         folders.finished_run(folder / plan.path, plan.config)
+        check_teacher(plan.config["teacher"])
     for plan in {plan.label: plan for plan in plans}.values():
-        check_run(plan.config, folder / plan.path)
+        try:
+            check_run(plan.config, folder / plan.path)
+        except TokenCreditError as error:
+            raise TokenCreditError(f"{plan.label}: {error.message}", hint=error.hint) from error
 
 
 def _run_all(plans: Sequence[Plan], folder: Path, jobs: int) -> None:
     total = sum(int(plan.config["steps"]) for plan in plans)
-    executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
-    try:
-        with bar(f"{len(plans)} runs", total) as advance:
-            futures = [executor.submit(_run, plan.config, str(folder / plan.path)) for plan in plans]
-            done = 0
-            while True:
-                finished = all(future.done() for future in futures)
-                _raise_first(futures, plans)
-                now = sum(_steps_done(folder / plan.path) for plan in plans)
-                advance(now - done, note=_note(plans, folder))
-                done = now
-                if finished:
-                    return
-                time.sleep(POLL)
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in list(
-            (executor._processes or {}).values()
-        ):  # a failed or interrupted comparison leaves none behind
-            process.terminate()
+    with bar(f"{len(plans)} runs", total) as advance:
+        done = 0
 
+        def look() -> None:
+            nonlocal done
+            now = sum(_steps_done(folder / plan.path) for plan in plans)
+            advance(now - done, note=_note(plans, folder))
+            done = now
 
-def _run(config: dict[str, Any], folder: str) -> None:
-    """In a process of its own, which ends with the command that started it."""
-    _end_with_parent()
-    os.environ.setdefault("OMP_NUM_THREADS", str(config["threads"]))
-    from tokencredit.runs.train import train_run
-
-    train_run(config, Path(folder))
-
-
-def _end_with_parent() -> None:
-    """On Linux the kernel ends this process when its parent is killed; elsewhere the run's callback notices."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _raise_first(futures: Sequence[Future[None]], plans: Sequence[Plan]) -> None:
-    for future, plan in zip(futures, plans, strict=True):
-        error = future.exception() if future.done() and not future.cancelled() else None
-        if isinstance(error, TokenCreditError):
-            raise TokenCreditError(f"{plan.path}: {error.message}", hint=error.hint) from error
-        if error is not None:
-            raise error
+        run_jobs([Job(plan.path, plan.config, str(folder / plan.path)) for plan in plans], jobs, look)
+        look()
 
 
 def _steps_done(folder: Path) -> int:
     path = folder / folders.METRICS
     if not path.is_file():
         return 0
-    return sum('"kind": "train"' in line for line in path.read_text().splitlines())
+    return sum(b'"kind": "train"' in line for line in path.read_bytes().splitlines())
 
 
 def _note(plans: Sequence[Plan], folder: Path) -> str:
@@ -140,41 +139,10 @@ def _note(plans: Sequence[Plan], folder: Path) -> str:
     return f"{done} of {len(plans)} finished"
 
 
-def results(plans: Sequence[Plan], folder: Path) -> list[dict[str, Any]]:
-    """A row a method: success at the start and the end, and the paired difference to the first method, with intervals.
-
-    Intervals are 95 % bootstrap over seeds and problems; with one seed they speak of problems alone.
-    """
-    seeds = list(dict.fromkeys(plan.seed for plan in plans))
-    by_label: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for plan in plans:
-        by_label.setdefault(plan.label, {})[plan.seed] = folders.read_metrics(folder / plan.path)
-    table, first = [], None
-    for label, runs in by_label.items():
-        evaluations = [[line for line in runs[seed] if line["kind"] == "eval"] for seed in seeds]
-        row: dict[str, Any] = {"label": label, "seeds": len(seeds)}
-        if all(evaluations):
-            start = [lines[0]["metrics"]["per_problem"] for lines in evaluations]
-            end = [lines[-1]["metrics"]["per_problem"] for lines in evaluations]
-            first = end if first is None else first
-            row |= {"start": _interval(interval(start)), "end": _interval(interval(end))}
-            row["difference"] = _interval(paired_bootstrap(first, end)) if end is not first else None
-        row["reward"] = sum(_last_reward(runs[seed]) for seed in seeds) / len(seeds)
-        table.append(row)
-    return table
-
-
-def _last_reward(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Mean training reward of the last ten steps."""
-    rewards = [line["metrics"]["reward"] for line in lines if line["kind"] == "train" and "reward" in line["metrics"]]
-    return sum(rewards[-10:]) / max(1, len(rewards[-10:]))
-
-
-def _interval(found: Interval) -> dict[str, float | None]:
-    """NaN bounds (a single unit) become null: JSON has no NaN."""
-    values = {"mean": found.mean, "low": found.low, "high": found.high}
-    return {name: None if math.isnan(value) else float(value) for name, value in values.items()}
-
-
 def _file_name(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "._-" else "_" for character in label)
+    """A folder's name for a label: never one that leaves the folder, and short enough for a file system."""
+    name = "".join(character if character.isalnum() or character in "._-" else "_" for character in label)
+    name = name if name.strip(".") else f"_{name}"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 5]}-{blake2b(label.encode(), digest_size=8).hexdigest()}"

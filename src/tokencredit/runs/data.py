@@ -57,7 +57,7 @@ def model_folder(config: Mapping[str, Any]) -> str:
 
 def load_material(config: Mapping[str, Any]) -> Material:
     """Load everything that a run needs, cheap things first, and refuse what cannot be trained."""
-    _check_teacher(config["teacher"])
+    check_teacher(config["teacher"])
     material = _of_dataset(config) if config["task"] is None else _of_task(config)
     return material._replace(teacher=_teacher(config))
 
@@ -145,7 +145,7 @@ def exact_values(task: Task) -> ExactValues:
     )
 
 
-def _check_teacher(section: Any) -> None:
+def check_teacher(section: Any) -> None:
     """Refuse wrong keys, values and template names of a `teacher:` section before anything is loaded or built."""
     if section is None:
         return

@@ -50,7 +50,7 @@ def load_evaluation(section: Mapping[str, Any]) -> Dataset | None:
             )
     config = section.get("config") if str(path) == str(section["path"]) else None
     loaded = _load(path, config, split, evaluation=True)
-    return with_prompt_column(loaded, section | {"path": path})
+    return with_prompt_column(loaded, dict(section) | {"path": path})
 
 
 def _load(source: Any, config: str | None, split: str | None, *, evaluation: bool = False) -> Dataset:
@@ -133,7 +133,7 @@ def _read_file(path: Path) -> Any:
 
 
 def _read_csv(path: Path) -> Dataset:
-    import pandas
+    import pandas  # type: ignore[import-untyped]
 
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -289,7 +289,8 @@ def without_overlap(evaluation: Dataset, training: Iterable[Any]) -> tuple[Datas
     if {"image", "images"} & set(evaluation.column_names):
         return evaluation, 0  # the same question is asked about different pictures
     known = {_normalised(prompt) for prompt in training} - {None, ""}
-    kept, repeated = [], []
+    kept: list[int] = []
+    repeated: list[int] = []
     for row, prompt in enumerate(evaluation["prompt"]):
         (repeated if _normalised(prompt) in known else kept).append(row)
     if len(repeated) > SHARE_OF_OVERLAP * len(evaluation):
@@ -309,7 +310,8 @@ def _text(prompt: Any) -> str | None:
     turns = [turn for turn in prompt if isinstance(turn, dict)] if isinstance(prompt, list) else []
     asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
     contents = asked or [turn.get("content") for turn in turns]
-    return "\n".join(contents) if all(isinstance(content, str) for content in contents) else None
+    texts = [content for content in contents if isinstance(content, str)]
+    return "\n".join(texts) if len(texts) == len(contents) else None
 
 
 def _normalised(prompt: Any) -> str | None:

@@ -107,7 +107,7 @@ def _rewards(
     options = _chat_options(material, trainer)
     ids = [prompt_ids(material.tokenizer, problem["prompt"], **options) for problem in problems]
     responses = sampling.sample_responses(model, material, ids, samples, trainer)
-    columns = {
+    columns: dict[str, list[Any]] = {
         name: [problem.get(name) for problem in problems for _ in range(samples)]
         for name in dict.fromkeys(name for problem in problems for name in problem)
         if name not in ("prompt", "completion", "completion_ids")
@@ -120,7 +120,7 @@ def _rewards(
     processors: Sequence[Any] = [None] * len(functions)
     state = None
     if trainer is not None:
-        functions, weights = trainer.reward_funcs, trainer.reward_weights.tolist()
+        functions, weights = trainer.reward_funcs, trainer.args.reward_weights or [1.0] * len(trainer.reward_funcs)
         processors, state = trainer.reward_processing_classes, trainer.state
     found = score(
         functions,

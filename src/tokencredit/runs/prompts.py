@@ -8,6 +8,8 @@ from datasets import Dataset
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
 
+PLAIN = "_plain_prompt_"  # name of the old column while the new one is added
+
 
 class Wrapping(NamedTuple):
     """What happens to the prompts of a data set before training and evaluation, with sentences that say so."""
@@ -72,7 +74,7 @@ def wrap(dataset: Dataset, wrapping: Wrapping) -> Dataset:
     for prompt in dataset["prompt"]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompts.append(turns if turns[0]["role"] == "system" else [*system, *turns])
-    return dataset.remove_columns("prompt").add_column("prompt", prompts)
+    return dataset.rename_column("prompt", PLAIN).add_column("prompt", prompts).remove_columns(PLAIN)
 
 
 def check_lengths(

@@ -75,14 +75,16 @@ def _schedules(trainer: Any) -> bool:
 
 def _generate_by(trainer: Any, rows: list[list[int]], samples: int) -> list[list[int]]:
     """Generate as the trainer does for its own evaluation."""
-    generate = trainer._generate_single_turn
-    options = {"num_generations": samples} if "num_generations" in inspect.signature(generate).parameters else {}
+    from trl import GRPOTrainer
+
+    parameters = inspect.signature(GRPOTrainer._generate_single_turn).parameters  # a subclass may hide them
+    options = {"num_generations": samples} if "num_generations" in parameters else {}
     per_prompt = trainer.num_generations_eval
     was_training = trainer.model.training
     trainer.num_generations_eval = samples
     trainer.model.eval()
     try:
-        found = generate(rows, None, {}, **options)[0]
+        found = trainer._generate_single_turn(rows, None, {}, **options)[0]
     finally:
         trainer.num_generations_eval = per_prompt
         trainer.model.train(was_training)
