@@ -32,7 +32,14 @@ def write_config(folder: Path, reward: str = "odd_digits", **changes: Any) -> Pa
         "steps": 5,
         "prompts_per_step": 4,
         "records": {"every": 1},
-        "trainer": {"num_generations": 4, "save_steps": 2, "learning_rate": 1e-3, "max_completion_length": 6},
+        # One micro-batch a step for every number of processes: TRL averages its metrics over micro-batches.
+        "trainer": {
+            "num_generations": 4,
+            "gradient_accumulation_steps": 1,
+            "save_steps": 2,
+            "learning_rate": 1e-3,
+            "max_completion_length": 6,
+        },
     }
     path = folder / f"{reward}.yaml"
     path.write_text(json.dumps(config | changes))  # JSON is YAML

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.lab.data import load_model, load_tokenizer, prompt_dataset, reward_function
+from tokencredit.lab.data import _looks_local, load_model, load_tokenizer, prompt_dataset, reward_function
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import TASKS, Problem, get_task
 
@@ -100,3 +100,12 @@ def test_damaged_files_are_one_line(load: object, damaged: str, folder: Path) ->
     with pytest.raises(TokenCreditError) as error:
         load(folder)
     assert one_line(error).startswith(f"cannot load '{folder}'")
+
+
+def test_names_that_mean_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not _looks_local("owner/model")
+    assert not _looks_local("gpt2")
+    assert _looks_local("my-model")
+    (tmp_path / "gpt2").mkdir()
+    assert _looks_local("gpt2")  # a folder here comes first

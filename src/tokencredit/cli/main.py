@@ -25,6 +25,15 @@ VERBS = {
     "doctor": "check the installation: versions, devices, what to fix",
 }
 TOGETHER = ("train", "doctor")  # what several processes may run
+# What torch and safetensors say where a file cannot be written, which for them is no OSError.
+WRITE_FAILURES = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+    "No space left",
+    "StorageFull",
+    "Disk quota",
+)
 RESUME = "the same command goes on from the last checkpoint"
 
 
@@ -86,7 +95,7 @@ def _explain_host_error(error: Exception) -> int:
         world.leave_reason("another process of the run has gone", lost=True)
         _tell(f"error: {world.name()}another process of the run has gone")
         return world.leave(1)
-    if any(words in text for words in ("PytorchStreamWriter", "No space left", "StorageFull", "Disk quota")):
+    if any(words in text for words in WRITE_FAILURES):
         return _refuse(f"a file could not be written: {text[:300]}", "free some space; the same command goes on")
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return _refuse(f"out of memory: {text[:300]}", "lower trainer.per_device_train_batch_size")

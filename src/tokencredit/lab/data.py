@@ -12,6 +12,9 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab.tasks import Problem, Task, get_task
 from tokencredit.progress import track
 
+# The hub's models whose names have no owner.
+NAMES_WITHOUT_OWNER = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt")
+
 RewardFunction = Callable[..., list[float]]
 
 
@@ -79,13 +82,13 @@ def _load(kind: Any, path: str | Path, required: str, **options: Any) -> Any:
 
 
 def _looks_local(path: str | Path) -> bool:
-    """Whether `path` means a folder here. Only `name` and `org/name` that do not exist here may mean the hub."""
+    """Whether `path` means a folder here. Only `org/name`, and a few old names, may mean the hub."""
     text = str(path)
     return (
         isinstance(path, Path)
         or Path(text).expanduser().exists()
         or text.startswith((".", "/", "~"))
-        or (text.count("/") != 1)
+        or (text.count("/") != 1 and text not in NAMES_WITHOUT_OWNER)
     )
 
 
@@ -93,7 +96,7 @@ def _check_folder(folder: Path, required: str) -> None:
     if not folder.is_dir():
         raise TokenCreditError(
             f"no model folder at {str(folder)!r}: {'it is a file' if folder.exists() else 'nothing is there'}",
-            hint="give the folder that `save_pretrained` wrote, or build the lab's model with `warm_start`",
+            hint="give the folder that `save_pretrained` wrote, or a name on the hub with its owner: `owner/name`",
         )
     if not (folder / required).is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "(empty)"

@@ -74,20 +74,20 @@ def split_of(config: Mapping[str, Any]) -> Split:
 
 def _split_process(trainer: Mapping[str, Any], rows: int, processes: int, step: str, *, lab: bool) -> Split:
     """Split the rows of one process into micro-batches."""
-    micro_batch, accumulation = trainer.get(ROWS), trainer.get(ACCUMULATION)
-    if micro_batch is None and accumulation is None:
-        micro_batch = rows if lab else max(size for size in range(1, min(8, rows) + 1) if rows % size == 0)
-    if micro_batch is None:
+    size, steps = trainer.get(ROWS), trainer.get(ACCUMULATION)
+    if size is None and steps is None:
+        size = rows if lab else max(divisor for divisor in range(1, min(8, rows) + 1) if rows % divisor == 0)
+    if size is None:
+        accumulation = int(steps or 1)
         micro_batch = rows // accumulation
-        given = f"{accumulation} accumulation steps"
-    elif accumulation is None:
-        accumulation = rows // micro_batch
-        given = f"micro-batches of {micro_batch} rows"
     else:
-        given = f"{accumulation} accumulation steps with micro-batches of {micro_batch} rows"
-    if micro_batch * accumulation != rows or micro_batch < 1:
+        micro_batch = int(size)
+        accumulation = int(steps or rows // micro_batch)
+    if micro_batch * accumulation != rows:
+        into = [] if steps is None else [f"{steps} accumulation steps"]
+        into += [] if size is None else [f"micro-batches of {size} rows"]
         raise TokenCreditError(
-            f"the {step} cannot be split into {given} × {processes} process{'es' * (processes > 1)}",
+            f"the {step} cannot be split into {' of '.join(into)} × {processes} process{'es' * (processes > 1)}",
             hint=f"choose a divisor of {rows} for trainer.{ROWS} and leave out trainer.{ACCUMULATION}, or change "
             "prompts_per_step",
         )

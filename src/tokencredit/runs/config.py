@@ -62,7 +62,7 @@ OPEN_SECTIONS = ("credit", "lora", "teacher", "collectors", "trainer")
 MOST_PROMPTS = 1_000_000  # drawn from a lab task before a run starts: about 3 ms each
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
+def load_config(source: str | Path | Mapping[Any, Any], overrides: list[str] | None = None) -> dict[str, Any]:
     """Resolve a config from a YAML file or a mapping.
 
     Args:
@@ -81,7 +81,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: list[str] | N
     return resolve_config(given)
 
 
-def resolve_config(given: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_config(given: Mapping[Any, Any]) -> dict[str, Any]:
     """Fill in defaults, check keys and types, and parse the credit once so that its errors come first."""
     given = plain_value(given)
     resolved = copy.deepcopy(DEFAULTS)

@@ -14,7 +14,7 @@ from tokencredit.errors import TokenCreditError, shown, unknown
 
 LARGEST = 2**31 - 1
 MOST_THREADS = 1024
-MOST_VALUES = 100_000  # in one config; an alias that is used often counts as often
+MOST_VALUES = 10_000  # in one config; an alias that is used often counts as often
 DEEPEST = 50
 
 
@@ -107,7 +107,7 @@ def plain_value(value: Any, path: str = "the config") -> Any:
 
     Raises:
       TokenCreditError: another type, nesting of more than 50 levels (an alias that contains itself), or more than
-        100,000 values (an alias of aliases).
+        10,000 values (an alias of aliases).
     """
     return _copy_plain(value, path, 0, [0])
 

@@ -56,6 +56,7 @@ REFUSED = {
     "output_dir": "pass --out",
     "resume_from_checkpoint": "leave it out: the same command goes on from the last checkpoint",
     "eval_strategy": "use the `evaluation` section, which evaluates on dataset.evaluation every so many steps",
+    "save_only_model": "set `save_strategy: 'no'` to keep only the model: without the optimizer nothing can resume",
     "do_eval": "use the `evaluation` section",
 }
 ALIASES = {
