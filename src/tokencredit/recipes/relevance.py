@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.recipes.ingest import normalise
+from tokencredit.recipes.neardup import has_features
 from tokencredit.seeds import derive
 
 QUERIES = 128  # per task
@@ -18,7 +19,10 @@ QUERIES = 128  # per task
 def max_cosine(
     features: Float[np.ndarray, "samples width"], queries: Float[np.ndarray, "queries width"]
 ) -> Float32[np.ndarray, " samples"]:
-    """max over queries of cos(sample, query); rows without features are NaN."""
+    """max over queries of cos(sample, query); rows without features are NaN, queries without features do not count."""
+    queries = queries[has_features(queries)]
+    if len(queries) == 0:
+        raise TokenCreditError("no query has features", hint="give queries that are not empty, as rows without NaN")
     norms = np.linalg.norm(features, axis=1)
     unit = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
     best = np.full(len(features), np.nan, np.float32)

@@ -15,7 +15,7 @@ from tokencredit.recipes.neardup import PairGraph, build_graph
 from tokencredit.recipes.pool import Pool, load_pool
 
 SIGNALS = "signals"
-VERSION = "1"  # of the signal code; part of every key
+VERSION = "2"  # of the signal code; part of every key
 
 
 def signal_key(pool: Pool, **facts: object) -> str:
@@ -179,6 +179,6 @@ def _stored_shingles(folder: Path, pool: Pool) -> Shingles:
         made = shingle(texts, len(pool))
         for name in names:
             _save_array(base / f"minhash.{name}.npy", getattr(made, name))
-        mark.write_text(json.dumps({"pool": pool.hash}), encoding="utf-8")
+        write_json(mark, {"pool": pool.hash, "version": VERSION})
     arrays = {name: np.asarray(np.load(base / f"minhash.{name}.npy", mmap_mode="r")) for name in names}
     return Shingles(**arrays)

@@ -1,6 +1,5 @@
 """Signals of the text alone, and hashed features for pools that no model has read."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -10,9 +9,9 @@ import numpy as np
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.words import split_units, split_words
 from tokencredit.seeds import derive
 
-_WORD = re.compile(r"\b\w+\b")
 _BUCKETS = 1 << 16
 
 
@@ -22,8 +21,11 @@ def all_text(sample: dict) -> str:
 
 
 def unigram_entropy(text: str) -> float:
-    """−Σ p log₂ p over the lower-cased words of a text, in bits; 0 where there is no word."""
-    counts = np.array(list(Counter(_WORD.findall(text.lower())).values()), dtype=np.float64)
+    """−Σ p log₂ p over the lower-cased words of a text, in bits; 0 where there is no word.
+
+    In scripts without spaces a word is a character.
+    """
+    counts = np.array(list(Counter(split_words(text)).values()), dtype=np.float64)
     shares = counts / counts.sum() if len(counts) else counts
     return float(-(shares * np.log2(shares)).sum()) + 0.0
 
@@ -74,7 +76,7 @@ def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, str
 
 
 def _log_counts(text: str) -> tuple[np.ndarray, np.ndarray]:
-    words = _WORD.findall(text.lower())
+    words = split_units(text)
     counts = Counter(crc32(gram.encode("utf-8", "surrogatepass")) % _BUCKETS for gram in words)
     counts.update(crc32(f"{a} {b}".encode("utf-8", "surrogatepass")) % _BUCKETS for a, b in pairwise(words))
     return np.fromiter(counts, np.int64, len(counts)), np.log1p(np.fromiter(counts.values(), np.float32, len(counts)))
