@@ -19,7 +19,7 @@ from tokencredit.recipes.neardup import FLOOR, build_graph, edges_within, greedy
 from tokencredit.recipes.pool import Positions, hash_priority
 
 
-def exact_ceil(fraction: float | int, n: int) -> int:
+def exact_ceil(fraction: float | int | np.number, n: int) -> int:
     """⌈fraction·n⌉ in rationals from the decimal string of 15 digits: ⌈100 · 0.07⌉ is 7, where floats give 8.
 
     Fifteen digits are what a float carries of a decimal number: 0.1 + 0.2 is 0.3 here.

@@ -9,10 +9,12 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import read_json, write_json
 from tokencredit.recipes.materials import Column, Materials
 from tokencredit.recipes.minhash import Shingles, shingle
 from tokencredit.recipes.neardup import PairGraph, build_graph
 from tokencredit.recipes.pool import Pool, load_pool
+from tokencredit.recipes.textsignals import all_text
 
 SIGNALS = "signals"
 VERSION = "2"  # of the signal code; part of every key
@@ -175,7 +177,7 @@ def _stored_shingles(folder: Path, pool: Pool) -> Shingles:
     names = ("offsets", "hashes", "signatures")
     mark = base / "minhash.json"
     if not (mark.is_file() and json.loads(mark.read_text())["pool"] == pool.hash):
-        texts = ("\n".join(m["content"] for m in sample["messages"]) for sample in pool.samples())
+        texts = (all_text(sample) for sample in pool.samples())
         made = shingle(texts, len(pool))
         for name in names:
             _save_array(base / f"minhash.{name}.npy", getattr(made, name))

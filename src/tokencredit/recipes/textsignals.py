@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.formats import text_of
 from tokencredit.recipes.pool import Pool
 from tokencredit.recipes.words import split_units, split_words
 from tokencredit.seeds import derive
@@ -16,8 +18,8 @@ _BUCKETS = 1 << 16
 
 
 def all_text(sample: dict) -> str:
-    """All messages of a sample, a line apart."""
-    return "\n".join(message["content"] for message in sample["messages"])
+    """All messages of a sample, a line apart, with their thinking and tool calls."""
+    return "\n".join(text_of(message) for message in sample["messages"])
 
 
 def unigram_entropy(text: str) -> float:
@@ -51,7 +53,7 @@ def branching(texts: Iterable[str]) -> list[float]:
     return scores
 
 
-def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, str]]] | None = None) -> np.ndarray:
+def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, Any]]] | None = None) -> np.ndarray:
     """Features without a model: log-counts of hashed words and word pairs, weighted by rarity, projected and scaled.
 
     The projection is sparse: each of 65,536 buckets adds ±1 to four of `width` columns. With `extra` conversations
