@@ -272,10 +272,10 @@ def _query_features(
         scorer = _load(sources.model, sources)
     if sources.sae is not None and base == _sae_key(pool, scorer, sources):
         sae = load_autoencoder(sources.sae, sources.sae_layer, scorer.model.config.get_text_config().hidden_size)
-        return activate(scorer, sae, conversations).toarray()
+        return activate(replace(scorer, skip_bad=False), sae, conversations).toarray()
     if base != signal_key(pool, signal="forward", **scorer.facts):
         raise TokenCreditError(
             f"the features of the pool were not made by {scorer.name!r}",
             hint="add rds to --signals, or give --query-embeddings TASK=FILE made like the pool's",
         )
-    return score_samples(scorer, conversations)[1]
+    return score_samples(replace(scorer, skip_bad=False), conversations)[1]
