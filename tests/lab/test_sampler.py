@@ -1,11 +1,16 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.lab.sampler import Samples, sample, unsupported
+from tokencredit.lab.model import build_model, build_tokenizer
+from tokencredit.lab.sampler import Samples, end_ids, is_lab_model, sample, unsupported
 
 PAD, EOS, VOCAB = 0, 1, 12
 SHAPE = {
@@ -185,6 +190,61 @@ def test_what_the_loop_does_not_know_is_refused() -> None:
     assert "LoRA" in str(unsupported(dora))
     with pytest.raises(TokenCreditError, match="generate"):
         draw(gpt2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, "mlp"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "embed_tokens"),
+    ],
+)
+def test_an_adapter_beside_the_projections_is_left_to_the_host(settings: dict, named: str) -> None:
+    model = get_peft_model(make_model(), LoraConfig(r=2, **settings))
+    assert f"{named} is a peft." in str(unsupported(model))
+    with pytest.raises(TokenCreditError, match=named):
+        draw(model)
+
+
+def test_soft_prompts_and_replaced_modules_are_left_to_the_host() -> None:
+    soft = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert "virtual tokens" in str(unsupported(soft))
+
+    class Louder(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * x
+
+    model = make_model()
+    model.model.norm = Louder()
+    assert "model.norm is a" in str(unsupported(model))
+
+
+def test_the_labs_models_are_known_by_their_config(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer("0123456789+=")
+    model = build_model(tokenizer, layers=1, width=16, heads=2)
+    model.save_pretrained(tmp_path)
+    assert is_lab_model(model)
+    assert is_lab_model(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
+    assert is_lab_model(Qwen3ForCausalLM.from_pretrained(tmp_path))
+    assert not is_lab_model(make_model())
+    assert not is_lab_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("declared", "own", "expected"),
+    [([2, 0], 2, [2, 0]), (5, 2, [2, 5]), (None, 2, [2]), ([7], None, [7]), (2, 2, [2])],
+)
+def test_every_id_that_ends_a_response_counts(declared: Any, own: int | None, expected: list[int]) -> None:
+    model = make_model()
+    model.generation_config.eos_token_id = declared
+    tokenizer = SimpleNamespace(eos_token_id=own)
+    assert end_ids(model, tokenizer) == expected
+    assert end_ids(model, SimpleNamespace(tokenizer=tokenizer, eos_token_id=99)) == expected  # a processor
+    if declared is None:
+        with pytest.raises(TokenCreditError, match="ends a response"):
+            end_ids(model, SimpleNamespace(eos_token_id=None))
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])

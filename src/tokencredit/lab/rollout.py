@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.lab.sampler import sample
+from tokencredit.lab.sampler import end_ids, sample
 from tokencredit.seeds import derive
 
 if TYPE_CHECKING:
@@ -39,13 +39,14 @@ def rollout_func(prompts: list[Any], trainer: "GRPOTrainer") -> dict[str, list[l
     repeats = [len(list(group)) for _, group in groupby(prompts)]
     ids = _tokenize([prompt for prompt, _ in groupby(prompts)], trainer)
     padded, mask = _pad_left(ids, trainer.accelerator.device)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     samples = sample(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         padded,
         mask,
         max_new_tokens=trainer.max_completion_length,
         temperature=trainer.temperature,
-        eos_token_id=trainer.eos_token_ids,
+        eos_token_id=end_ids(model, trainer.processing_class),
         generator=_own_stream(prompts, trainer),
         num_return=repeats,
     )

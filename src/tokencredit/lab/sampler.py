@@ -19,6 +19,7 @@ from tokencredit.errors import TokenCreditError
 
 MODEL_TYPES = ("llama", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the length of the text
+LAB_VOCABULARY = 256  # the lab's tokenizers know single characters
 COMPACT_BELOW = 0.875  # share of unfinished rows under which the finished ones are dropped from the cache
 
 
@@ -79,7 +80,43 @@ def unsupported(model: nn.Module) -> str | None:
         return "the model has layers with sliding-window attention"
     linears = [m for layer in base.model.layers for m in (*_projections(layer.self_attn), *_projections(layer.mlp))]
     odd = next((m for m in (*linears, base.lm_head) if not _is_plain(m)), None)
-    return None if odd is None else f"a projection is a {type(odd).__name__}, neither a linear layer nor plain LoRA"
+    if odd is not None:
+        return f"a projection is a {type(odd).__name__}, neither a linear layer nor plain LoRA"
+    return _unread_module(model, base, [*linears, base.lm_head])
+
+
+def is_lab_model(model: nn.Module) -> bool:
+    """Whether `build_model` made this model (or LoRA was put on one that it made).
+
+    `sampler: auto` takes this sampler only for such models. On any other model the host samples, in the precision and
+    with the kernels that the policy is trained with. Only the config is read, so a saved and reloaded model counts.
+    """
+    config = getattr(_base(model), "config", None)
+    return (
+        getattr(config, "model_type", None) == "qwen3"
+        and (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (0, 1, None)
+        and config.tie_word_embeddings
+        and config.max_position_embeddings == 512
+        and config.vocab_size < LAB_VOCABULARY
+    )
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends a response: that of the tokenizer, and those of the model's generation config.
+
+    A chat model often ends its turn with another token than the tokenizer's EOS. This is the rule of TRL and of Hugging
+    Face `generate`.
+    """
+    declared = getattr(getattr(_base(model), "generation_config", None), "eos_token_id", None)
+    ids = [declared] if isinstance(declared, int) else list(declared or ())
+    own = getattr(getattr(tokenizer, "tokenizer", tokenizer), "eos_token_id", None)  # a processor holds a tokenizer
+    ids = ids if own is None or own in ids else [own, *ids]
+    if not ids:
+        raise TokenCreditError(
+            "neither the tokenizer nor the model's generation config names a token that ends a response",
+            hint="set `tokenizer.eos_token`, or `eos_token_id` in generation_config.json",
+        )
+    return [int(token) for token in ids]
 
 
 @torch.no_grad()
@@ -301,6 +338,23 @@ def _effective(module: Any) -> tuple[Tensor, Tensor | None]:
         return base.weight, base.bias
     active = [name for name in module.active_adapters if name in module.lora_A]
     return base.weight + sum(module.get_delta_weight(name) for name in active), base.bias
+
+
+def _unread_module(model: Any, base: Any, projections: list[Any]) -> str | None:
+    """Names a part of the model that `sample` would read past.
+
+    Only projections are read together with their adapters. Anything else that PEFT or a user puts around or in place of
+    a module (LoRA on the embedding, `modules_to_save`, trainable tokens, soft prompts) would be left out of the samples.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    if any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        return "its adapter adds virtual tokens to the prompt"
+    read = {id(module) for projection in projections for module in projection.modules()}
+    for name, module in base.named_modules():
+        if id(module) not in read and not type(module).__module__.startswith(("transformers.", "torch.")):
+            kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}"
+            return f"{name or 'the model'} is a {kind}, which the sampler does not read"
+    return None
 
 
 def _is_plain(module: Any) -> bool:
