@@ -17,6 +17,7 @@ from tokencredit.collect.adapter import (
     reference_pass,
 )
 from tokencredit.collect.logprobs import token_logprobs
+from tokencredit.collect.models import head_of
 from tokencredit.errors import TokenCreditError
 
 PROMPT, RESPONSE = 5, 9
@@ -116,6 +117,7 @@ def test_an_adapter_that_does_nothing_has_residual_zero() -> None:
 def test_reference_log_probs_come_from_the_same_pass() -> None:
     model, (ids, mask) = lora_model(), batch()
     passes: list[int] = []
+    head_of(model)  # compares the head with the model's own logits, once
     handle = model.get_base_model().model.register_forward_hook(lambda module, args, output: passes.append(1))
     _, reference = adapter_residuals(model, ids, mask, *SPAN, ref_temperature=0.7)
     handle.remove()
@@ -153,6 +155,7 @@ def test_tapping_a_host_runs_no_pass() -> None:
     model, (ids, mask) = lora_model(), batch()
     model.eval()
     passes: list[int] = []
+    head_of(model)  # compares the head with the model's own logits, once
     handle = model.get_base_model().model.register_forward_hook(lambda module, args, output: passes.append(1))
     with torch.no_grad(), capture_states(model, RESPONSE) as tap:
         for rows in (slice(0, 3), slice(3, 4)):  # a host may score in chunks of rows

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.models import unwrapped
+from tokencredit.collect.models import is_peft_model, unwrapped
 from tokencredit.collect.teacher_checks import check_chat, check_end, check_size, check_tokenizers, end_ids
 from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
 from tokencredit.collect.teacher_score import Scores, score_entropies, used_widths
@@ -204,7 +204,7 @@ class SelfTeacher(_Scoring):
         self._copy = {name: value.clone() for name, value in state.items()}
 
     def _check_policy(self, policy: Any) -> None:
-        if self.given["weights"] == "base" and not hasattr(unwrapped(policy), "disable_adapter"):
+        if self.given["weights"] == "base" and not is_peft_model(policy):
             raise TokenCreditError(
                 f"a base teacher is the policy with its LoRA adapter off, and {type(policy).__name__} has no adapter",
                 hint="train with `peft_config`, or use `kind: self` with `weights: frozen`",
@@ -239,15 +239,20 @@ class SelfTeacher(_Scoring):
 
 @contextmanager
 def _swapped(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters hold `values` inside; their own storage comes back untouched."""
+    """The parameters hold `values` inside; their own storage comes back untouched.
+
+    A host's autocast keeps 16-bit copies of parameters, by object and not by value: they are dropped on both sides.
+    """
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             parameter.data = values[name].to(parameter.dtype)
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
+        torch.clear_autocast_cache()
 
 
 def _prompts(
