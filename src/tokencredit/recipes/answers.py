@@ -116,8 +116,8 @@ def _stop(template: Template, messages: Messages, turn: int, final: str) -> int 
     alone = _around(template, messages[: turn + 1], turn, marked)
     if whole is None or alone is None or not final.endswith(whole[1]):
         return None
-    closing = _common(alone[1], whole[1])  # the end token, which both renderings write
-    return len(final) - len(whole[1]) + closing if closing else None
+    closing = _common(alone[1], whole[1])  # the end token, which both renderings write; GLM's template writes none
+    return len(final) - len(whole[1]) + closing if closing or not alone[1] else None
 
 
 def _around(template: Template, messages: Messages, turn: int, message: Mapping[str, Any]) -> tuple[str, str] | None:
