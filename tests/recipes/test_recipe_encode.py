@@ -38,7 +38,7 @@ DROPS = (
     "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<' + m.role + '>' + c + '#\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-OPENS = DROPS.replace("{{ '<assistant>' }}", "{{ '<assistant><think>' }}")  # the prompt opens a block that history lacks
+OPENS = DROPS.replace("{{ '<assistant>' }}", "{{ '<assistant><think>' }}")  # history lacks the block
 CLOSES = PLAIN.replace("{% if add", "{{ 'EOT' }}{% if add")  # something after the last message of any rendering
 WHOLE = "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + PLAIN
 COUNTED = "{{ messages | length }} messages\n" + PLAIN  # no rendering of a part is a part of the whole
@@ -115,8 +115,8 @@ ALTERNATE = (
     [
         (ALTERNATE, [turn("system", "s"), *TALK[:2]], "roles must alternate"),
         (PLAIN, TALK[1:], "its first message is the assistant's"),
-        (PLAIN + "{{ messages[3].x.y }}", TALK, "undefined"),
-        (PLAIN.replace("in messages", "in messages | reverse"), TALK, "answer 1 is not found"),
+        (PLAIN + "{% if messages | length == 3 %}{{ 'a' + 1 }}{% endif %}", [turn("system", "s"), *TALK[:2]], "int"),
+        (PLAIN.replace("in messages", "in messages | reverse"), TALK, "is not found"),
         (PLAIN, [turn("user", "q"), turn("assistant", "lone \ud800")], ""),
         (None, [turn("user", "q"), turn("assistant", "naïve")], ""),  # no such character in this vocabulary
         (None, [turn("user", "q"), turn("assistant", "a", tool_calls=[{"x": 1}])], "tool_calls"),
@@ -174,7 +174,7 @@ def test_ifd_reads_the_response_alone_behind_bos() -> None:
     losses = [losses_of(model, encoded.ids)[start:stop], losses_of(model, [bos, *encoded.ids[start:stop]])[1:]]
     ratio = losses[0][1:].mean() / losses[1][1:].mean()
     assert found == pytest.approx(ratio, rel=1e-4) if ratio < 1 else np.isnan(found)
-    assert not found == pytest.approx(without, rel=1e-6)
+    assert abs(found - without) > 1e-6
 
 
 def losses_of(model, ids: list[int]) -> np.ndarray:

@@ -70,7 +70,9 @@ def test_drift_compares_those_that_have_features(sparse: bool) -> None:
     # rows (1,0), (0,1), none, (1,1): centre (2/3, 2/3); {0} is (1/3, −2/3) away, √(5/9)/√2 = .527046
     rows = np.array([[1, 0], [0, 1], [0 if sparse else np.nan] * 2, [1, 1]], np.float32)
     features = csr_matrix(rows) if sparse else rows
-    reader = StateReader(materials=Materials(pool=make_pool(range(4), ["s"] * 4, [1] * 4), signals={}, features=features))
+    reader = StateReader(
+        materials=Materials(pool=make_pool(range(4), ["s"] * 4, [1] * 4), signals={}, features=features)
+    )
 
     def drift(*members: int) -> float:
         return reader.read(np.array(members, np.int32))["drift"]

@@ -44,7 +44,9 @@ def test_unigram_entropy() -> None:
 def stats_of(probabilities: list[float], target: int) -> dict[str, float]:
     hidden = torch.tensor(probabilities).log().reshape(1, 1, -1)
     one = torch.ones(1, 1, dtype=torch.bool)
-    return {k: v.item() for k, v in token_statistics(lambda states: states, hidden, torch.tensor([[target]]), one).items()}
+    return {
+        k: v.item() for k, v in token_statistics(lambda states: states, hidden, torch.tensor([[target]]), one).items()
+    }
 
 
 def test_token_statistics_goldens() -> None:

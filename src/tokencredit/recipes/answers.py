@@ -1,6 +1,5 @@
 """Where the assistant's answers are in a conversation that a chat template has rendered."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +129,9 @@ def _around(template: Template, messages: Messages, turn: int, message: Mapping[
 
 
 def _common(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a, b]))
+    """How many characters two texts share from the start."""
+    length = min(len(a), len(b))
+    return next((place for place in range(length) if a[place] != b[place]), length)
 
 
 def _token_at(tokenizer: Any, text: str, ids: list[int], place: int, end: bool) -> int | None:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.progress import printable
 from tokencredit.recipes.answers import Template, answer_spans, generation_spans, tokens_of
 from tokencredit.recipes.formats import is_trained
-from tokencredit.progress import printable
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -101,9 +101,7 @@ def _error(name: str, problem: Exception) -> TokenCreditError:
     )
 
 
-def _encode(
-    tokenizer: Any, messages: Messages, max_length: int, tools: Sequence[Mapping[str, Any]] | None
-) -> Encoded:
+def _encode(tokenizer: Any, messages: Messages, max_length: int, tools: Sequence[Mapping[str, Any]] | None) -> Encoded:
     if tokenizer.chat_template:
         ids, spans = _with_template(tokenizer, messages, tools)
     else:
@@ -177,7 +175,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def bos_of(tokenizer: Any) -> list[int]:
-    """The id that begins every text for this tokenizer, as a list of one; empty where texts begin with their first word.
+    """The id that begins every text for this tokenizer, as a list of one; empty where no id does.
 
     With a chat template, the tokenizer must write it by itself: some tokenizers name a BOS token that no text starts
     with.

@@ -1,4 +1,4 @@
-"""One raw record as a sample of the pool: messages, ShareGPT, Alpaca and pairs; what cannot be kept is refused by name."""
+"""One raw record as a sample of the pool: messages, ShareGPT, Alpaca or a pair. What cannot be kept is refused."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -243,7 +243,9 @@ def _check_kept(kept: Mapping[str, Any]) -> None:
         raise Refusal(f"a message's `tool_calls` must be a list, got {type(kept['tool_calls']).__name__}")
     for key in WEIGHTS:
         if kept.get(key, 1) not in (0, 1):
-            raise Refusal(f"a message's `{key}` must be 0 or 1, got {str(kept[key])[:40]!r}: no other weight can be kept")
+            raise Refusal(
+                f"a message's `{key}` must be 0 or 1, got {str(kept[key])[:40]!r}: no other weight can be kept"
+            )
 
 
 def _unread(turn: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:

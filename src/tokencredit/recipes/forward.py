@@ -14,11 +14,10 @@ from torch import Tensor
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import make_folder, write_bytes
-from tokencredit.progress import bar
+from tokencredit.progress import bar, printable
 from tokencredit.recipes.encode import Encoded, Unread, bos_of, encode_all
 from tokencredit.recipes.logits import Read, hidden_states, reader_of
 from tokencredit.recipes.pool import Pool
-from tokencredit.progress import printable
 
 COLUMNS = ("loss", "ppl", "ifd", "entropy", "varentropy", "el2n", "len.response", "len.total", "truncated")
 SHARD = 2048  # samples between two savings

@@ -11,12 +11,11 @@ from typing import Any
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import make_folder, write_text
-from tokencredit.progress import track
+from tokencredit.progress import printable, track
 from tokencredit.recipes.formats import Refusal, meaning_of, text_of, to_sample
 from tokencredit.recipes.pool import INDEX, POOL, Pool, make_pool, name_of, save_index
 from tokencredit.recipes.readers import expand, records
 from tokencredit.recipes.words import count_words
-from tokencredit.progress import printable
 
 REJECTED = "rejected.jsonl"
 _TRAILING = re.compile(r"[ \t\u00a0\u3000]+(?=\n|$)")
@@ -123,9 +122,7 @@ def _read_all(files: Iterable[Path], columns: _Columns, file: Any) -> list[Rejec
     return rejected
 
 
-def _check_rejected(
-    rejected: list[Rejected], inputs: list[Path], columns: _Columns, out: Path, skip_bad: bool
-) -> None:
+def _check_rejected(rejected: list[Rejected], inputs: list[Path], columns: _Columns, out: Path, skip_bad: bool) -> None:
     lines = [json.dumps({"file": item.file, "line": item.line, "reason": item.reason}) + "\n" for item in rejected]
     write_text(out / REJECTED, "".join(lines))
     if rejected and not skip_bad:

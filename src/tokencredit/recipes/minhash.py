@@ -20,7 +20,10 @@ CHUNK = 2000  # samples hashed at once
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shingles:
-    """Distinct 5-word shingles (5-character ones in scripts without spaces) of each sample as sorted 64-bit hashes (CSR), and their MinHash signatures."""
+    """Distinct 5-word shingles of each sample as sorted 64-bit hashes (CSR), and their MinHash signatures.
+
+    In scripts without spaces a word is a character.
+    """
 
     offsets: Int64[np.ndarray, " samples_plus_one"]
     hashes: UInt64[np.ndarray, " shingles"]

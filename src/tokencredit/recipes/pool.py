@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +142,29 @@ def _repeat_numbers(text64: np.ndarray) -> np.ndarray:
     repeat = np.empty(len(order), np.int64)
     repeat[order] = np.arange(len(order)) - start
     return repeat
+
+
+def json_line(value: object) -> bytes:
+    """One line of JSON in UTF-8; text with a lone surrogate, which UTF-8 lacks, is written with escapes."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode("ascii") + b"\n"
+
+
+def write_lines(path: Path, values: Iterable[object]) -> None:
+    """Write JSON lines one after another, so that a large file never exists in memory; whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            for value in values:
+                file.write(json_line(value))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def save_index(pool: Pool, folder: Path) -> None:

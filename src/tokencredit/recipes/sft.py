@@ -198,7 +198,9 @@ def fine_tune(
         made = SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise TokenCreditError(f"`trainer` of evaluator 'sft': {reason}", hint="its keys are fields of SFTConfig") from error
+        raise TokenCreditError(
+            f"`trainer` of evaluator 'sft': {reason}", hint="its keys are fields of SFTConfig"
+        ) from error
     trainer = SFTTrainer(
         model=model,
         args=made,

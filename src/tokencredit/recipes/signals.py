@@ -12,11 +12,11 @@ from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.progress import track
-from tokencredit.recipes.forward import COLUMNS, Scorer, finish, load_scorer, score_pool, score_samples
 from tokencredit.recipes.encode import Unread
 from tokencredit.recipes.formats import text_of
+from tokencredit.recipes.forward import COLUMNS, Scorer, finish, load_scorer, score_pool, score_samples
 from tokencredit.recipes.materials import Column
-from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.pool import Pool, write_lines
 from tokencredit.recipes.relevance import max_cosine, overlap, read_queries, refuse_leaks
 from tokencredit.recipes.sae import activate, activate_pool, load_autoencoder
 from tokencredit.recipes.store import (
@@ -25,6 +25,7 @@ from tokencredit.recipes.store import (
     load_features,
     read_key,
     save_features,
+    save_model_facts,
     signal_key,
     write_column,
 )
@@ -115,6 +116,13 @@ def _require_model(names: Sequence[str], sources: Sources) -> str:
     return sources.model
 
 
+def write_unread(folder: Path, unread: Sequence[Unread]) -> Path:
+    """List the samples that could not be encoded, with the reason, in `unread.jsonl`."""
+    path = folder / "unread.jsonl"
+    write_lines(path, ({"id": item.name, "reason": item.reason} for item in unread))
+    return path
+
+
 def _scorer_for(names: Sequence[str], sources: Sources) -> Scorer:
     return _load(_require_model(names, sources), sources)
 
@@ -149,6 +157,7 @@ def _model_columns(folder: Path, pool: Pool, names: Sequence[str], scorer: Score
     features_wanted = "rds" in names and features_key(folder) != key
     if not wanted and not features_wanted:
         return []
+    save_model_facts(folder, scorer.name, scorer.revision)
     work = folder / SIGNALS / f"pass-{key[:16]}"
     columns, features = score_pool(scorer, pool, work)
     for name in COLUMNS:
