@@ -155,7 +155,7 @@ def metrics_from_json(content: Any) -> Metrics:
     tasks = {}
     for name, task in content["tasks"].items():
         score = task.get("score") if isinstance(task, dict) else None
-        if not _is_finite(score):
+        if score is None or not _is_finite(score):
             raise EvaluationFailed(f"score of {name!r} must be a finite number, got {str(score)[:60]}")
         counts = {key: task.get(key) or 0 for key in ("n", "parse_fail")}
         if not all(_is_finite(count) for count in counts.values()):
