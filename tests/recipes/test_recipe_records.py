@@ -240,7 +240,7 @@ GOOD = st.fixed_dictionaries(
     },
 )
 RECORD = GOOD | st.fixed_dictionaries(
-    {}, optional={name: VALUES for name in NAMES} | {"messages": st.lists(TURN, max_size=4) | VALUES}
+    {}, optional=dict.fromkeys(NAMES, VALUES) | {"messages": st.lists(TURN, max_size=4) | VALUES}
 )
 
 

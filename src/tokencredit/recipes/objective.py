@@ -116,18 +116,19 @@ def make_objective(config: Mapping[str, Any]) -> Objective:
         for key in goal or {}:
             if key not in {"weight", "chance", "floor"}:
                 raise unknown(f"key of task {name}", key, ("weight", "chance", "floor"))
+        for key, default in (("weight", 1.0), ("chance", 0.0)):
+            if not _is_finite(value := (goal or {}).get(key, default)):
+                raise TokenCreditError(f"`{key}` of task {name} must be a number, got {value!r}")
+        floor = (goal or {}).get("floor")
+        if floor is not None and not isinstance(floor, str) and not _is_finite(floor):
+            raise TokenCreditError(f"`floor` of task {name} must be a number or control-NUMBER, got {floor!r}")
         made = TaskGoal(**(goal or {}))
-        for key in ("weight", "chance"):
-            if not _is_finite(getattr(made, key)):
-                raise TokenCreditError(f"`{key}` of task {name} must be a number, got {getattr(made, key)!r}")
         if not made.weight >= 0:
             raise TokenCreditError(f"`weight` of task {name} must be at least 0, got {made.weight}")
         if not 0 <= made.chance < 1:
             raise TokenCreditError(f"`chance` of task {name} must be in [0, 1), got {made.chance}")
         if isinstance(made.floor, str):
             _check_floor(name, made.floor)
-        elif made.floor is not None and not _is_finite(made.floor):
-            raise TokenCreditError(f"`floor` of task {name} must be a number or control-NUMBER, got {made.floor!r}")
         tasks[name] = made
     if tasks and not sum(goal.weight for goal in tasks.values()) > 0:
         raise TokenCreditError("the weights of the tasks of the objective are all 0")

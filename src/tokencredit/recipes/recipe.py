@@ -135,7 +135,7 @@ def _check_value(op: str, name: str, value: Any) -> None:
         raise TokenCreditError(f"{where} must be a finite number, got {value!r}")
 
 
-def make_recipe(steps: Sequence[Step | Mapping[str, Any]], id: str = "", parent: str = "") -> Recipe:
+def make_recipe(steps: Sequence[Any], id: str = "", parent: str = "") -> Recipe:
     """A validated recipe from steps in any of their spellings.
 
     A step is `{op: top, signal: ifd, fraction: 0.5}`, `{top: {signal: ifd, fraction: 0.5}}`, or the name of an operator
