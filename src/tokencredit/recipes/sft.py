@@ -150,29 +150,56 @@ def fine_tune(
 ) -> tuple[Any, Any, dict[str, float]]:
     """The fine-tuned model, its tokenizer and what the training took. Loss on responses only."""
     import datasets
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     from tokencredit.recipes.encode import encode_all
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()  # "Loading weights" would fill a log with half-drawn bars
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise TokenCreditError(f"cannot load model {settings.model!r}: {printable(reason[0])}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = _load(settings.model)
     encoded = encode_all(tokenizer, conversations, settings.max_length, [] if settings.skip_bad else None)
     rows = [{"input_ids": e.ids, "completion_mask": e.mask.astype(int).tolist()} for e in encoded if e.mask.any()]
     if not rows:
         raise EvaluationFailed(f"no response lies within {settings.max_length} tokens")
     # The set is what counts: a canonical order, so that the order of a recipe does not move the numbers.
     rows.sort(key=lambda row: row["input_ids"])
+    datasets.disable_progress_bars()  # four bars a run would drown the search's own
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(settings, seed, folder),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    output = trainer.train()
+    loss = float(output.training_loss)
+    if not np.isfinite(loss):
+        raise EvaluationFailed(f"the training loss is {loss}")
+    return (
+        trainer.model.eval(),
+        tokenizer,
+        {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))},
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # "Loading weights" would fill a log with half-drawn bars
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise TokenCreditError(f"cannot load model {name!r}: {printable(lines[0])}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _arguments(settings: SftSettings, seed: int, folder: Path) -> Any:
+    from trl import SFTConfig
+
     arguments = {
         "output_dir": str(folder),
         "max_steps": settings.steps,
@@ -193,29 +220,13 @@ def fine_tune(
         "dataloader_pin_memory": False,
         **(settings.trainer or {}),
     }
-    datasets.disable_progress_bars()  # four bars a run would drown the search's own
     try:
-        made = SFTConfig(**arguments)
+        return SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TokenCreditError(
             f"`trainer` of evaluator 'sft': {reason}", hint="its keys are fields of SFTConfig"
         ) from error
-    trainer = SFTTrainer(
-        model=model,
-        args=made,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    output = trainer.train()
-    loss = float(output.training_loss)
-    if not np.isfinite(loss):
-        raise EvaluationFailed(f"the training loss is {loss}")
-    return (
-        trainer.model.eval(),
-        tokenizer,
-        {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))},
-    )
 
 
 def evaluate_model(settings: SftSettings, model: Any, tokenizer: Any, split: str) -> Metrics:
