@@ -186,12 +186,13 @@ def _run(args: argparse.Namespace) -> int:
     graph = materials.graph(1000) if any(step.op == "semdedup" for step in recipe.steps) else None
     state = StateReader(materials=materials, graph=graph).read(subset.positions)
     tokens = int(materials.pool.words[subset.positions].sum())
-    lines = [f"{len(subset)} of {len(materials.pool)} samples, {tokens} whitespace tokens, subset {subset.hash[:12]}"]
+    lines = [f"{len(subset)} of {len(materials.pool)} samples, {tokens} words, subset {subset.hash[:12]}"]
     if args.trace:
         lines += [
             f"  {s.op:14s} {s.samples_before:8d} → {s.samples:8d}  {s.seconds:6.3f} s {s.note}" for s in subset.trace
         ]
-    lines += [f"  {name:24s} {value: .4f}" for name, value in state.items()]
+    relative = {"mean_ifd": "mean.ifd / pool's", "mean_varentropy": "mean.varentropy / pool's"}
+    lines += [f"  {relative.get(name, name):24s} {value: .4f}" for name, value in state.items()]
     if args.out:
         export_subset(materials.pool, subset.positions, args.out, "jsonl")
         export_subset(materials.pool, subset.positions, args.out, "ids")
