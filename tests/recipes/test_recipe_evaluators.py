@@ -279,8 +279,11 @@ def test_commands_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert run_cli("search", folder / "s.yaml", "--out", out) == 0
     assert "finalist: slot" in capsys.readouterr().out
-    with pytest.raises(TokenCreditError, match="holds evaluations already"):
-        run_cli("search", folder / "s.yaml", "--out", out)
+    history = (out / "history.jsonl").read_bytes()
+    assert run_cli("search", folder / "s.yaml", "--out", out) == 0  # the same command pays for nothing twice
+    assert (out / "history.jsonl").read_bytes() == history and "finalist: slot" in capsys.readouterr().out
+    with pytest.raises(TokenCreditError, match="holds no search to go on with"):
+        run_cli("search", folder / "s.yaml", "--out", folder / "new", "--resume")
     with pytest.raises(TokenCreditError, match="started with another configuration"):
         run_cli("search", folder / "s.yaml", "--out", out, "--resume", "--seed", "2")
     assert run_cli("search", folder / "s.yaml", "--out", out, "--resume", "--budget", "6", "--json") == 0

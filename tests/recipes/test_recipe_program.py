@@ -68,7 +68,7 @@ def test_recipe_files_survive_a_round_trip(tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="unknown key of a recipe file 'step'"):
         load_recipe(path)
     path.write_text("steps: [")
-    with pytest.raises(TokenCreditError, match="is not YAML"):
+    with pytest.raises(TokenCreditError, match="is not valid YAML"):
         load_recipe(path)
 
 

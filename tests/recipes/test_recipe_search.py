@@ -403,3 +403,16 @@ def test_history_survives_the_disk(tmp_path: Path) -> None:
     (tmp_path / HISTORY).write_text("nonsense\n")
     with pytest.raises(TokenCreditError, match=r"history\.jsonl:1: not a JSON line"):
         load_history(tmp_path)
+
+
+def test_the_control_of_one_operator_is_never_left_out(tmp_path: Path) -> None:
+    search = search_of(tmp_path, budget=6)
+    search.run()
+    assert not [e for e in search.history if len(e.steps) == 1 and e.kind != "control"]
+    arms = {arm.name: arm for arm in standard_arms(search)}
+    single = arms["best single operator, by forecast"].recipe
+    assert single is not None and len(single.steps) == 1
+    assert single.steps[0] in search.finalists(1)[0].recipe.steps
+    tried = replace(search.history[0], steps=[{"op": "random_k", "k": 77, "seed": 1}], slot=9)
+    search.history.append(tried)
+    assert {arm.name: arm for arm in standard_arms(search)}["best single operator"].recipe.steps == tried.recipe.steps

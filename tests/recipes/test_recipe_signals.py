@@ -41,24 +41,12 @@ def test_unigram_entropy() -> None:
     assert unigram_entropy("...") == 0.0
 
 
-class Head:
-    """Logits are the hidden states themselves."""
-
-    class config:
-        final_logit_softcapping = None
-
-        @classmethod
-        def get_text_config(cls):
-            return cls
-
-    def get_output_embeddings(self):
-        return lambda hidden: hidden
-
-
 def stats_of(probabilities: list[float], target: int) -> dict[str, float]:
     hidden = torch.tensor(probabilities).log().reshape(1, 1, -1)
     one = torch.ones(1, 1, dtype=torch.bool)
-    return {k: v.item() for k, v in token_statistics(Head(), hidden, torch.tensor([[target]]), one).items()}
+    return {
+        k: v.item() for k, v in token_statistics(lambda states: states, hidden, torch.tensor([[target]]), one).items()
+    }
 
 
 def test_token_statistics_goldens() -> None:

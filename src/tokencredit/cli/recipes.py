@@ -1,7 +1,6 @@
 """`tokencredit recipes`: data recipes for SFT on one fixed pool."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.progress import printable
 
 if TYPE_CHECKING:
     from tokencredit.recipes.search import Search
@@ -58,7 +58,11 @@ def _add_signals(verbs: Any) -> None:
     parser.add_argument("--embeddings", type=Path, help="features of your own: .npy in pool order or .npz by id")
     parser.add_argument("--query-embeddings", action="append", default=[], metavar="TASK=FILE")
     parser.add_argument("--column", action="append", default=[], metavar="NAME=FILE", help="a signal of your own")
-    parser.add_argument("--skip-bad", action="store_true", help="leave bad lines out, and count and list them")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out bad lines, and samples that the chat template refuses; they are counted and listed",
+    )
 
 
 def _add_run(verbs: Any) -> None:
@@ -70,13 +74,13 @@ def _add_run(verbs: Any) -> None:
 
 
 def _add_search(verbs: Any) -> None:
-    parser = _verb(verbs, "search", _search, "search for a recipe; the same command goes on after a kill")
+    parser = _verb(verbs, "search", _search, "search for a recipe; after an interruption the same command goes on")
     parser.add_argument("config", type=Path, help="search file in YAML")
     parser.add_argument("--out", type=Path, help="run folder; runs/<name of the search file> by default")
     parser.add_argument("--budget", type=int)
     parser.add_argument("--policy", choices=("default", "paper", "random", "single"))
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--resume", action="store_true", help="go on with a run folder that holds evaluations")
+    parser.add_argument("--resume", action="store_true", help="fail if there is nothing to go on with")
     parser.add_argument("--dry-run", action="store_true", help="materialise the warm-up and print sizes; train nothing")
 
 
@@ -100,6 +104,7 @@ def _add_export(verbs: Any) -> None:
     parser.add_argument("--format", default="jsonl", choices=("jsonl", "ids", "trl", "llamafactory", "axolotl"))
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--pool", type=Path, help="the pool folder, for a recipe file")
+    parser.add_argument("--model", help="what the TRL script trains; by default the model of the pool's signals")
 
 
 def _pairs(items: Sequence[str], flag: str) -> dict[str, Path]:
@@ -113,14 +118,26 @@ def _pairs(items: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def _show(args: argparse.Namespace, content: Any, lines: Sequence[str]) -> int:
-    print(json.dumps(content, ensure_ascii=False) if args.json else "\n".join(lines))
+    from tokencredit.recipes.pool import json_line
+
+    if args.json:
+        print(json_line(content).decode().rstrip())
+    else:
+        print("\n".join(map(printable, lines)))
     return 0
 
 
 def _signals(args: argparse.Namespace) -> int:
+    from tokencredit.files import lock_folder
+
+    with lock_folder(args.out):
+        return _signals_in(args)
+
+
+def _signals_in(args: argparse.Namespace) -> int:
     from tokencredit.recipes.ingest import canonicalise
     from tokencredit.recipes.pool import INDEX, load_pool
-    from tokencredit.recipes.signals import Sources, add_column, compute
+    from tokencredit.recipes.signals import Sources, add_column, compute, write_unread
 
     rejected: list[Any] = []
     if len(args.pool) == 1 and (args.pool[0] / INDEX).is_file():
@@ -138,13 +155,18 @@ def _signals(args: argparse.Namespace) -> int:
         sae=args.sae,
         sae_layer=args.sae_layer,
         query_embeddings=_pairs(args.query_embeddings, "--query-embeddings"),
+        skip_bad=args.skip_bad,
     )
-    written = compute(args.out, pool, [name for name in args.signals.split(",") if name], sources)
-    for name, path in _pairs(args.column, "--column").items():
+    columns = _pairs(args.column, "--column")
+    for name, path in columns.items():  # first: a file that does not fit shows before the pass of a model
         add_column(args.out, pool, name, path)
-        written.append(name)
+    written = [*columns, *compute(args.out, pool, [name for name in args.signals.split(",") if name], sources)]
     facts = {"pool": pool.hash, "samples": len(pool), "rejected": len(rejected), "written": written}
+    facts["unread"] = len(sources.unread)
     lines = [f"pool {pool.hash[:12]}: {len(pool)} samples, {len(rejected)} bad lines left out"]
+    if sources.unread:
+        path = write_unread(args.out, sources.unread)
+        lines.append(f"{len(sources.unread)} samples have no signals of the model: it refuses them, see {path}")
     lines.append(f"signals written: {', '.join(written) or 'none, all were there'}")
     return _show(args, facts, lines)
 
@@ -159,17 +181,18 @@ def _run(args: argparse.Namespace) -> int:
     recipe, written_for = load_recipe(args.recipe)
     materials = load_materials(args.pool)
     if written_for not in {None, materials.pool.hash}:
-        print(f"note: {args.recipe} was written for pool {str(written_for)[:12]}", file=sys.stderr)
+        print(printable(f"note: {args.recipe} was written for pool {str(written_for)[:12]}"), file=sys.stderr)
     subset = Executor(materials=materials).run(recipe)
     graph = materials.graph(1000) if any(step.op == "semdedup" for step in recipe.steps) else None
     state = StateReader(materials=materials, graph=graph).read(subset.positions)
     tokens = int(materials.pool.words[subset.positions].sum())
-    lines = [f"{len(subset)} of {len(materials.pool)} samples, {tokens} whitespace tokens, subset {subset.hash[:12]}"]
+    lines = [f"{len(subset)} of {len(materials.pool)} samples, {tokens} words, subset {subset.hash[:12]}"]
     if args.trace:
         lines += [
             f"  {s.op:14s} {s.samples_before:8d} → {s.samples:8d}  {s.seconds:6.3f} s {s.note}" for s in subset.trace
         ]
-    lines += [f"  {name:24s} {value: .4f}" for name, value in state.items()]
+    relative = {"mean_ifd": "mean.ifd / pool's", "mean_varentropy": "mean.varentropy / pool's"}
+    lines += [f"  {relative.get(name, name):24s} {value: .4f}" for name, value in state.items()]
     if args.out:
         export_subset(materials.pool, subset.positions, args.out, "jsonl")
         export_subset(materials.pool, subset.positions, args.out, "ids")
@@ -184,9 +207,9 @@ def _open(folder: Path, overrides: dict[str, Any] | None = None) -> "Search":
 
 
 def _search(args: argparse.Namespace) -> int:
+    from tokencredit.files import lock_folder
     from tokencredit.recipes.config import load_config
-    from tokencredit.recipes.history import HISTORY
-    from tokencredit.recipes.runs import dry_run, make_search, save_config
+    from tokencredit.recipes.runs import CONFIG, dry_run, make_search, save_config
 
     folder = args.out or Path("runs") / args.config.stem
     overrides = {"budget": args.budget, "policy": args.policy, "seed": args.seed}
@@ -197,18 +220,19 @@ def _search(args: argparse.Namespace) -> int:
             f"{row['samples']:8d} samples  {row['token_ratio']:.3f} of the tokens  {row['recipe']}" for row in rows
         ]
         return _show(args, rows, lines)
-    if (folder / HISTORY).is_file() and not args.resume:
-        raise TokenCreditError(f"{folder} holds evaluations already", hint="pass --resume to go on, or another --out")
-    save_config(config, folder)
-    search = make_search(config, folder)
-    try:
-        history = search.run()
-    except KeyboardInterrupt:
-        print(f"stopped; `tokencredit recipes search {args.config} --out {folder} --resume` goes on", file=sys.stderr)
-        return INTERRUPTED
+    if args.resume and not (folder / CONFIG).is_file():
+        raise TokenCreditError(f"{folder} holds no search to go on with", hint="leave out --resume to start one")
+    search = make_search(config, folder)  # before anything is written, so that a refusal leaves nothing behind
+    with lock_folder(folder):
+        save_config(config, folder)
+        try:
+            history = search.run()
+        except KeyboardInterrupt:
+            print(f"stopped; `tokencredit recipes search {args.config} --out {folder}` goes on", file=sys.stderr)
+            return INTERRUPTED
     lines = [_history_line(evaluation) for evaluation in history]
     if not any(evaluation.ok for evaluation in history):
-        print(f"every evaluation failed: {history[-1].reason}", file=sys.stderr)
+        print(printable(f"every evaluation failed: {history[-1].reason}"), file=sys.stderr)
         return FAILED
     finalist = search.finalists(1)[0]
     lines.append(f"finalist: slot {finalist.slot}, {finalist.recipe}")
@@ -222,13 +246,18 @@ def _history_line(e: Any) -> str:
 
 
 def _confirm(args: argparse.Namespace) -> int:
+    from tokencredit.files import lock_folder
     from tokencredit.recipes.confirm import confirm_arms, power_lines, save_summary, standard_arms
 
+    for name in ("finalists", "seeds"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise TokenCreditError(f"--{name} must be at least 1, got {value}")
     given = {"finalists": args.finalists, "seeds": args.seeds, "redraw": args.redraw or None}
     search = _open(args.run, {name: value for name, value in given.items() if value is not None})
     for line in power_lines(search.config.noise_sd, search.config.confirm.seeds):
         print(line, file=sys.stderr)
-    result = confirm_arms(search, standard_arms(search), search.config.confirm.seeds, args.split)
+    with lock_folder(args.run):
+        result = confirm_arms(search, standard_arms(search), search.config.confirm.seeds, args.split)
     if not result.scores()["finalist"]:
         print("every run of the finalist failed", file=sys.stderr)
         return FAILED
@@ -247,7 +276,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     from tokencredit.recipes.execute import Executor
-    from tokencredit.recipes.export import export_subset
+    from tokencredit.recipes.export import PLACEHOLDER, export_subset
     from tokencredit.recipes.recipe import load_recipe
     from tokencredit.recipes.store import load_materials
 
@@ -261,5 +290,8 @@ def _export(args: argparse.Namespace) -> int:
         recipe, _ = load_recipe(args.source)
         materials = load_materials(args.pool)
         executor = Executor(materials=materials)
-    paths = export_subset(materials.pool, executor.run(recipe).positions, args.out, args.format)
+    positions = executor.run(recipe).positions
+    paths = export_subset(materials.pool, positions, args.out, args.format, model=args.model)
+    if args.format == "trl" and PLACEHOLDER in paths[-1].read_text(encoding="utf-8"):
+        print(f"note: the pool knows no model; write its name into {paths[-1]}, or pass --model", file=sys.stderr)
     return _show(args, {"files": [str(path) for path in paths]}, [str(path) for path in paths])

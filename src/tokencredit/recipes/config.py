@@ -1,13 +1,15 @@
 """The search file: everything that moves a number, and nothing that it does not know."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import read_yaml
 
 OPERATORS = ("top", "top_union", "semdedup", "random_k")
+CONTROLS = ("best_single", "full", "random_k_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv:2605.12944: five edits of one anchor, a process on the program alone, no size control, no token floor.
     "paper": {"candidates": 5, "control": 0, "min_token_ratio": 0.0, "ranker": "ucb", "inputs": ("program",)},
@@ -76,45 +78,59 @@ class SearchConfig:
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
     """A search file; `overrides` are settings of `search:` given on the command line."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TokenCreditError(f"{path} does not exist", hint="give the path of a search file in YAML") from error
-    except yaml.YAMLError as error:
-        raise TokenCreditError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "search file")
     if not isinstance(content, dict):
-        raise TokenCreditError(f"{path} must be a mapping")
+        raise TokenCreditError(f"{path} must be a mapping", hint="see the example in docs/recipes.md")
     return make_config(content, overrides)
 
 
 def make_config(content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> SearchConfig:
     """Validate a mapping; unknown keys are errors that name the nearest."""
+    blocks = ("evaluator", "objective", "search", "confirm", "llm")
     for key in content:
-        if key not in {"pool", "evaluator", "objective", "search", "confirm", "llm"}:
-            raise unknown("key of a search file", key, ("pool", "evaluator", "objective", "search", "confirm", "llm"))
+        if key not in ("pool", *blocks):
+            raise unknown("key of a search file", key, ("pool", *blocks))
     for key in ("pool", "evaluator"):
         if not content.get(key):
             raise TokenCreditError(f"the search file needs `{key}`")
-    objective = dict(content.get("objective") or {})
-    for key in objective:
-        if key not in {"tasks", "noise_sd", "scale"}:
-            raise unknown("key of `objective`", key, ("tasks", "noise_sd", "scale"))
+    for key in blocks:
+        block = content.get(key)
+        if block and not (isinstance(block, Mapping) and all(isinstance(name, str) for name in block)):
+            raise TokenCreditError(f"`{key}` of the search file must be a mapping, got {block!r}")
+    if not isinstance(content["pool"], str):
+        raise TokenCreditError(f"`pool` must be the path of a pool folder, got {content['pool']!r}")
+    objective = _checked_objective(content.get("objective") or {})
     block = dict(content.get("search") or {}) | {k: v for k, v in (overrides or {}).items() if v is not None}
     if block.get("seed") is None:
         raise TokenCreditError("a search needs a seed", hint="write `search: {seed: 1}` or pass --seed 1")
     block = PRESETS.get(str(block.get("policy", "default")), {}) | block
     settings = _record(SearchSettings, "search", block)
     _check_settings(settings)
+    confirm = _record(ConfirmSettings, "confirm", content.get("confirm") or {})
+    _check_confirm(confirm)
     return SearchConfig(
         pool=str(content["pool"]),
         evaluator=dict(content["evaluator"]),
         search=settings,
-        confirm=_record(ConfirmSettings, "confirm", content.get("confirm") or {}),
+        confirm=confirm,
         objective=objective,
         llm=_record(LLMSettings, "llm", content["llm"]) if content.get("llm") else None,
     )
+
+
+def _checked_objective(block: Mapping[str, Any]) -> dict[str, Any]:
+    from tokencredit.recipes.objective import make_objective
+
+    for key in block:
+        if key not in {"tasks", "noise_sd", "scale"}:
+            raise unknown("key of `objective`", key, ("tasks", "noise_sd", "scale"))
+    for key in ("noise_sd", "scale"):
+        value = block.get(key, 1.0)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < 1e12 or (key == "scale" and value == 0):
+            raise TokenCreditError(f"`objective.{key}` must be a number above 0, got {value!r}")
+    make_objective(block)
+    return dict(block)
 
 
 def _record(kind: type, where: str, block: Mapping[str, Any]) -> Any:
@@ -125,7 +141,9 @@ def _record(kind: type, where: str, block: Mapping[str, Any]) -> Any:
     made: dict[str, Any] = {}
     for key, value in block.items():
         default = known[key].default
-        if isinstance(value, list):
+        if isinstance(default, tuple):
+            if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+                raise TokenCreditError(f"`{where}.{key}` must be a list of names, got {value!r}")
             made[key] = tuple(value)
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             made[key] = float(value)
@@ -133,7 +151,19 @@ def _record(kind: type, where: str, block: Mapping[str, Any]) -> Any:
             raise TokenCreditError(f"`{where}.{key}` must be like {default!r}, got {value!r}")
         else:
             made[key] = value
+    for key, entry in known.items():
+        if entry.default is MISSING and key not in made:
+            raise TokenCreditError(f"`{where}` needs `{key}`")
     return kind(**made)
+
+
+def _check_confirm(settings: ConfirmSettings) -> None:
+    for control in settings.controls:
+        if control not in CONTROLS:
+            raise unknown("control of `confirm.controls`", control, CONTROLS)
+    for name in ("finalists", "seeds"):
+        if getattr(settings, name) < 1:
+            raise TokenCreditError(f"`confirm.{name}` must be at least 1, got {getattr(settings, name)}")
 
 
 def _check_settings(settings: SearchSettings) -> None:
@@ -154,6 +184,8 @@ def _check_settings(settings: SearchSettings) -> None:
     for name in ("budget", "warmup", "candidates", "patience", "max_steps", "min_samples"):
         if getattr(settings, name) < 1:
             raise TokenCreditError(f"`search.{name}` must be at least 1, got {getattr(settings, name)}")
+    if not 0 <= settings.min_token_ratio <= 1:
+        raise TokenCreditError(f"`search.min_token_ratio` must be in [0, 1], got {settings.min_token_ratio}")
     if settings.control not in {0, 1}:
         raise TokenCreditError(f"`search.control` must be 0 or 1, got {settings.control}")
     if settings.policy in {"default", "paper"} and settings.budget <= settings.warmup:

@@ -1,17 +1,19 @@
 """Telling luck from gain: fresh seeds on fresh problems for the finalist and its controls, with honest intervals."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from tokencredit.errors import TokenCreditError
+from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import write_json
 from tokencredit.progress import bar
 from tokencredit.recipes import history as log
+from tokencredit.recipes.config import CONTROLS
 from tokencredit.recipes.history import Evaluation, usable
 from tokencredit.recipes.objective import EvaluationFailed, Objective, Request
+from tokencredit.recipes.policies import score
 from tokencredit.recipes.pool import Positions
 from tokencredit.recipes.recipe import Recipe, as_mappings, make_recipe, make_step
 from tokencredit.recipes.search import Search, run_folder
@@ -62,13 +64,34 @@ def standard_arms(search: Search) -> list[Arm]:
         elif control == "full":
             arms.append(Arm(name="full data", recipe=make_recipe([])))
         elif control == "best_single":
-            singles = [e for e in usable(search.history) if len(e.steps) == 1 and e.kind != "control"]
-            if singles:
-                best = max(singles, key=lambda evaluation: evaluation.score or 0.0)
-                arms.append(Arm(name="best single operator", recipe=best.recipe))
+            arms.append(_best_single(search, finalists[0]))
         else:
-            raise TokenCreditError(f"unknown control {control!r}; available: best_single, full, random_k_tokens")
+            raise unknown("control", control, CONTROLS)
     return arms
+
+
+def _best_single(search: Search, finalist: Evaluation) -> Arm:
+    """The best recipe of length one that was evaluated; else the finalist's operator with the best forecast by itself.
+
+    Raises:
+      TokenCreditError: no recipe of length one can be run.
+    """
+    singles = [e for e in usable(search.history) if len(e.steps) == 1 and e.kind != "control"]
+    if singles:
+        best = max(singles, key=lambda evaluation: evaluation.score or 0.0)
+        return Arm(name="best single operator", recipe=best.recipe)
+    steps = [make_recipe([step]) for step in finalist.recipe.steps]
+    candidates = [candidate for candidate in map(search.chooser.materialise, steps) if candidate.subset is not None]
+    if not candidates:
+        raise TokenCreditError(
+            "the control 'best_single' needs a recipe of length one, and this search has none that runs",
+            hint="leave it out of `confirm.controls`, or search with --policy single",
+        )
+    good = usable(search.history)
+    if len(candidates) > 1 and len(good) > 1:
+        forecast = score(search.chooser, good, candidates)
+        candidates = sorted(forecast, key=lambda candidate: -(candidate.mean or 0.0))
+    return Arm(name="best single operator, by forecast", recipe=candidates[0].recipe)
 
 
 def confirm_arms(search: Search, arms: Sequence[Arm], seeds: int, split: str = "confirm") -> Confirmation:
@@ -296,7 +319,5 @@ def summary(search: Search, result: Confirmation) -> dict[str, Any]:
 def save_summary(search: Search, result: Confirmation) -> dict[str, Any]:
     """Write the summary to `confirm.json`, whole or not at all, and return it."""
     content = summary(search, result)
-    partial = search.folder / "confirm.json.partial"
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    partial.replace(search.folder / "confirm.json")
+    write_json(search.folder / "confirm.json", content)
     return content

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import make_folder, read_json, write_bytes, write_json
+from tokencredit.recipes.commands import run_command
 from tokencredit.recipes.history import load_history
 from tokencredit.recipes.objective import (
     EvaluationFailed,
@@ -23,7 +23,7 @@ from tokencredit.recipes.objective import (
     metrics_from_json,
     metrics_to_json,
 )
-from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.pool import Pool, write_lines
 from tokencredit.recipes.synthetic import Surface, SyntheticPool
 from tokencredit.seeds import derive
 
@@ -53,7 +53,7 @@ class ShellEvaluator:
         result = request.folder / RESULT
         if result.is_file():
             return _finished(result)
-        request.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(request.folder)
         files = write_training_files(self.pool, request)
         values = {**files, "out_dir": request.folder, "seed": request.seed, "split": request.split}
         values |= {"samples": len(request.positions), "tokens": int(self.pool.words[request.positions].sum())}
@@ -61,57 +61,37 @@ class ShellEvaluator:
         problem = ""
         for attempt in (1, 2):
             try:
-                self._run(arguments, request.folder, attempt)
+                log = request.folder / f"log-{attempt}.txt"
+                code = run_command(arguments, request.folder, log, self.timeout)
+                if code != 0:
+                    raise EvaluationFailed(f"exit status {code}: {_tail(log)}")
                 metrics = read_metrics(request.folder)
             except EvaluationFailed as failure:
                 problem = str(failure)
                 continue
-            _write_json(result, {"metrics": metrics_to_json(metrics), "items": _items_json(metrics)})
+            write_json(result, {"metrics": metrics_to_json(metrics), "items": _items_json(metrics)})
             return metrics
         raise EvaluationFailed(problem)
 
-    def _run(self, arguments: list[str], folder: Path, attempt: int) -> None:
-        with (folder / f"log-{attempt}.txt").open("wb") as output:
-            try:
-                process = subprocess.Popen(
-                    arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-                )
-            except OSError as error:
-                raise TokenCreditError(
-                    f"the evaluator's command cannot be started: {error}", hint="check `evaluator.command`"
-                ) from error
-            try:
-                code = process.wait(self.timeout)
-            except subprocess.TimeoutExpired:
-                raise EvaluationFailed(f"no result after {self.timeout:g} s") from None
-            finally:
-                # A command that starts workers must not leave them behind, whatever ended it.
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        if code != 0:
-            raise EvaluationFailed(f"exit status {code}: {_tail(folder / f'log-{attempt}.txt')}")
-
 
 def write_training_files(pool: Pool, request: Request) -> dict[str, Path]:
-    """`train.jsonl` (chat messages, in the recipe's order) and `train.ids`."""
+    """`train.jsonl` (chat messages and tools, in the recipe's order) and `train.ids`."""
     train, ids = request.folder / "train.jsonl", request.folder / "train.ids"
-    with train.open("w", encoding="utf-8") as file:
-        for sample in pool.samples(request.positions):
-            file.write(json.dumps({"messages": sample["messages"]}, ensure_ascii=False) + "\n")
-    ids.write_bytes(b"\n".join(pool.ids[request.positions].tolist()) + b"\n")
+    kept = ("messages", "tools")
+    write_lines(train, ({key: s[key] for key in kept if key in s} for s in pool.samples(request.positions)))
+    write_bytes(ids, b"\n".join(pool.ids[request.positions].tolist()) + b"\n")
     return {"train_file": train, "ids_file": ids}
 
 
 def read_metrics(folder: Path) -> Metrics:
     """`metrics.json` of a run, with the scores of its items where it names a file of them."""
     path = folder / "metrics.json"
+    if not path.is_file():
+        raise EvaluationFailed(f"the command wrote no {path.name}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvaluationFailed(f"the command wrote no {path.name}") from None
-    except ValueError as error:
-        raise EvaluationFailed(f"{path.name} is not JSON: {error}") from None
+        content = read_json(path)
+    except TokenCreditError as error:
+        raise EvaluationFailed(error.message) from None
     metrics = metrics_from_json(content)
     if not content.get("items"):
         return metrics
@@ -119,8 +99,11 @@ def read_metrics(folder: Path) -> Metrics:
     try:
         for line in (folder / content["items"]).read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
-            items[str(item["task"]), str(item["item"])] = float(item["score"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            score = float(item["score"])
+            if not math.isfinite(score):
+                raise ValueError(f"score {score}")
+            items[str(item["task"]), str(item["item"])] = score
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise EvaluationFailed(f"{content['items']}: {error!r}") from None
     return Metrics(tasks=metrics.tasks, items=items, train=metrics.train)
 
@@ -130,24 +113,22 @@ def _items_json(metrics: Metrics) -> list[list[Any]]:
 
 
 def _finished(result: Path) -> Metrics:
-    content = json.loads(result.read_text(encoding="utf-8"))
-    metrics = metrics_from_json(content["metrics"])
-    items = {(task, item): float(score) for task, item, score in content.get("items", [])}
+    content = read_json(result)
+    try:
+        metrics = metrics_from_json(content["metrics"])
+        items = {(task, item): float(score) for task, item, score in content.get("items", [])}
+    except (EvaluationFailed, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TokenCreditError(
+            f"{result} was changed or is damaged", hint="remove it to pay for the run again"
+        ) from error
     return Metrics(tasks=metrics.tasks, items=items, train=metrics.train)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    """Whole or not at all: the name appears only when the file is complete."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def _tail(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError as error:
+        return f"its log cannot be read: {error.strerror}"
     return lines[-1][:300] if lines else "no output"
 
 
@@ -202,7 +183,7 @@ def make_evaluator(config: Mapping[str, Any], pool: Pool) -> Evaluator:
     """From the `evaluator` block of a search file."""
     kinds: dict[str, Any] = {"shell": _shell, "sft": _sft, "ngram": _ngram, "replay": _replay}
     kind = config.get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise unknown("evaluator", kind, kinds)
     return kinds[kind](dict(config), pool)
 
@@ -223,7 +204,7 @@ def _shell(config: dict[str, Any], pool: Pool) -> Evaluator:
         )
     try:
         [part.format(**dict.fromkeys(FIELDS, "")) for part in command]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         field = str(error.args[0]) if isinstance(error, KeyError) else str(error)
         raise unknown("field of `evaluator.command`", field, FIELDS) from error
     return ShellEvaluator(
@@ -239,10 +220,10 @@ def seconds(text: Any) -> float:
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], text[-1:]) if isinstance(text, str) and text[-1:] in units else (text, "s")
     try:
-        value = float(number) * units[unit]
-    except (TypeError, ValueError):
+        value = 0.0 if isinstance(number, bool) else float(number) * units[unit]
+    except (TypeError, ValueError, OverflowError):
         value = 0.0
-    if not value > 0:
+    if not 0 < value < 1e8:
         raise TokenCreditError(f"`timeout` must be like 90s, 15m or 2h, got {text!r}")
     return value
 
@@ -262,4 +243,7 @@ def _ngram(config: dict[str, Any], pool: Pool) -> Evaluator:
 
 def _replay(config: dict[str, Any], pool: Pool) -> Evaluator:
     _only(config, "runs")
-    return replay_of([Path(run) for run in config.get("runs") or []])
+    runs = config.get("runs")
+    if not isinstance(runs, list) or not runs or not all(isinstance(run, str) for run in runs):
+        raise TokenCreditError(f"evaluator 'replay' needs `runs`, a list of run folders, got {runs!r}")
+    return replay_of([Path(run) for run in runs])

@@ -1,6 +1,6 @@
 """Gradient features of samples for LESS-style influence: LoRA gradients, Adam's view of them, a random projection."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencredit.collect.models import eval_mode
 from tokencredit.errors import TokenCreditError
 from tokencredit.progress import track
-from tokencredit.recipes.encode import encode
+from tokencredit.recipes.encode import Encoded, encode_all
 from tokencredit.seeds import derive
 
 CHUNK = 1 << 16  # parameters projected at once
@@ -37,7 +38,7 @@ class Moments:
 def gradient_features(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[dict[str, str]]],
+    conversations: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]],
     *,
     width: int = 1024,
     moments: Moments | None = None,
@@ -46,26 +47,32 @@ def gradient_features(
     """Projected gradients of the mean response loss over the trainable parameters, rows of length 1, [n, width].
 
     Train features take `moments`, query features none (LESS, arXiv:2402.04333). One backward pass a sample. With a
-    PEFT model the trainable parameters are the adapters. The projection is ±1/√width, drawn from a fixed stream.
+    PEFT model the trainable parameters are the adapters. The projection is ±1/√width, drawn from a fixed stream. The
+    model is in eval mode inside and afterwards as it was.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise TokenCreditError("the model has no trainable parameter", hint="wrap it with a LoRA adapter first")
     rows = np.zeros((len(conversations), width), np.float32)
-    model.eval()
-    for row, messages in enumerate(track(conversations, "gradients")):
-        encoded = encode(tokenizer, messages, max_length)
-        if not encoded.mask[1:].any():
-            continue
-        ids = torch.tensor([encoded.ids], device=parameters[0].device)
-        labels = torch.where(torch.from_numpy(encoded.mask)[None].to(ids.device), ids, -100)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        parts = torch.autograd.grad(loss, parameters)
-        gradient = torch.cat([part.flatten().float() for part in parts])
-        vector = gradient if moments is None else moments.update(gradient)
-        projected = project_gradient(vector, width).numpy(force=True)
-        rows[row] = projected / max(float(np.linalg.norm(projected)), 1e-12)
+    with eval_mode(model), torch.enable_grad():
+        for row, messages in enumerate(track(conversations, "gradients")):
+            (encoded,) = encode_all(tokenizer, [messages], max_length)
+            if not encoded.mask[1:].any():
+                continue
+            gradient = _gradient(model, encoded, parameters)
+            vector = gradient if moments is None else moments.update(gradient)
+            projected = project_gradient(vector, width).numpy(force=True)
+            rows[row] = projected / max(float(np.linalg.norm(projected)), 1e-12)
     return rows
+
+
+def _gradient(model: Any, encoded: Encoded, parameters: Sequence[Tensor]) -> Tensor:
+    """The flat gradient of the mean response loss; 0 for parameters that the sample does not reach."""
+    ids = torch.tensor([encoded.ids], device=parameters[0].device)
+    labels = torch.where(torch.from_numpy(encoded.mask)[None].to(ids.device), ids, -100)
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    parts = torch.autograd.grad(loss, list(parameters), allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten().float() for part in parts])
 
 
 def project_gradient(vector: Tensor, width: int) -> Tensor:

@@ -54,11 +54,21 @@ class Evaluation:
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """One line, on disk before this returns; a line is written in one call, so a kill leaves at most a torn tail."""
-    with path.open("ab") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """One line, on disk before this returns; a line is written in one call, so a kill leaves at most a torn tail.
+
+    A torn tail that an earlier kill left is cut off first.
+    """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
+    try:
+        with path.open("a+b") as file:
+            file.seek(0)
+            kept = file.read()
+            file.truncate(kept.rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def append_evaluation(folder: Path, evaluation: Evaluation) -> None:
@@ -67,19 +77,24 @@ def append_evaluation(folder: Path, evaluation: Evaluation) -> None:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a log; a torn last line, which a kill left, is cut off the file, any other bad line is an error."""
+    """Read a log; a torn last line, which a kill left, is left out, any other bad line is an error.
+
+    Reading changes nothing: a report may read while a search writes.
+    """
     if not path.is_file():
         return
-    raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    for number, line in enumerate(raw[:whole].splitlines(), start=1):
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise TokenCreditError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    for number, line in enumerate(raw[: raw.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise TokenCreditError(f"{path}:{number}: not a JSON line", hint="the log was changed by hand") from error
+        if not isinstance(record, dict):
+            raise TokenCreditError(f"{path}:{number}: not a JSON object", hint="the log was changed by hand")
+        yield record
 
 
 def load_history(folder: Path) -> list[Evaluation]:

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import make_folder, read_json, write_json
 from tokencredit.recipes.config import LLMSettings
 from tokencredit.recipes.history import Evaluation, usable
 from tokencredit.recipes.operators import OPERATORS
 from tokencredit.recipes.policies import Candidate, Chooser, score
+from tokencredit.recipes.pool import json_line
 from tokencredit.recipes.recipe import Recipe, accepted, make_recipe, make_step
 from tokencredit.recipes.surrogate import log_expected_improvement
 
@@ -121,14 +123,15 @@ class Adviser:
         path = self.folder / "llm" / f"{key[:32]}.json"
         if path.is_file():
             self._count("cached")
-            text = json.loads(path.read_text(encoding="utf-8"))["reply"]
+            try:
+                text = str(read_json(path)["reply"])
+            except (KeyError, TypeError) as error:
+                raise TokenCreditError(f"{path} is not a kept reply", hint="remove it to ask again") from error
         else:
             self._count("asked")
             text = _post(body, self.settings.timeout)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"request": body, "reply": text}, ensure_ascii=False), encoding="utf-8")
-            partial.replace(path)
+            make_folder(path.parent)
+            write_json(path, {"request": body, "reply": text})
         return _json_in(text)
 
     def _read_proposals(self, answer: Any) -> list[Recipe]:
@@ -147,7 +150,7 @@ class Adviser:
 
     def _clamped(self, step: dict[str, Any]) -> Any:
         params = {name: value for name, value in step.items() if name != "op"}
-        bounds = OPERATORS[step["op"]].search if step["op"] in OPERATORS else None
+        bounds = OPERATORS[step["op"]].search if str(step["op"]) in OPERATORS else None
         for name in ("fraction", "cosine", "jaccard"):
             value = params.get(name)
             if bounds and isinstance(value, int | float) and not bounds[0] <= value <= bounds[1]:
@@ -159,9 +162,12 @@ class Adviser:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def _log(self, line: dict[str, Any]) -> None:
-        (self.folder / "llm").mkdir(parents=True, exist_ok=True)
-        with (self.folder / "llm" / "problems.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        path = make_folder(self.folder / "llm") / "problems.jsonl"
+        try:
+            with path.open("ab") as file:
+                file.write(json_line(line))
+        except OSError as error:
+            raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 PROMPTS = {
@@ -196,7 +202,7 @@ def _json_in(text: str) -> Any:
         raise _BadAnswer("no JSON in the answer")
     try:
         return json.JSONDecoder().raw_decode(text[start:])[0]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise _BadAnswer(f"not JSON: {error}") from error
 
 

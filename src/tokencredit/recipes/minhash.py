@@ -1,6 +1,5 @@
 """Near-duplicates by shared word shingles: MinHash finds candidates, the exact Jaccard similarity decides."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -10,18 +9,21 @@ from jaxtyping import Int64, UInt32, UInt64
 
 from tokencredit.progress import bar
 from tokencredit.recipes.pool import Positions, splitmix64
+from tokencredit.recipes.words import split_units
 from tokencredit.seeds import derive
 
 PERMUTATIONS = 128
 WIDTH = 5  # words of a shingle
 RECALL = 0.99  # of a pair exactly at the threshold
 CHUNK = 2000  # samples hashed at once
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Shingles:
-    """Distinct 5-word shingles of each sample as sorted 64-bit hashes (CSR), and their MinHash signatures."""
+    """Distinct 5-word shingles of each sample as sorted 64-bit hashes (CSR), and their MinHash signatures.
+
+    In scripts without spaces a word is a character.
+    """
 
     offsets: Int64[np.ndarray, " samples_plus_one"]
     hashes: UInt64[np.ndarray, " shingles"]
@@ -32,13 +34,16 @@ class Shingles:
 
 
 def shingle(texts: Iterable[str], total: int) -> Shingles:
-    """Hash all texts; one that has fewer than five words is a single shingle."""
+    """Hash all texts; one that has fewer than five words is a single shingle.
+
+    Words are those of `split_words`; a text without words is compared by its characters.
+    """
     words: dict[str, int] = {}
     chunks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     batch: list[list[int]] = []
     with bar("minhash signatures", total) as advance:
         for text in texts:
-            batch.append([_word_hash(word, words) for word in _WORD.findall(text.lower())])
+            batch.append([_word_hash(word, words) for word in split_units(text)])
             if len(batch) == CHUNK:
                 chunks.append(_shingle_chunk(batch))
                 advance(len(batch))

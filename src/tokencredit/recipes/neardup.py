@@ -43,6 +43,16 @@ def make_graph(first: np.ndarray, second: np.ndarray, cosine: np.ndarray, covere
     return PairGraph(first=first, second=second, cosine=cosine, hash=digest.hexdigest(), covered=covered)
 
 
+def has_features(features: np.ndarray) -> np.ndarray:
+    """[N] bool: rows that are finite and not zero. A row of zeros or NaN stands for missing features everywhere."""
+    present = np.empty(len(features), bool)
+    for start in range(0, len(features), BLOCK):
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.linalg.norm(np.asarray(features[start : start + BLOCK], dtype=np.float64), axis=1)
+        present[start : start + BLOCK] = np.isfinite(norms) & (norms > 0)
+    return present
+
+
 def build_graph(features: np.ndarray, clusters: int, *, exact: bool = False, floor: float = FLOOR) -> PairGraph:
     """All pairs of one cluster with cosine ≥ `floor`; with `exact`, all pairs of the pool.
 
@@ -51,7 +61,7 @@ def build_graph(features: np.ndarray, clusters: int, *, exact: bool = False, flo
     quadratic cost.
     """
     norms = np.linalg.norm(features, axis=1)
-    covered = np.isfinite(norms) & (norms > 0)
+    covered = has_features(features)
     rows = np.flatnonzero(covered)
     if len(rows) == 0:
         empty = np.empty(0)

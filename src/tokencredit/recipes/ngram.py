@@ -1,6 +1,5 @@
 """A model that trains in a fraction of a second: interpolated bigrams, for trying searches on a laptop."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,9 +14,9 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.recipes.evaluate import key_of
 from tokencredit.recipes.objective import Evaluator, Metrics, Request, TaskScore
 from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.words import split_tokens
 from tokencredit.seeds import derive
 
-_TOKEN = re.compile(r"\w+|[^\w\s]")
 SMOOTH_UNIGRAM, SMOOTH_BIGRAM = 0.1, 5.0
 
 
@@ -60,10 +59,14 @@ class NgramEvaluator:
 
 def hash_tokens(text: str, buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Buckets of the words, of their predecessors and of the pairs of both."""
-    tokens = ["<s>", *_TOKEN.findall(text.lower())]
-    single = np.array([crc32(token.encode()) % buckets for token in tokens])
-    pairs = np.array([crc32(f"{a} {b}".encode()) % buckets for a, b in pairwise(tokens)], np.int64)
+    tokens = ["<s>", *split_tokens(text)]
+    single = np.array([_bucket(token, buckets) for token in tokens])
+    pairs = np.array([_bucket(f"{a} {b}", buckets) for a, b in pairwise(tokens)], np.int64)
     return single[1:], single[:-1], pairs
+
+
+def _bucket(text: str, buckets: int) -> int:
+    return crc32(text.encode("utf-8", "surrogatepass")) % buckets
 
 
 def count_pool(pool: Pool, buckets: int) -> tuple[csr_matrix, csr_matrix]:
@@ -94,7 +97,7 @@ def make_ngram_evaluator(config: Mapping[str, Any], pool: Pool) -> Evaluator:
         split: {task: [p.tolist() for _, _, p in texts] for task, texts in t.items()} for split, t in queries.items()
     }
     return NgramEvaluator(
-        unigrams=unigrams, bigrams=bigrams, queries=queries, buckets=buckets, key=key_of("ngram", buckets, prints)
+        unigrams=unigrams, bigrams=bigrams, queries=queries, buckets=buckets, key=key_of("ngram", 2, buckets, prints)
     )
 
 

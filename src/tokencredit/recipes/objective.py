@@ -107,16 +107,31 @@ class Objective:
 def make_objective(config: Mapping[str, Any]) -> Objective:
     """From the `objective` block of a search file."""
     tasks = {}
-    for name, goal in (config.get("tasks") or {}).items():
+    declared = config.get("tasks") or {}
+    if not isinstance(declared, Mapping):
+        raise TokenCreditError(f"`objective.tasks` must be a mapping from task to goal, got {declared!r}")
+    for name, goal in declared.items():
+        if goal is not None and not isinstance(goal, Mapping):
+            raise TokenCreditError(f"task {name} of the objective must be a mapping, got {goal!r}")
         for key in goal or {}:
             if key not in {"weight", "chance", "floor"}:
                 raise unknown(f"key of task {name}", key, ("weight", "chance", "floor"))
+        for key, default in (("weight", 1.0), ("chance", 0.0)):
+            if not _is_finite(value := (goal or {}).get(key, default)):
+                raise TokenCreditError(f"`{key}` of task {name} must be a number, got {value!r}")
+        floor = (goal or {}).get("floor")
+        if floor is not None and not isinstance(floor, str) and not _is_finite(floor):
+            raise TokenCreditError(f"`floor` of task {name} must be a number or control-NUMBER, got {floor!r}")
         made = TaskGoal(**(goal or {}))
+        if not made.weight >= 0:
+            raise TokenCreditError(f"`weight` of task {name} must be at least 0, got {made.weight}")
         if not 0 <= made.chance < 1:
             raise TokenCreditError(f"`chance` of task {name} must be in [0, 1), got {made.chance}")
         if isinstance(made.floor, str):
             _check_floor(name, made.floor)
         tasks[name] = made
+    if tasks and not sum(goal.weight for goal in tasks.values()) > 0:
+        raise TokenCreditError("the weights of the tasks of the objective are all 0")
     return Objective(tasks=tasks, scale=float(config.get("scale", 100.0)))
 
 
@@ -141,8 +156,18 @@ def metrics_from_json(content: Any) -> Metrics:
     tasks = {}
     for name, task in content["tasks"].items():
         score = task.get("score") if isinstance(task, dict) else None
-        if isinstance(score, bool) or not isinstance(score, int | float) or not isfinite(score):
-            raise EvaluationFailed(f"score of {name!r} must be a finite number, got {score!r}")
-        tasks[name] = TaskScore(score=float(score), n=int(task.get("n", 0)), parse_fail=int(task.get("parse_fail", 0)))
-    train = {key: float(value) for key, value in (content.get("train") or {}).items() if isinstance(value, int | float)}
-    return Metrics(tasks=tasks, train=train)
+        if score is None or not _is_finite(score):
+            raise EvaluationFailed(f"score of {name!r} must be a finite number, got {str(score)[:60]}")
+        counts = {key: task.get(key) or 0 for key in ("n", "parse_fail")}
+        if not all(_is_finite(count) for count in counts.values()):
+            raise EvaluationFailed(f"`n` and `parse_fail` of {name!r} must be whole numbers")
+        tasks[name] = TaskScore(score=float(score), n=int(counts["n"]), parse_fail=int(counts["parse_fail"]))
+    train = content.get("train")
+    facts = {key: float(value) for key, value in train.items() if _is_finite(value)} if isinstance(train, dict) else {}
+    return Metrics(tasks=tasks, train=facts)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e300  # also a whole number that no float holds

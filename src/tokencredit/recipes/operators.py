@@ -15,13 +15,17 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.recipes import selectors
 from tokencredit.recipes.materials import DROP_MISSING, Column, Materials
 from tokencredit.recipes.minhash import keep_distinct
-from tokencredit.recipes.neardup import FLOOR, build_graph, edges_within, greedy_keep
+from tokencredit.recipes.neardup import FLOOR, build_graph, edges_within, greedy_keep, has_features
 from tokencredit.recipes.pool import Positions, hash_priority
 
 
-def exact_ceil(fraction: float | int, n: int) -> int:
-    """⌈fraction·n⌉ in rationals from the decimal string: ⌈100 · 0.07⌉ is 7, where floats give 8."""
-    return math.ceil(Fraction(repr(fraction)) * n)
+def exact_ceil(fraction: float | int | np.number, n: int) -> int:
+    """⌈fraction·n⌉ in rationals from the decimal string of 15 digits: ⌈100 · 0.07⌉ is 7, where floats give 8.
+
+    Fifteen digits are what a float carries of a decimal number: 0.1 + 0.2 is 0.3 here.
+    """
+    digits = str(fraction) if isinstance(fraction, np.float32) else f"{float(fraction):.15g}"
+    return math.ceil(Fraction(digits) * n)
 
 
 def missing_default(signals: Sequence[str]) -> str:
@@ -210,23 +214,28 @@ def mix(materials: Materials, current: Positions, *, source: str) -> Positions:
 
 
 def k_center(materials: Materials, current: Positions, *, k: int) -> Positions:
-    """The k of a farthest-first traversal of the features, in input order."""
-    return current[np.sort(selectors.k_center(_dense(materials, current), k))]
+    """The k of a farthest-first traversal of the features, in input order; samples without features are left out."""
+    current, features = _dense(materials, current)
+    return current[np.sort(selectors.k_center(features, k))]
 
 
 def facility_location(materials: Materials, current: Positions, *, k: int, neighbours: int = 32) -> Positions:
-    """The k that cover the features best, in input order."""
-    return current[np.sort(selectors.facility_location(_dense(materials, current), k, neighbours))]
+    """The k that cover the features best, in input order; samples without features are left out."""
+    current, features = _dense(materials, current)
+    return current[np.sort(selectors.facility_location(features, k, neighbours))]
 
 
 def diverse_top(
     materials: Materials, current: Positions, *, signal: str, k: int, cosine: float | int = 0.9
 ) -> Positions:
-    """The best by a signal, skipping what is above `cosine` to one chosen before (DEITA), in input order."""
-    scores, scored = _scores(materials, current, signal, None)
-    current = current[scored]
-    chosen = selectors.diverse_walk(scores[scored].astype(np.float64), _dense(materials, current), k, float(cosine))
-    return current[np.sort(chosen)]
+    """The best by a signal, skipping what is above `cosine` to one chosen before (DEITA), in input order.
+
+    Samples without features are left out.
+    """
+    _, scored = _scores(materials, current, signal, None)
+    current, features = _dense(materials, current[scored])
+    scores = materials.column(signal)[current].astype(np.float64)
+    return current[np.sort(selectors.diverse_walk(scores, features, k, float(cosine)))]
 
 
 def round_robin(materials: Materials, current: Positions, *, signals: list[str], k: int) -> Positions:
@@ -244,18 +253,28 @@ def gumbel_k(materials: Materials, current: Positions, *, signal: str, k: int, s
 def trajectory_k(
     materials: Materials, current: Positions, *, k: int, seed: int, prefix: str = "trajectory.", clusters: int = 100
 ) -> Positions:
-    """Equal shares of clusters of the columns `trajectory.*`, losses at checkpoints (S2L), in input order."""
+    """Equal shares of clusters of the columns `trajectory.*`, losses at checkpoints (S2L), in input order.
+
+    Samples that lack a loss are left out.
+    """
     names = sorted(name for name in materials.signals if name.startswith(prefix))
     if not names:
         raise TokenCreditError(f"no signal starts with {prefix!r}", hint="add losses of checkpoints with --column")
     rows = np.stack([materials.column(name)[current] for name in names], axis=1)
-    return current[np.sort(selectors.trajectory_k(rows, k, clusters, seed))]
+    known = selectors.finite_rows(rows)
+    if len(known) == 0:
+        raise TokenCreditError(f"no sample of {len(current)} has all of {', '.join(names)}")
+    return current[known][np.sort(selectors.trajectory_k(rows[known], k, clusters, seed))]
 
 
-def _dense(materials: Materials, current: Positions) -> np.ndarray:
+def _dense(materials: Materials, current: Positions) -> tuple[Positions, np.ndarray]:
+    """The samples of the current set that have features, and those; the one rule for every step that places samples."""
     if not isinstance(materials.features, np.ndarray):
         raise TokenCreditError("this step needs dense features", hint="compute rds, hashed or embed features")
-    return np.asarray(materials.features[current])
+    current = current[has_features(materials.features)[current]]
+    if len(current) == 0:
+        raise TokenCreditError("no sample of the current set has features", hint="compute them for these samples")
+    return current, np.asarray(materials.features[current])
 
 
 def _scores(materials: Materials, current: Positions, signal: str, missing: str | None) -> tuple[Column, np.ndarray]:

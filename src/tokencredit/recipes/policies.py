@@ -148,7 +148,7 @@ def warm_up(chooser: Chooser, slot: int) -> tuple[Candidate, list[Candidate]]:
             break
     if nearest is None:
         raise TokenCreditError(
-            f"none of {BIN_DRAWS} random recipes passes the floors",
+            f"none of {BIN_DRAWS} random recipes may be evaluated; the last was rejected: {candidate.why}",
             hint="lower search.min_samples or search.min_token_ratio",
         )
     return nearest, []

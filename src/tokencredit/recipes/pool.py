@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Pool:
     text64: UInt64[np.ndarray, " samples"]
     source_codes: Int32[np.ndarray, " samples"]
     source_names: tuple[str, ...]
-    words: Int64[np.ndarray, " samples"]  # whitespace words of all messages
+    words: Int64[np.ndarray, " samples"]  # words of all messages, as `words.count_words` counts them
     offsets: Int64[np.ndarray, " samples"]
     hash: str
     id_order: Int64[np.ndarray, " samples"]  # positions by ascending id
@@ -45,10 +46,15 @@ class Pool:
         if self.folder is None:
             raise TokenCreditError("this pool carries no text", hint="load it from a folder with `load_pool(DIR)`")
         order = np.arange(len(self)) if positions is None else positions
-        with (self.folder / POOL).open("rb") as file:
-            for position in order:
-                file.seek(self.offsets[position])
-                yield json.loads(file.readline())
+        try:
+            with (self.folder / POOL).open("rb") as file:
+                for position in order:
+                    file.seek(self.offsets[position])
+                    yield json.loads(file.readline())
+        except (OSError, ValueError) as error:
+            raise TokenCreditError(
+                f"{self.folder / POOL} cannot be read: it was changed or is damaged", hint="build the pool again"
+            ) from error
 
     def id_of(self, position: int) -> str:
         return bytes(self.ids[position]).decode()
@@ -138,6 +144,29 @@ def _repeat_numbers(text64: np.ndarray) -> np.ndarray:
     return repeat
 
 
+def json_line(value: object) -> bytes:
+    """One line of JSON in UTF-8; text with a lone surrogate, which UTF-8 lacks, is written with escapes."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode("ascii") + b"\n"
+
+
+def write_lines(path: Path, values: Iterable[object]) -> None:
+    """Write JSON lines one after another, so that a large file never exists in memory; whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            for value in values:
+                file.write(json_line(value))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
 def save_index(pool: Pool, folder: Path) -> None:
     """Write the columns of a pool beside its text, with the hash and the size of the text file."""
     import pyarrow as pa
@@ -152,39 +181,53 @@ def save_index(pool: Pool, folder: Path) -> None:
     size = (folder / POOL).stat().st_size
     facts = {"schema": "1", "pool_hash": pool.hash, "bytes": str(size)}
     table = pa.table(columns).replace_schema_metadata(facts)
-    pyarrow.feather.write_feather(table, folder / INDEX, compression="uncompressed")
+    partial = folder / (INDEX + ".partial")
+    pyarrow.feather.write_feather(table, partial, compression="uncompressed")
+    partial.replace(folder / INDEX)
 
 
 def load_pool(folder: Path | str) -> Pool:
     """Load a pool that `canonicalise` wrote; a text file that changed since is an error."""
-    import pyarrow.feather
-
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise TokenCreditError(
             f"{folder} holds no pool ({INDEX} is missing)",
             hint="build one with `tokencredit recipes signals POOL --out DIR`",
         )
-    table = pyarrow.feather.read_table(folder / INDEX)
-    facts = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    pool, facts = _read_index(folder)
     size = (folder / POOL).stat().st_size if (folder / POOL).is_file() else 0
-    if size != int(facts["bytes"]):
+    if str(size) != facts.get("bytes"):
         raise TokenCreditError(
-            f"{folder / POOL} has {size} bytes, its index says {facts['bytes']}",
+            f"{folder / POOL} has {size} bytes, its index says {facts.get('bytes')}",
             hint="the text was changed; build the pool again",
         )
-    sources = table["source"].combine_chunks()
-    names = sources.dictionary.to_pylist()
-    pool = make_pool(
-        table["text64"].to_numpy(),
-        [names[code] for code in sources.indices.to_pylist()],
-        table["words"].to_numpy(),
-        table["offset"].to_numpy(),
-        folder,
-    )
-    if pool.hash != facts["pool_hash"]:
+    if pool.hash != facts.get("pool_hash"):
         raise TokenCreditError(
-            f"the index of {folder} hashes to {pool.hash[:12]}, it says {facts['pool_hash'][:12]}",
+            f"the index of {folder} hashes to {pool.hash[:12]}, it says {facts.get('pool_hash', '')[:12]}",
             hint="the index was changed; build the pool again",
         )
     return pool
+
+
+def _read_index(folder: Path) -> tuple[Pool, dict[str, str]]:
+    """The columns of an index, and the facts that it states about its pool."""
+    import pyarrow as pa
+    import pyarrow.feather
+
+    try:
+        table = pyarrow.feather.read_table(folder / INDEX)
+        facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        sources = table["source"].combine_chunks()
+        names = sources.dictionary.to_pylist()
+        pool = make_pool(
+            table["text64"].to_numpy(),
+            [names[code] for code in sources.indices.to_pylist()],
+            table["words"].to_numpy(),
+            table["offset"].to_numpy(),
+            folder,
+        )
+    except (OSError, pa.ArrowException, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise TokenCreditError(
+            f"{folder / INDEX} cannot be read: it is damaged or cut off", hint="build the pool again"
+        ) from error
+    return pool, facts

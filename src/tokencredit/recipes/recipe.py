@@ -10,7 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import dump_yaml, read_yaml
 from tokencredit.recipes.neardup import FLOOR
 from tokencredit.recipes.operators import OPERATORS, missing_default
 
@@ -60,6 +63,7 @@ def accepted(op: str) -> dict[str, inspect.Parameter]:
 
 def make_step(op: str, **params: Any) -> Step:
     """A validated step; `top` with a budget of tokens is the operator `top_tokens`."""
+    params = {name: _plain_value(value) for name, value in params.items()}
     if op == "top" and "tokens" in params:
         op = "top_tokens"
     known = accepted(op)
@@ -95,6 +99,15 @@ _RANGES = {
 }
 
 
+def _plain_value(value: Any) -> Any:
+    """NumPy's numbers, texts and arrays as Python's; a float32 becomes the float with the same shortest spelling."""
+    if isinstance(value, np.ndarray | tuple):
+        return [_plain_value(item) for item in value]
+    if isinstance(value, np.floating):
+        return float(str(value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _check_value(op: str, name: str, value: Any) -> None:
     where = f"`{name}` of {op}"
     if name in _CHOICES and value not in _CHOICES[name]:
@@ -114,41 +127,67 @@ def _check_value(op: str, name: str, value: Any) -> None:
         raise TokenCreditError(f"{where} must be true or false, got {value!r}")
     elif name == "signals" and not (isinstance(value, list) and value and all(isinstance(s, str) for s in value)):
         raise TokenCreditError(f"{where} must be a list of signal names, got {value!r}")
-    elif name == "keep" and value not in {"first", "longest"} and not str(value).startswith("best:"):
+    elif name in {"signal", "source", "prefix"} and not isinstance(value, str):
+        raise TokenCreditError(f"{where} must be a name, got {value!r}")
+    elif name == "keep" and value not in ("first", "longest") and not str(value).startswith("best:"):
         raise unknown(f"value of {where}", value, ("first", "longest", "best:SIGNAL"))
-    elif name == "value" and not number:
-        raise TokenCreditError(f"{where} must be a number, got {value!r}")
+    elif name == "value" and not (number and abs(value) < 1e38):
+        raise TokenCreditError(f"{where} must be a finite number, got {value!r}")
 
 
-def make_recipe(steps: Sequence[Step | Mapping[str, Any]], id: str = "", parent: str = "") -> Recipe:
-    """A validated recipe from steps, or from mappings such as `{op: top, signal: ifd, fraction: 0.5}`."""
+def make_recipe(steps: Sequence[Any], id: str = "", parent: str = "") -> Recipe:
+    """A validated recipe from steps in any of their spellings.
+
+    A step is `{op: top, signal: ifd, fraction: 0.5}`, `{top: {signal: ifd, fraction: 0.5}}`, or the name of an operator
+    without parameters.
+    """
     made = []
     for number, step in enumerate(steps, start=1):
         if isinstance(step, Step):
             made.append(step)
             continue
-        if not isinstance(step, Mapping) or not isinstance(step.get("op"), str):
-            raise TokenCreditError(f"step {number} must be a mapping with `op`, got {step!r}")
-        made.append(make_step(step["op"], **{key: value for key, value in step.items() if key != "op"}))
+        op, params = _spelled(number, step)
+        made.append(make_step(op, **params))
     return Recipe(steps=tuple(made), id=id, parent=parent)
 
 
-def load_recipe(path: Path | str) -> tuple[Recipe, str | None]:
-    """A recipe from a YAML file, and the hash of the pool that it was written for, if it says."""
-    import yaml
+def _spelled(number: int, step: Any) -> tuple[str, Params]:
+    """The operator and the parameters of a step as a file spells it."""
+    if isinstance(step, str):
+        return step, {}
+    if isinstance(step, Mapping) and all(isinstance(key, str) for key in step):
+        if isinstance(step.get("op"), str):
+            return step["op"], {key: value for key, value in step.items() if key != "op"}
+        if len(step) == 1:
+            ((op, params),) = step.items()
+            named = isinstance(params, Mapping) and all(isinstance(key, str) for key in params)
+            if params is None or named:
+                return op, dict(params or {})
+    raise TokenCreditError(
+        f"step {number} must be a mapping with `op`, or {{OPERATOR: {{…}}}}, got {step!r}",
+        hint="write {op: top, signal: ppl, fraction: 0.5} or {top: {signal: ppl, fraction: 0.5}}",
+    )
 
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise TokenCreditError(f"{path} does not exist", hint="give the path of a recipe in YAML") from error
-    except yaml.YAMLError as error:
-        raise TokenCreditError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+def load_recipe(path: Path | str) -> tuple[Recipe, str | None]:
+    """A recipe from a YAML file, and the hash of the pool that it was written for, if it says.
+
+    The file is a list of steps, or a mapping with `steps` and, where the recipe has a name, `recipe`.
+    """
+    content = read_yaml(Path(path), "recipe file")
+    if isinstance(content, list):
+        content = {"steps": content}
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
-        raise TokenCreditError(f"{path} must be a mapping with a list `steps`")
+        raise TokenCreditError(
+            f"{path} must be a list of steps, or a mapping with a list `steps`",
+            hint="write `steps: [{op: top, signal: ppl, fraction: 0.5}]`",
+        )
     for key in content:
         if key not in {"recipe", "steps"}:
             raise unknown("key of a recipe file", key, ("recipe", "steps"))
     about = content.get("recipe") or {}
+    if not isinstance(about, dict):
+        raise TokenCreditError(f"{path}: `recipe` must be a mapping with id, parent or pool, got {about!r}")
     for key in about:
         if key not in {"id", "parent", "pool"}:
             raise unknown("key of `recipe`", key, ("id", "parent", "pool"))
@@ -159,11 +198,9 @@ def load_recipe(path: Path | str) -> tuple[Recipe, str | None]:
 
 def dump_recipe(recipe: Recipe, pool_hash: str) -> str:
     """The YAML text of a recipe file."""
-    import yaml
-
     about = {key: value for key, value in (("id", recipe.id), ("parent", recipe.parent)) if value}
     content = {"recipe": {**about, "pool": f"sha256:{pool_hash}"}, "steps": as_mappings(recipe)}
-    return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+    return dump_yaml(content)
 
 
 def as_mappings(recipe: Recipe) -> list[dict[str, Any]]:
@@ -195,7 +232,7 @@ def _canonical_step(step: Step) -> dict[str, Any]:
 def _shortest(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
-    text = format(Decimal(repr(value)).normalize(), "f")
+    text = format(Decimal(str(value)).normalize(), "f")  # a NumPy number's repr names its type
     return "0" if text == "-0" else text
 
 

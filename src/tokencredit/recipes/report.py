@@ -1,6 +1,5 @@
 """A run as a table and as one HTML page that opens offline; text of recipes and reasons is escaped."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tokencredit.files import read_json, write_json, write_text
 from tokencredit.recipes.confirm import expected_maximum, shrunken
 from tokencredit.recipes.history import Evaluation, usable
 from tokencredit.recipes.policies import transitions_of
@@ -20,8 +20,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def build_report(search: Search) -> dict[str, Any]:
     """Gather the numbers of a run, write `report.json` and `report.html`, and return the numbers."""
     content = report_content(search)
-    (search.folder / "report.json").write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    (search.folder / "report.html").write_text(render(content), encoding="utf-8")
+    write_json(search.folder / "report.json", content)
+    write_text(search.folder / "report.html", render(content).encode("utf-8", "backslashreplace").decode("utf-8"))
     return content
 
 
@@ -51,7 +51,7 @@ def report_content(search: Search) -> dict[str, Any]:
         content["llm"] = search.adviser.counts
     confirmed = search.folder / "confirm.json"
     if confirmed.is_file():
-        content["confirm"] = json.loads(confirmed.read_text(encoding="utf-8"))
+        content["confirm"] = read_json(confirmed)
     return content
 
 
@@ -189,7 +189,7 @@ def _draw_funnel(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[
     axes.barh(places, counts, color=["#c0c6d0"] + ["#1f5fa8"] * len(rows), height=0.62)
     for place, count in zip(places, counts, strict=True):
         axes.text(count, place, f" {count:,} ({count / counts[0]:.0%})", va="center", fontsize=9)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, names, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, counts[0] * 1.2)
     axes.set_xlabel("samples kept")
@@ -202,7 +202,7 @@ def _draw_forest(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[
         axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
         axes.plot([row["mean"]], [place], "o", color=colour)
     axes.axvline(0, color="#111", linewidth=1)
-    axes.set_yticks(places, [f"− {row['control']}" for row in rows])
+    axes.set_yticks(places, [f"− {row['control']}" for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.margins(y=0.15)
     axes.set_xlabel("finalist minus control, points, 95 % interval")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import dump_yaml, make_folder, read_text, write_text
 from tokencredit.recipes.config import SearchConfig, load_config
 from tokencredit.recipes.evaluate import make_evaluator
+from tokencredit.recipes.history import load_history
 from tokencredit.recipes.llm import Adviser
 from tokencredit.recipes.policies import warm_up
 from tokencredit.recipes.search import Search
@@ -18,10 +20,8 @@ CONFIG = "search.yaml"
 
 def as_yaml(config: SearchConfig) -> str:
     """The resolved configuration as the text of a search file."""
-    import yaml
-
     content = {key: value for key, value in asdict(config).items() if value is not None}
-    return yaml.safe_dump(_plain(content), sort_keys=False, width=120)
+    return dump_yaml(_plain(content))
 
 
 def _plain(value: Any) -> Any:
@@ -31,10 +31,13 @@ def _plain(value: Any) -> Any:
 
 
 def save_config(config: SearchConfig, folder: Path) -> None:
-    """Write the resolved configuration; a folder that was started with another one is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the resolved configuration; a folder with evaluations of another one is refused.
+
+    A configuration without evaluations is replaced: it may be the one that had to be mended.
+    """
+    make_folder(folder)
     path, text = folder / CONFIG, as_yaml(config)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
+    if path.is_file() and load_history(folder) and read_text(path) != text:
         before = load_config(path)
         if (
             replace(before, search=config.search, confirm=config.confirm) != config
@@ -44,12 +47,18 @@ def save_config(config: SearchConfig, folder: Path) -> None:
                 f"{folder} was started with another configuration than this one",
                 hint=f"compare {path}; only budget and confirm may change, or take another folder",
             )
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def make_search(config: SearchConfig, folder: Path) -> Search:
-    """A search with its pool, signals, evaluator and adviser loaded."""
+    """A search with its pool, signals, evaluator and adviser loaded; nothing is written."""
     materials = load_materials(config.pool)
+    if len(materials.pool) < config.search.min_samples:
+        raise TokenCreditError(
+            f"the pool has {len(materials.pool)} samples, and no recipe may keep fewer than `search.min_samples`, "
+            f"{config.search.min_samples}",
+            hint=f"write search: {{min_samples: {max(1, len(materials.pool) // 20)}}}, or use a larger pool",
+        )
     evaluator = make_evaluator(config.evaluator, materials.pool)
     adviser = Adviser(settings=config.llm, folder=folder) if config.llm is not None else None
     return Search(config=config, materials=materials, evaluator=evaluator, folder=folder, adviser=adviser)

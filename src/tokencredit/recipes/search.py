@@ -1,6 +1,5 @@
 """The search loop: choose, pay, write down. Killed anywhere, it resumes to the same history; no run is paid twice."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.progress import bar
 from tokencredit.recipes import history as log
 from tokencredit.recipes.config import SearchConfig
@@ -27,7 +27,7 @@ from tokencredit.recipes.policies import (
     choose_single,
     reseed_due,
 )
-from tokencredit.recipes.pool import Positions
+from tokencredit.recipes.pool import Positions, json_line, write_lines
 from tokencredit.recipes.propose import make_space
 from tokencredit.recipes.recipe import as_mappings, dump_recipe
 from tokencredit.recipes.state import StateReader
@@ -75,7 +75,6 @@ class Search:
 
     def load(self) -> None:
         """Read the history and execute its recipes again, which proves that pool and signals are still the same."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.history = log.load_history(self.folder)
         for evaluation in self.history:
             subset = self.chooser.executor.run(evaluation.recipe)
@@ -86,11 +85,12 @@ class Search:
                     hint="pool, signals or code changed since; start a new run folder",
                 )
             self._remember(evaluation, subset.positions)
-        self._drop_unpaid_candidates()
 
     def run(self) -> list[Evaluation]:
         """Fill the remaining slots of the budget."""
+        make_folder(self.folder)
         self.load()
+        self._drop_unpaid_candidates()
         budget = self.config.search.budget
         with bar("search", budget) as advance:
             advance(len(self.history))
@@ -177,25 +177,28 @@ class Search:
             line |= {"mean": candidate.mean, "sd": candidate.sd, "parent": candidate.parent, "state": candidate.state}
             if candidate.subset is not None:
                 line |= {"subset_hash": candidate.subset.hash, "samples": len(candidate.subset)}
-            lines.append(json.dumps(line, ensure_ascii=False))
-        with (self.folder / CANDIDATES).open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+            lines.append(json_line(line))
+        path = self.folder / CANDIDATES
+        try:
+            with path.open("ab") as file:
+                file.write(b"".join(lines))
+        except OSError as error:
+            raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
     def _drop_unpaid_candidates(self) -> None:
         """Lines of a slot that was chosen and never finished go: it is chosen again."""
         path = self.folder / CANDIDATES
         kept = [line for line in log.lines(path) if line["slot"] <= len(self.history)]
-        path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        write_lines(path, kept)
 
     def _write_recipe(self, evaluation: Evaluation, positions: Positions) -> None:
         pool = self.materials.pool
-        for name in ("recipes", "subsets"):
-            (self.folder / name).mkdir(exist_ok=True)
+        recipes, subsets = (make_folder(self.folder / name) for name in ("recipes", "subsets"))
         parent = f"r{evaluation.parent:04d}" if evaluation.parent is not None else ""
         recipe = replace(evaluation.recipe, parent=parent)
-        (self.folder / "recipes" / f"{recipe.id}.yaml").write_text(dump_recipe(recipe, pool.hash), encoding="utf-8")
+        write_text(recipes / f"{recipe.id}.yaml", dump_recipe(recipe, pool.hash))
         ids = b"\n".join(pool.ids[positions].tolist()) + b"\n"
-        (self.folder / "subsets" / f"{evaluation.subset_hash}.ids").write_bytes(ids)
+        write_bytes(subsets / f"{evaluation.subset_hash}.ids", ids)
 
     def finalists(self, count: int = 2) -> list[Evaluation]:
         """The largest posterior means whose subsets differ; fixed before any confirmation is paid for."""

@@ -18,11 +18,21 @@ Indices = Int64[np.ndarray, " _"]
 Rows = Float[np.ndarray, "n width"]
 
 
+def finite_rows(features: Rows) -> Indices:
+    """The rows without NaN or infinity; a sample whose features are missing cannot be placed."""
+    return np.flatnonzero(np.isfinite(np.asarray(features).sum(1, dtype=np.float64)))
+
+
 def k_center(features: Rows, k: int) -> Indices:
     """Farthest-first traversal: add argmaxₓ min_{s∈S} ‖x − s‖ until k, from the row nearest to the mean; O(kND).
 
-    Seeks outliers by design. Paper: core-set selection (arXiv:1708.00489).
+    Seeks outliers by design. Rows with NaN are left out. Paper: core-set selection (arXiv:1708.00489).
     """
+    rows = finite_rows(features)
+    return rows[_farthest_first(np.asarray(features)[rows], k)] if len(rows) else rows
+
+
+def _farthest_first(features: Rows, k: int) -> Indices:
     squares = (features**2).sum(1)
     distance = squares - 2 * features @ features.mean(0)
     chosen = [int(distance.argmin())]
@@ -39,8 +49,13 @@ def facility_location(features: Rows, k: int, neighbours: int = 32) -> Indices:
     """max Σᵢ max_{j∈S} sim(i, j) by lazy greedy, within (1 − 1/e) of the optimum on the sparsified similarities.
 
     sim = cosine, clipped at 0, on the `neighbours` nearest rows of each row: the dense matrix of 90,000 rows would
-    take 32 GB. Ties go to the earlier row.
+    take 32 GB. Ties go to the earlier row. Rows with NaN are left out.
     """
+    rows = finite_rows(features)
+    return rows[_lazy_greedy(np.asarray(features)[rows], k, neighbours)] if len(rows) else rows
+
+
+def _lazy_greedy(features: Rows, k: int, neighbours: int) -> Indices:
     columns, values, starts = _neighbour_graph(features, neighbours)
     covered = np.zeros(len(features))
     heap = [(-float(values[starts[j] : starts[j + 1]].sum()), j) for j in range(len(features))]
@@ -79,12 +94,19 @@ def _neighbour_graph(features: Rows, neighbours: int) -> tuple[np.ndarray, np.nd
 def diverse_walk(scores: Float[np.ndarray, " n"], features: Rows, k: int, cosine: float = 0.9) -> Indices:
     """Walk down the scores and skip a row whose cosine to a chosen one is above `cosine` (strictly), until k.
 
-    Paper: DEITA (arXiv:2312.15685). Deviation: a skipped row blocks nothing.
+    Rows with NaN, in their features or as their score, are left out. Paper: DEITA (arXiv:2312.15685).
+    Deviation: a skipped row blocks nothing.
     """
-    unit = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        unit = (features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)).astype(np.float32)
     kept = np.empty((min(k, len(unit)), unit.shape[1]), np.float32)
     chosen: list[int] = []
+    placed = np.zeros(len(unit), bool)
+    placed[finite_rows(features)] = True
+    placed &= ~np.isnan(scores)
     for row in np.argsort(-scores, kind="stable").tolist():
+        if not placed[row]:
+            continue
         if len(chosen) == k:
             break
         if not chosen or float((kept[: len(chosen)] @ unit[row]).max()) <= cosine:

@@ -1,7 +1,7 @@
 """The built-in evaluator: TRL's SFTTrainer on a small causal model, then greedy accuracy on verifiable problems."""
 
-import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,9 +11,12 @@ import numpy as np
 
 from tokencredit.adapters.trl_checks import checkpointing_field
 from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.recipes.evaluate import RESULT, _finished, _items_json, _write_json, key_of
+from tokencredit.files import make_folder, write_json
+from tokencredit.progress import printable
+from tokencredit.recipes.evaluate import RESULT, _finished, _items_json, key_of
 from tokencredit.recipes.objective import EvaluationFailed, Evaluator, Metrics, Request, TaskScore, metrics_to_json
 from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.readers import records
 from tokencredit.seeds import derive
 
 ANSWER = r"(\S+)\s*$"  # the last word of a response
@@ -34,6 +37,7 @@ class SftSettings:
     eval_batch: int = 256
     answer: str = ANSWER
     metric: str = "accuracy"  # or likelihood: mean probability of a token of the reference, e^{mean log p}
+    skip_bad: bool = False  # train without the samples that the chat template refuses, instead of failing
     trainer: Mapping[str, Any] | None = None  # any further field of TRL's SFTConfig
 
 
@@ -49,12 +53,12 @@ class SftEvaluator:
         result = request.folder / RESULT
         if result.is_file():
             return _finished(result)
-        request.folder.mkdir(parents=True, exist_ok=True)
-        conversations = [sample["messages"] for sample in self.pool.samples(request.positions)]
+        make_folder(request.folder)
+        conversations = list(self.pool.samples(request.positions))
         model, tokenizer, train = fine_tune(self.settings, conversations, request.seed, request.folder)
         metrics = evaluate_model(self.settings, model, tokenizer, request.split)
         metrics = Metrics(tasks=metrics.tasks, items=metrics.items, train=train)
-        _write_json(result, {"metrics": metrics_to_json(metrics), "items": _items_json(metrics)})
+        write_json(result, {"metrics": metrics_to_json(metrics), "items": _items_json(metrics)})
         return metrics
 
 
@@ -70,14 +74,44 @@ def make_sft_evaluator(config: Mapping[str, Any], pool: Pool) -> Evaluator:
     for name in ("model", "splits"):
         if not given.get(name):
             raise TokenCreditError(f"evaluator 'sft' needs `{name}`")
+    _check_types(given)
     settings = SftSettings(**given)
     if settings.metric not in {"accuracy", "likelihood"}:
         raise unknown("metric of evaluator 'sft'", settings.metric, ("accuracy", "likelihood"))
     problems = {split: read_problems(Path(path)) for split, path in settings.splits.items()}
     _refuse_overlap(problems)
     revision = folder_revision(Path(settings.model)) if Path(settings.model).is_dir() else settings.model
-    key = key_of("sft", {name: getattr(settings, name) for name in known if name != "splits"}, revision, problems)
+    # Version 2: masks from the whole rendering, every end token of the model. `skip_bad` moves a number only where set.
+    left_out = {"splits"} if settings.skip_bad else {"splits", "skip_bad"}
+    numbers = {name: getattr(settings, name) for name in known if name not in left_out}
+    key = key_of("sft", 2, numbers, revision, problems)
     return SftEvaluator(pool=pool, settings=settings, key=key)
+
+
+def _check_types(given: Mapping[str, Any]) -> None:
+    """Refuse a setting of another type than its default's."""
+    for entry in fields(SftSettings):
+        value, default = given.get(entry.name), entry.default
+        if entry.name not in given or (value is None and default is None):
+            continue
+        if isinstance(default, float):
+            right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        elif isinstance(default, int) and not isinstance(default, bool):
+            right = type(value) is int and value > 0
+        elif entry.name in {"splits", "trainer"}:
+            right = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+        else:
+            right = isinstance(value, bool) if isinstance(default, bool) else isinstance(value, str)
+        if not right:
+            raise TokenCreditError(
+                f"`{entry.name}` of evaluator 'sft' cannot be {value!r}",
+                hint="see `SftSettings` in docs/recipes.md" if default is None else f"its default is {default!r}",
+            )
+    try:
+        if re.compile(str(given.get("answer", ANSWER))).groups < 1:
+            raise TokenCreditError(f"`answer` of evaluator 'sft' needs a group, got {given['answer']!r}")
+    except re.error as error:
+        raise TokenCreditError(f"`answer` of evaluator 'sft' is not a regular expression: {error}") from error
 
 
 def read_problems(path: Path) -> list[dict[str, str]]:
@@ -85,12 +119,11 @@ def read_problems(path: Path) -> list[dict[str, str]]:
     problems = []
     if not path.is_file():
         raise TokenCreditError(f"{path} does not exist", hint="give a JSONL file of {task, prompt, answer}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            problem = {name: str(record[name]) for name in ("task", "prompt", "answer")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise TokenCreditError(f"{path}:{number}: expected {{task, prompt, answer}}, {error!r}") from error
+    for number, record in records(path):
+        missing = [name for name in ("task", "prompt", "answer") if not isinstance(record, dict) or name not in record]
+        if missing:
+            raise TokenCreditError(f"{path}:{number}: expected {{task, prompt, answer}}, {missing[0]!r} is missing")
+        problem = {name: str(record[name]) for name in ("task", "prompt", "answer")}
         problems.append(problem | {"id": str(record.get("id", number)), "reference": str(record.get("reference", ""))})
     if not problems:
         raise TokenCreditError(f"{path} holds no problem")
@@ -110,24 +143,63 @@ def _refuse_overlap(problems: Mapping[str, Sequence[Mapping[str, str]]]) -> None
 
 
 def fine_tune(
-    settings: SftSettings, conversations: Sequence[list[dict[str, str]]], seed: int, folder: Path
+    settings: SftSettings,
+    conversations: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+    seed: int,
+    folder: Path,
 ) -> tuple[Any, Any, dict[str, float]]:
     """The fine-tuned model, its tokenizer and what the training took. Loss on responses only."""
     import datasets
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
-    from tokencredit.recipes.encode import encode
+    from tokencredit.recipes.encode import encode_all
 
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-    encoded = [encode(tokenizer, messages, settings.max_length) for messages in conversations]
+    model, tokenizer = _load(settings.model)
+    encoded = encode_all(tokenizer, conversations, settings.max_length, [] if settings.skip_bad else None)
     rows = [{"input_ids": e.ids, "completion_mask": e.mask.astype(int).tolist()} for e in encoded if e.mask.any()]
     if not rows:
         raise EvaluationFailed(f"no response lies within {settings.max_length} tokens")
     # The set is what counts: a canonical order, so that the order of a recipe does not move the numbers.
     rows.sort(key=lambda row: row["input_ids"])
+    datasets.disable_progress_bars()  # four bars a run would drown the search's own
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(settings, seed, folder),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    output = trainer.train()
+    loss = float(output.training_loss)
+    if not np.isfinite(loss):
+        raise EvaluationFailed(f"the training loss is {loss}")
+    return (
+        trainer.model.eval(),
+        tokenizer,
+        {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))},
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # "Loading weights" would fill a log with half-drawn bars
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise TokenCreditError(f"cannot load model {name!r}: {printable(lines[0])}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _arguments(settings: SftSettings, seed: int, folder: Path) -> Any:
+    from trl import SFTConfig
+
     arguments = {
         "output_dir": str(folder),
         "max_steps": settings.steps,
@@ -148,22 +220,13 @@ def fine_tune(
         "dataloader_pin_memory": False,
         **(settings.trainer or {}),
     }
-    datasets.disable_progress_bars()  # four bars a run would drown the search's own
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**arguments),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    output = trainer.train()
-    loss = float(output.training_loss)
-    if not np.isfinite(loss):
-        raise EvaluationFailed(f"the training loss is {loss}")
-    return (
-        trainer.model.eval(),
-        tokenizer,
-        {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))},
-    )
+    try:
+        return SFTConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TokenCreditError(
+            f"`trainer` of evaluator 'sft': {reason}", hint="its keys are fields of SFTConfig"
+        ) from error
 
 
 def evaluate_model(settings: SftSettings, model: Any, tokenizer: Any, split: str) -> Metrics:
@@ -191,38 +254,60 @@ def evaluate_model(settings: SftSettings, model: Any, tokenizer: Any, split: str
 
 
 def generate(settings: SftSettings, model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Greedy responses; the lab's sampler where it knows the model, Hugging Face's elsewhere."""
-    import torch
+    """Greedy responses; the lab's sampler where it knows the model, Hugging Face's elsewhere.
 
-    from tokencredit.lab import sampler
+    A response ends with any of the model's end tokens. Nothing of the model's generation config but those enters: no
+    repetition penalty, no shortest length. The model trains or not afterwards as it did before.
+    """
+    from tokencredit.collect.models import eval_mode
+    from tokencredit.lab.sampler import end_ids
     from tokencredit.recipes.encode import encode_prompt
 
-    fast = sampler.unsupported(model) is None
+    ends = end_ids(model, tokenizer)
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), settings.eval_batch):
         rows = order[start : start + settings.eval_batch]
-        ids, mask = _left_pad([encode_prompt(tokenizer, prompts[row]) for row in rows], tokenizer.pad_token_id)
-        if fast:
-            new = sampler.sample(
-                model,
-                ids,
-                mask,
-                max_new_tokens=settings.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                generator=torch.Generator().manual_seed(derive("greedy")),
-                temperature=0.0,
-            )
-            new_ids = [tokens[kept].tolist() for tokens, kept in zip(new.ids, new.mask, strict=True)]
-        else:
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids, attention_mask=mask.long(), max_new_tokens=settings.max_new_tokens, do_sample=False
-                )
-            new_ids = out[:, ids.shape[1] :].tolist()
+        ids, mask = _left_pad([encode_prompt(tokenizer, prompts[row]) for row in rows], pad)
+        device = next(model.parameters()).device  # the trainer has moved the model to its device
+        with eval_mode(model):
+            new_ids = _greedy(model, ids.to(device), mask.to(device), ends, pad, settings.max_new_tokens)
         for row, tokens in zip(rows, new_ids, strict=True):
-            texts[row] = tokenizer.decode(tokens, skip_special_tokens=True)
+            stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+            texts[row] = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
     return [texts[row] for row in range(len(prompts))]
+
+
+def _greedy(model: Any, ids: Any, mask: Any, ends: list[int], pad: int, steps: int) -> list[list[int]]:
+    """The most probable continuation of each row, with whatever follows its end token."""
+    import torch
+    from transformers import GenerationConfig
+
+    from tokencredit.lab import sampler
+
+    if sampler.unsupported(model) is None:
+        new = sampler.sample(
+            model,
+            ids,
+            mask,
+            max_new_tokens=steps,
+            eos_token_id=ends,
+            generator=torch.Generator().manual_seed(derive("greedy")),
+            temperature=0.0,
+        )
+        return [tokens[kept].tolist() for tokens, kept in zip(new.ids, new.mask, strict=True)]
+    shipped = model.generation_config
+    # `generate` fills what a call leaves open from the model's own config, so that one is set aside.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=steps, do_sample=False, eos_token_id=ends, pad_token_id=pad
+    )
+    try:
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=mask.long())
+    finally:
+        model.generation_config = shipped
+    return [list(row) for row in out[:, ids.shape[1] :].tolist()]
 
 
 def _likelihoods(

@@ -1,18 +1,22 @@
 """Computing signals once: what is stored under the same key is not computed again, a killed pass goes on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.progress import track
+from tokencredit.recipes.encode import Unread
+from tokencredit.recipes.formats import text_of
 from tokencredit.recipes.forward import COLUMNS, Scorer, finish, load_scorer, score_pool, score_samples
 from tokencredit.recipes.materials import Column
-from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.pool import Pool, write_lines
 from tokencredit.recipes.relevance import max_cosine, overlap, read_queries, refuse_leaks
 from tokencredit.recipes.sae import activate, activate_pool, load_autoencoder
 from tokencredit.recipes.store import (
@@ -21,10 +25,12 @@ from tokencredit.recipes.store import (
     load_features,
     read_key,
     save_features,
+    save_model_facts,
     signal_key,
     write_column,
 )
 from tokencredit.recipes.textsignals import all_text, branching, hashed_features, unigram_entropy
+from tokencredit.recipes.words import count_words
 
 TEXT = ("len.ws", "unigram_entropy", "ao")
 FEATURES = ("rds", "hashed", "embed", "sae")
@@ -43,15 +49,16 @@ class Sources:
     query_embeddings: Mapping[str, Path] = field(default_factory=dict)
     sae: Path | None = None  # encoder weights, safetensors
     sae_layer: int = -1  # index into the model's hidden states
+    skip_bad: bool = False  # samples that the chat template refuses get no signals and are in `unread`
+    unread: list[Unread] = field(default_factory=list)
 
 
 def compute(folder: Path, pool: Pool, names: Sequence[str], sources: Sources) -> list[str]:
-    """Compute and store the named signals; returns the columns that were written now."""
-    for name in names:
-        if name not in NAMES:
-            raise unknown("signal", name, NAMES)
-    if len(chosen := [name for name in names if name in FEATURES]) > 1:
-        raise TokenCreditError(f"one kind of features at a time, got {', '.join(chosen)}")
+    """Compute and store the named signals; returns the columns that were written now.
+
+    What the user gave is checked before the first pass: queries, splits, files and whether there is a model.
+    """
+    queries = _checked(folder, names, sources)
     written = _text_columns(folder, pool, names)
     scorer = None
     if needs_model := [name for name in names if name in COLUMNS or name == "rds"]:
@@ -67,14 +74,62 @@ def compute(folder: Path, pool: Pool, names: Sequence[str], sources: Sources) ->
     if "embed" in names:
         _store_embeddings(folder, pool, sources)
     if "rel" in names:
-        written += _relevance_columns(folder, pool, sources, scorer)
+        written += _relevance_columns(folder, pool, sources, scorer, queries)
     return written
 
 
-def _scorer_for(names: Sequence[str], sources: Sources) -> Scorer:
+def _checked(folder: Path, names: Sequence[str], sources: Sources) -> dict[str, list[list[dict[str, Any]]]]:
+    """The queries of each task; an error for whatever would only be missed after the pass over the pool."""
+    for name in names:
+        if name not in NAMES:
+            raise unknown("signal", name, NAMES)
+    if len(chosen := [name for name in names if name in FEATURES]) > 1:
+        raise TokenCreditError(f"one kind of features at a time, got {', '.join(chosen)}")
+    if needs_model := [name for name in names if name in COLUMNS or name in {"rds", "sae"}]:
+        _require_model(needs_model, sources)
+    for wanted, path, hint in (
+        ("sae", sources.sae, "--sae FILE --sae-layer N"),
+        ("embed", sources.embeddings, "--embeddings FILE (.npy, or .npz by id)"),
+    ):
+        if wanted in names and path is None:
+            what = {"sae": "the weights of an encoder", "embed": "embeddings"}[wanted]
+            raise TokenCreditError(f"signal {wanted!r} needs {what}", hint=f"pass {hint}")
+    for path in (sources.sae, sources.embeddings, *sources.query_embeddings.values()):
+        if path is not None and not path.is_file():
+            raise TokenCreditError(f"{path} is not a file")
+    if "rel" not in names:
+        return {}
+    if not chosen and features_key(folder) is None:
+        raise TokenCreditError("relevance needs features", hint="add rds (with --model), hashed or embed to --signals")
+    if not sources.queries and not sources.query_embeddings:
+        raise TokenCreditError("relevance needs queries", hint="pass --queries TASK=FILE")
+    queries = {}
+    for task, path in sources.queries.items():
+        queries[task] = read_queries(path, task)
+        refuse_leaks(queries[task], path, sources.splits)
+    return queries
+
+
+def _require_model(names: Sequence[str], sources: Sources) -> str:
     if sources.model is None:
         raise TokenCreditError(f"signals {', '.join(names)} need a model", hint="pass --model MODEL")
-    return load_scorer(sources.model, sources.max_length)
+    return sources.model
+
+
+def write_unread(folder: Path, unread: Sequence[Unread]) -> Path:
+    """List the samples that could not be encoded, with the reason, in `unread.jsonl`."""
+    path = folder / "unread.jsonl"
+    write_lines(path, ({"id": item.name, "reason": item.reason} for item in unread))
+    return path
+
+
+def _scorer_for(names: Sequence[str], sources: Sources) -> Scorer:
+    return _load(_require_model(names, sources), sources)
+
+
+def _load(model: str, sources: Sources) -> Scorer:
+    scorer = load_scorer(model, sources.max_length)
+    return replace(scorer, skip_bad=sources.skip_bad, unread=sources.unread)
 
 
 def _text_columns(folder: Path, pool: Pool, names: Sequence[str]) -> list[str]:
@@ -84,7 +139,8 @@ def _text_columns(folder: Path, pool: Pool, names: Sequence[str]) -> list[str]:
         if name not in TEXT or read_key(folder, name) == key:
             continue
         if name == "len.ws":
-            values = pool.words.astype(np.float32)
+            counts = [sum(count_words(text_of(m)) for m in sample["messages"]) for sample in pool.samples()]
+            values = np.array(counts, np.float32)
         else:
             texts = (all_text(sample) for sample in track(pool.samples(), name, len(pool)))
             scores = branching(texts) if name == "ao" else [unigram_entropy(text) for text in texts]
@@ -101,6 +157,7 @@ def _model_columns(folder: Path, pool: Pool, names: Sequence[str], scorer: Score
     features_wanted = "rds" in names and features_key(folder) != key
     if not wanted and not features_wanted:
         return []
+    save_model_facts(folder, scorer.name, scorer.revision)
     work = folder / SIGNALS / f"pass-{key[:16]}"
     columns, features = score_pool(scorer, pool, work)
     for name in COLUMNS:
@@ -118,8 +175,7 @@ def _sae_key(pool: Pool, scorer: Scorer, sources: Sources) -> str:
 
 
 def _store_activations(folder: Path, pool: Pool, scorer: Scorer, sources: Sources) -> None:
-    if sources.sae is None:
-        raise TokenCreditError("signal 'sae' needs the weights of an encoder", hint="pass --sae FILE --sae-layer N")
+    assert sources.sae is not None
     key = _sae_key(pool, scorer, sources)
     if features_key(folder) == key:
         return
@@ -130,8 +186,7 @@ def _store_activations(folder: Path, pool: Pool, scorer: Scorer, sources: Source
 
 
 def _store_embeddings(folder: Path, pool: Pool, sources: Sources) -> None:
-    if sources.embeddings is None:
-        raise TokenCreditError("signal 'embed' needs embeddings", hint="pass --embeddings FILE (.npy, or .npz by id)")
+    assert sources.embeddings is not None
     features = read_rows(sources.embeddings, pool)
     save_features(folder, features, signal_key(pool, signal="embed", content=content_hash(features)))
 
@@ -143,20 +198,29 @@ def content_hash(array: np.ndarray) -> str:
 
 def read_rows(path: Path, pool: Pool) -> np.ndarray:
     """User features or columns: `.npy` in pool order, or `.npz` with `ids` and `values`; absent ids become NaN."""
-    try:
-        content = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise TokenCreditError(f"cannot read {path}: {error}", hint="give .npy in pool order or .npz by id") from error
+    content = read_array(path)
     if isinstance(content, np.ndarray):
         if len(content) != len(pool):
             raise TokenCreditError(f"{path} has {len(content)} rows for {len(pool)} samples")
         return content.astype(np.float32)
-    if not {"ids", "values"} <= set(content.files):
-        raise TokenCreditError(f"{path} must hold `ids` and `values`, it holds {', '.join(content.files)}")
+    if not {"ids", "values"} <= set(content):
+        raise TokenCreditError(f"{path} must hold `ids` and `values`, it holds {', '.join(content)}")
     values = content["values"].astype(np.float32)
+    if len(values) != len(content["ids"]):
+        raise TokenCreditError(f"{path} has {len(content['ids'])} ids and {len(values)} values")
     rows = np.full((len(pool), *values.shape[1:]), np.nan, np.float32)
     rows[pool.positions_of([str(identifier) for identifier in content["ids"]])] = values
     return rows
+
+
+def read_array(path: Path) -> Any:
+    """The content of a NumPy file, without pickles."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        return content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise TokenCreditError(f"cannot read {path}: {reason}", hint="give .npy in pool order or .npz by id") from error
 
 
 def add_column(folder: Path, pool: Pool, name: str, path: Path) -> None:
@@ -169,18 +233,19 @@ def add_column(folder: Path, pool: Pool, name: str, path: Path) -> None:
     write_column(folder, name, values, signal_key(pool, signal=name, content=content_hash(values)))
 
 
-def _relevance_columns(folder: Path, pool: Pool, sources: Sources, scorer: Scorer | None) -> list[str]:
+def _relevance_columns(
+    folder: Path,
+    pool: Pool,
+    sources: Sources,
+    scorer: Scorer | None,
+    asked: Mapping[str, list[list[dict[str, Any]]]],
+) -> list[str]:
     """`rel.<task>` for every query file, from whatever features the pool has."""
     features = load_features(folder)
     base = features_key(folder)
-    if features is None or base is None:
-        raise TokenCreditError("relevance needs features", hint="add rds (with --model), hashed or embed to --signals")
-    if not sources.queries and not sources.query_embeddings:
-        raise TokenCreditError("relevance needs queries", hint="pass --queries TASK=FILE")
+    assert features is not None and base is not None
     written = []
-    for task, path in sources.queries.items():
-        conversations = read_queries(path, task)
-        refuse_leaks(conversations, path, sources.splits)
+    for task, conversations in asked.items():
         key = signal_key(pool, signal="rel", features=base, queries=conversations)
         if read_key(folder, f"rel.{task}") == key:
             continue
@@ -188,7 +253,10 @@ def _relevance_columns(folder: Path, pool: Pool, sources: Sources, scorer: Score
         write_column(folder, f"rel.{task}", relevance(features, queries), key)
         written.append(f"rel.{task}")
     for task, path in sources.query_embeddings.items():
-        queries = np.load(path, allow_pickle=False).astype(np.float32)
+        queries = read_array(path)
+        if not isinstance(queries, np.ndarray) or queries.ndim != 2 or queries.shape[1] != features.shape[1]:
+            raise TokenCreditError(f"{path} must be an array [queries, {features.shape[1]}], as the pool's features")
+        queries = queries.astype(np.float32)
         key = signal_key(pool, signal="rel", features=base, queries=content_hash(queries))
         write_column(folder, f"rel.{task}", relevance(features, queries), key)
         written.append(f"rel.{task}")
@@ -201,7 +269,7 @@ def relevance(features: np.ndarray | csr_matrix, queries: np.ndarray) -> Column:
 
 
 def _query_features(
-    pool: Pool, conversations: list[list[dict[str, str]]], sources: Sources, scorer: Scorer | None, base: str
+    pool: Pool, conversations: list[list[dict[str, Any]]], sources: Sources, scorer: Scorer | None, base: str
 ) -> np.ndarray:
     if base == signal_key(pool, signal="hashed"):
         return hashed_features(pool, extra=conversations)
@@ -210,13 +278,13 @@ def _query_features(
             raise TokenCreditError(
                 "queries must be read by what made the features", hint="pass --model, or --query-embeddings TASK=FILE"
             )
-        scorer = load_scorer(sources.model, sources.max_length)
+        scorer = _load(sources.model, sources)
     if sources.sae is not None and base == _sae_key(pool, scorer, sources):
         sae = load_autoencoder(sources.sae, sources.sae_layer, scorer.model.config.get_text_config().hidden_size)
-        return activate(scorer, sae, conversations).toarray()
+        return activate(replace(scorer, skip_bad=False), sae, conversations).toarray()
     if base != signal_key(pool, signal="forward", **scorer.facts):
         raise TokenCreditError(
             f"the features of the pool were not made by {scorer.name!r}",
             hint="add rds to --signals, or give --query-embeddings TASK=FILE made like the pool's",
         )
-    return score_samples(scorer, conversations)[1]
+    return score_samples(replace(scorer, skip_bad=False), conversations)[1]

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from tokencredit.recipes.materials import Materials
-from tokencredit.recipes.neardup import PairGraph
+from tokencredit.recipes.neardup import PairGraph, has_features
 from tokencredit.recipes.pool import Positions
 
 DUPLICATE = 0.9  # cosine from which a later sample counts as a duplicate
@@ -21,13 +22,14 @@ class StateReader:
     """Computes z(S). Pool-wide means and norms are computed once.
 
     `graph` gives `dup_rate`; without it (no features) the field is absent. `drift` uses active features when they are
-    sparse (the share of samples with feature j active), the mean feature when they are dense.
+    sparse (the share of samples with feature j active), the mean feature when they are dense. Samples without features
+    count in neither; a subset of such samples only has drift 0.
     """
 
     materials: Materials
     graph: PairGraph | None = None
     signals: tuple[str, ...] = ()
-    _pool: dict[str, np.ndarray | float] = field(default_factory=dict)
+    _pool: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.signals:
@@ -81,15 +83,26 @@ class StateReader:
         features = self.materials.features
         if features is None:
             return np.zeros(1)
+        if "present" not in self._pool:
+            self._read_features(features)
+        known = positions[np.asarray(self._pool["present"])[positions]]
+        if len(known) == 0:
+            return np.asarray(self._pool.get("centre", np.zeros(features.shape[1])))
         share = np.zeros(features.shape[0], np.float32)
-        share[positions] = 1.0 / max(len(positions), 1)
+        share[known] = 1.0 / len(known)
+        return self._pool["active"] @ share if "active" in self._pool else share @ self._pool["dense"]
+
+    def _read_features(self, features: np.ndarray | csr_matrix) -> None:
+        """Which samples have features, and those in a form that a share vector multiplies (missing rows as zeros)."""
         if isinstance(features, csr_matrix):
-            if "active" not in self._pool:
-                active = features.copy()
-                active.data = (active.data > 0).astype(np.float32)
-                self._pool["active"] = active.T.tocsr()
-            return self._pool["active"] @ share
-        return np.nan_to_num(share @ features)
+            active = features.copy()
+            active.data = (active.data > 0).astype(np.float32)
+            self._pool["present"] = np.asarray(active.sum(axis=1)).ravel() > 0
+            self._pool["active"] = active.T.tocsr()
+            return
+        present = has_features(features)
+        self._pool["present"] = present
+        self._pool["dense"] = features if present.all() else np.where(present[:, None], features, np.float32(0))
 
     def _duplicates(self, positions: Positions) -> float:
         assert self.graph is not None

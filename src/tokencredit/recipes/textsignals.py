@@ -1,29 +1,33 @@
 """Signals of the text alone, and hashed features for pools that no model has read."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.formats import text_of
 from tokencredit.recipes.pool import Pool
+from tokencredit.recipes.words import split_units, split_words
 from tokencredit.seeds import derive
 
-_WORD = re.compile(r"\b\w+\b")
 _BUCKETS = 1 << 16
 
 
 def all_text(sample: dict) -> str:
-    """All messages of a sample, a line apart."""
-    return "\n".join(message["content"] for message in sample["messages"])
+    """All messages of a sample, a line apart, with their thinking and tool calls."""
+    return "\n".join(text_of(message) for message in sample["messages"])
 
 
 def unigram_entropy(text: str) -> float:
-    """−Σ p log₂ p over the lower-cased words of a text, in bits; 0 where there is no word."""
-    counts = np.array(list(Counter(_WORD.findall(text.lower())).values()), dtype=np.float64)
+    """−Σ p log₂ p over the lower-cased words of a text, in bits; 0 where there is no word.
+
+    In scripts without spaces a word is a character.
+    """
+    counts = np.array(list(Counter(split_words(text)).values()), dtype=np.float64)
     shares = counts / counts.sum() if len(counts) else counts
     return float(-(shares * np.log2(shares)).sum()) + 0.0
 
@@ -49,7 +53,7 @@ def branching(texts: Iterable[str]) -> list[float]:
     return scores
 
 
-def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, str]]] | None = None) -> np.ndarray:
+def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, Any]]] | None = None) -> np.ndarray:
     """Features without a model: log-counts of hashed words and word pairs, weighted by rarity, projected and scaled.
 
     The projection is sparse: each of 65,536 buckets adds ±1 to four of `width` columns. With `extra` conversations
@@ -74,7 +78,7 @@ def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, str
 
 
 def _log_counts(text: str) -> tuple[np.ndarray, np.ndarray]:
-    words = _WORD.findall(text.lower())
+    words = split_units(text)
     counts = Counter(crc32(gram.encode("utf-8", "surrogatepass")) % _BUCKETS for gram in words)
     counts.update(crc32(f"{a} {b}".encode("utf-8", "surrogatepass")) % _BUCKETS for a, b in pairwise(words))
     return np.fromiter(counts, np.int64, len(counts)), np.log1p(np.fromiter(counts.values(), np.float32, len(counts)))
