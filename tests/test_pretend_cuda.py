@@ -7,9 +7,15 @@ import pytest
 import torch
 from batches import make_batch
 from support import fakecuda
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit import assign_credit, get_pipeline
+from tokencredit.collect.attention import attention_entropies, tap_entropies
+from tokencredit.collect.exact import exact_credit
+from tokencredit.collect.head import head_logprobs
+from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.lab import sampler
 from tokencredit.methods import PRESETS
 from tokencredit.seeds import generator
 
@@ -138,3 +144,73 @@ def test_a_batch_is_checked_where_it_lies() -> None:
         on_device = fakecuda.cuda(batch)
         with pytest.raises(ValueError, match="entropies"):
             replace(on_device, entropies=fakecuda.cuda(broken))
+
+
+PROMPTS, EOS = [[2, 3, 4], [5, 4, 3]], 1
+
+
+def tiny_model() -> Qwen3ForCausalLM:
+    """A random model with grouped heads, eager attention and a head of its own."""
+    shape = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(
+        **shape, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0, bos_token_id=None, eos_token_id=EOS
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen3ForCausalLM(config).eval()
+
+
+def responses(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Everything that a pass of ours measures on responses of three tokens, on the device of `ids`."""
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), tap_entropies(model, 3) as tapped:
+        model(input_ids=ids, attention_mask=mask)
+    hidden = model.get_input_embeddings()(ids)[:, :3].reshape(-1, 16).detach()
+    return [
+        *token_logprobs(model, ids, mask, 3, 3),
+        attention_entropies(model, ids, mask, 3, 3),
+        *tapped,
+        *head_logprobs(hidden, model.lm_head.weight.detach(), ids[:, 3:].flatten()),
+    ]
+
+
+def test_collectors_give_the_numbers_of_the_cpu() -> None:
+    ids = torch.tensor([[2, 3, 4, 5, 6, 1], [5, 4, 3, 2, 7, 1]])
+    model = tiny_model()
+    expected = responses(model, ids)
+    with fakecuda.session():
+        measured = responses(fakecuda.move_module(model), fakecuda.cuda(ids))
+    assert len(measured) == len(expected) == 6
+    for one, other in zip(measured, expected, strict=True):
+        torch.testing.assert_close(fakecuda.cpu(one), other)
+
+
+def test_the_sampler_of_the_lab_draws_the_tokens_of_the_cpu() -> None:
+    def drawn(model: torch.nn.Module, ids: torch.Tensor) -> sampler.Samples:
+        options = {"max_new_tokens": 5, "eos_token_id": EOS, "generator": generator("test"), "num_return": 3}
+        return sampler.sample(model, ids, torch.ones_like(ids), **options)
+
+    model, ids = tiny_model(), torch.tensor(PROMPTS)
+    expected = drawn(model, ids)
+    with fakecuda.session():
+        measured = drawn(fakecuda.move_module(model), fakecuda.cuda(ids))
+    assert torch.equal(fakecuda.cpu(measured.ids), expected.ids)
+    torch.testing.assert_close(fakecuda.cpu(measured.logprobs), expected.logprobs)
+
+
+def test_generate_of_the_host_runs_on_the_device() -> None:
+    model, ids = tiny_model(), torch.tensor(PROMPTS)
+    expected = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    with fakecuda.session():
+        moved = fakecuda.move_module(model)
+        measured = moved.generate(input_ids=fakecuda.cuda(ids), max_new_tokens=4, do_sample=False)
+    assert torch.equal(fakecuda.cpu(measured), expected)
+
+
+def test_exact_values_of_a_model_on_the_device() -> None:
+    accepted = [[[2, 3, EOS], [2, 4, EOS]], [[3, EOS]]]
+    model = tiny_model()
+    expected = exact_credit(model, PROMPTS, accepted, eos_token_id=EOS)
+    with fakecuda.session():
+        measured = exact_credit(fakecuda.move_module(model), PROMPTS, accepted, eos_token_id=EOS)
+    torch.testing.assert_close(fakecuda.cpu(measured.prompt_values), expected.prompt_values)

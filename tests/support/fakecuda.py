@@ -8,15 +8,15 @@
     torch.testing.assert_close(fakecuda.cpu(credit), expected)
     print(stats.kernels, stats.syncs, stats.sync_at.most_common(5))
 
-A `PretendTensor` says that it is on cuda:0 and holds a CPU tensor. During a session a dispatch mode makes factories with
-`device="cuda"` return such tensors. An operation refuses what CUDA refuses: tensors of two devices (a CPU tensor without
-dimensions is fine, and so are CPU indices into a CUDA tensor), a generator of the other device, conversion to NumPy.
-Every operation counts as a kernel launch with the bytes that it reads and writes; whatever makes the host wait counts
-as a synchronisation, with the line that caused it. Values are right, so code that depends on data runs.
+A `PretendTensor` says that it is on cuda:0 and holds a CPU tensor. During a session a dispatch mode makes factories
+with `device="cuda"` return such tensors. An operation refuses what CUDA refuses: tensors of two devices (a CPU tensor
+without dimensions is fine, and so are CPU indices into a CUDA tensor), a generator of the other device, conversion to
+NumPy. Every operation counts as a kernel launch with the bytes that it reads and writes; whatever makes the host wait
+counts as a synchronisation, with the line that caused it. Values are right, so code that depends on data runs.
 
 Random operations on the device draw from `torch.cuda.default_generators[0]`, as on a real device, so a test sees
-whether code moves that stream. Kernels, streams, autocast and memory are not imitated. All patches of torch end with
-the session.
+whether code moves that stream. Kernels, streams, autocast, memory and backward passes
+are not imitated. All patches of torch end with the session.
 """
 
 import collections
