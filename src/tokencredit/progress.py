@@ -1,5 +1,6 @@
 """Progress of long work, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -9,6 +10,22 @@ from typing import Protocol, TypeVar, runtime_checkable
 Item = TypeVar("Item")
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is a file
+
+# Control characters but tab and newline, among them the ESC of a terminal's commands, and the marks that reverse text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Make text from elsewhere safe to print: control characters and lone surrogates become escapes such as `\\x1b`.
+
+    `rich` reads square brackets as markup even then: pass the result with `markup=False`, or as a `rich.text.Text`.
+    """
+    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))
+
+
+def say(text: str) -> None:
+    """Print one line for the user on stderr, above a progress bar if one is shown."""
+    print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 @runtime_checkable
@@ -46,14 +63,14 @@ def _terminal_bar(description: str, total: int | None) -> Iterator[Advance]:
     except ImportError:  # the core runs with torch, numpy and jaxtyping alone
         yield _lines(description, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total, note="")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True)) as progress:
+        task = progress.add_task(printable(description), total=total, note="")
 
         def advance(steps: int = 1, note: str = "") -> None:
             progress.update(task, advance=steps)
             if note:
-                progress.update(task, note=note)
+                progress.update(task, note=printable(note))
 
         yield advance
 
@@ -70,6 +87,6 @@ def _lines(description: str, total: int | None) -> Advance:
         if now - last >= LINE_EVERY or finished_late:
             last = now
             share = f"{done}/{total}" if total is not None else str(done)
-            print(f"{description}: {share} ({now - start:.0f} s) {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
+            say(f"{description}: {share} ({now - start:.0f} s) {note}".rstrip())
 
     return advance

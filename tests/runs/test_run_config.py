@@ -18,12 +18,12 @@ def test_defaults_are_filled_in() -> None:
     config = resolve_config({"task": "countdown"})
     assert config["credit"] == "grpo"
     assert config["trainer"]["num_generations"] == 16
-    assert config["evaluation"] == {"every": 20, "problems": 100, "samples": 8}
+    assert config["evaluation"] == {"every": 20, "problems": 100, "samples": 8, "threshold": 0.0}
 
 
 def test_a_section_keeps_the_defaults_that_it_does_not_name() -> None:
     config = resolve_config({"task": "countdown", "evaluation": {"every": 3}, "trainer": {"learning_rate": 1e-5}})
-    assert config["evaluation"] == {"every": 3, "problems": 100, "samples": 8}
+    assert config["evaluation"] == {"every": 3, "problems": 100, "samples": 8, "threshold": 0.0}
     assert config["trainer"]["learning_rate"] == 1e-5
     assert config["trainer"]["num_generations"] == 16
 

@@ -27,12 +27,22 @@ DEFAULTS: dict[str, Any] = {
     "prompts_per_step": 32,
     "sampler": "auto",  # auto, fast (the lab's, for small models on the CPU), host (TRL's)
     "threads": 1,  # torch threads of a run; small models gain nothing from more
-    "dataset": {"path": None, "split": "train", "prompt": "prompt", "count": None, "evaluation": None},
-    "reward": None,  # module:function, as TRL wants it
+    "dataset": {
+        "path": None,
+        "config": None,  # of a data set on the hub, such as "main" of openai/gsm8k; `name` is accepted too
+        "split": "train",
+        "prompt": "prompt",
+        "count": None,
+        "evaluation": None,  # a path; None with `evaluation_split` means another split of `path`
+        "evaluation_split": None,
+        "system_prompt": None,  # text of a system turn before each prompt
+        "chat": "auto",  # whether a plain-text prompt becomes a user turn; auto: if the tokenizer has a chat template
+    },
+    "reward": None,  # one or several, with weights; `reward_list` reads every form
     "lora": None,  # any field of peft's LoraConfig
     "teacher": None,  # see docs/teachers.md
     "collectors": {},  # by batch field: options, or module:function; see docs/configs.md
-    "evaluation": {"every": 20, "problems": 100, "samples": 8},
+    "evaluation": {"every": 20, "problems": 100, "samples": 8, "threshold": 0.0},
     "records": {"every": 5},
     "trainer": {},  # any field of TRL's GRPOConfig
 }
