@@ -32,7 +32,18 @@ every_row = pytest.mark.parametrize("case", ROWS, ids=repr)
 
 # Fields that a method may read without declaring them: always present, or with a meaning when absent.
 FREE = frozenset(
-    {"response_ids", "response_mask", "rewards", "group_ids", "step_ids", "progress", "host_advantages", "reducer"}
+    {
+        "response_ids",
+        "response_mask",
+        "rewards",
+        "group_ids",
+        "scored",
+        "step_ids",
+        "progress",
+        "step",
+        "host_advantages",
+        "reducer",
+    }
 )
 # Sums over other widths and row orders differ in the last bits of a float64.
 SUMS = {"rtol": 1e-9, "atol": 1e-10}
@@ -138,7 +149,7 @@ def constant_rewards(batch: TokenBatch) -> TokenBatch:
 
 
 def constant_fields(batch: TokenBatch) -> TokenBatch:
-    return replace(batch, **{name: torch.full_like(getattr(batch, name), 0.1) for name in TOKEN_FIELDS})
+    return replace(batch, **{name: 0.1 * getattr(batch, name).sign() for name in TOKEN_FIELDS})
 
 
 def zero_fields(batch: TokenBatch) -> TokenBatch:

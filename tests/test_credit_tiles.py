@@ -19,7 +19,7 @@ CASES = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch(seed=5, host_advantages=True)
+    batch = filled(make_batch(seed=5, host_advantages=True))
     whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
     sizes = []
     monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
@@ -37,6 +37,12 @@ def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     assert sizes.count((case.name, 2)) == active.count(case.name)
 
 
+def filled(batch: TokenBatch) -> TokenBatch:
+    """The same batch without an empty response: those take part in nothing."""
+    first = torch.arange(batch.response_mask.shape[1]) == 0
+    return replace(batch, response_mask=batch.response_mask | (first & ~batch.counted[:, None]))
+
+
 def by_group(batch: TokenBatch) -> TokenBatch:
     """The same batch with neighbours in a group."""
     order = batch.group_ids.argsort(stable=True)
@@ -45,7 +51,7 @@ def by_group(batch: TokenBatch) -> TokenBatch:
 
 @pytest.mark.parametrize("case", GROUPED, ids=repr)
 def test_whole_groups_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = by_group(make_batch(seed=5, groups=(4, 2, 1, 3, 1), host_advantages=True))
+    batch = by_group(filled(make_batch(seed=5, groups=(4, 2, 1, 3, 1), host_advantages=True)))
     whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
     groups = []
     monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
@@ -70,10 +76,10 @@ def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPat
     class Ranks(LocalReducer):
         pass
 
-    batch = make_batch(seed=5)
+    batch = filled(make_batch(seed=5))
     together = by_group(batch)
     monkeypatch.setattr(credit, "TILE", 1)
-    monkeypatch.setattr(credit, "replace", None)  # tiles are made with it
+    monkeypatch.setattr(TokenBatch, "rows", None)  # tiles are made with it
     assign_credit(["group_centered", "gtpo"], batch)  # the rows of a group are not neighbours
     with pytest.raises(TypeError):
         assign_credit(["group_centered"], together)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,62 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.loading import load_attribute
+from tokencredit.errors import TokenCreditError, shown, unknown
 from tokencredit.methods import estimators, presets, transforms
-from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
+from tokencredit.methods.spec import SCOPES, Scope
 from tokencredit.records import TokenBatch, with_a_column
+from tokencredit.steps import Chain, Step, as_pair, hyperparameters_of, make_step, named_step, override
 from tokencredit.tiles import stretches
 
 TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One function of a pipeline with all its hyperparameters."""
-
-    name: str
-    spec: MethodSpec
-    hyperparameters: Mapping[str, Any]
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the row declares that these hyperparameters change nothing."""
-        return any(
-            limit.equals == "identity"
-            and all(self.hyperparameters[key] == value for key, value in limit.hyperparameters.items())
-            for limit in self.spec.limits
-        )
-
-    @property
-    def changed(self) -> dict[str, Any]:
-        """The hyperparameters that are not at their defaults."""
-        defaults = self.spec.defaults
-        return {key: value for key, value in self.hyperparameters.items() if value != defaults[key]}
-
-    @property
-    def requires(self) -> frozenset[str]:
-        """Batch fields that this step reads."""
-        return frozenset() if self.is_identity else self.spec.required(self.hyperparameters)
-
-    @property
-    def scope(self) -> Scope:
-        """The largest unit whose other tokens change the credit of a token."""
-        return self.spec.scope_at(self.hyperparameters)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """One estimator, then transforms, times a weight."""
-
-    weight: float
-    estimator: Step
-    transforms: tuple[Step, ...] = ()
-
-    @property
-    def active(self) -> tuple[Step, ...]:
-        """The steps that do something."""
-        return (self.estimator, *(step for step in self.transforms if not step.is_identity))
+Finding = tuple[str, Tensor]  # a step, and [broken, place, value] of the first number that is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,38 +37,27 @@ class Pipeline:
 
         * a name or an expression of names: `hapo`, `0.5 * grpo + 0.5 * opd`
         * a list of steps: `[group_normalized, {entropy_capacity: {alpha: 0.3}}]`; `module:function` names your own
+        * a preset with more steps: `[hapo, shuffle_within_response]`, `[{hapo: {alpha: 0.5}}, my_module:my_transform]`
         * a weighted sum: `{weighted_sum: [{weight: 0.5, credit: …}, …]}`
+
+        Raises:
+          TokenCreditError: for everything else, whatever object it is.
         """
-        if isinstance(config, Pipeline):
-            return config
-        if isinstance(config, str):
-            return _parse_expression(config)
-        if isinstance(config, Mapping) and set(config) == {"weighted_sum"}:
-            return _parse_weighted_sum(config["weighted_sum"])
-        if isinstance(config, Mapping) and len(config) == 1:  # one preset with its hyperparameters
-            (name, given), *_ = config.items()
-            return get_pipeline(name, **_hyperparameters(name, given))
-        if isinstance(config, Sequence) and len(config) > 0:
-            return cls.of(*config)
-        raise TokenCreditError(
-            f"a credit pipeline is a name, a list of steps or a weighted sum, got {config!r}",
-            hint="for example `credit: hapo` or `credit: [group_normalized, {entropy_capacity: {alpha: 0.3}}]`",
-        )
+        try:
+            return _parse(config)
+        except RecursionError as error:
+            raise TokenCreditError("the credit pipeline is nested too deeply") from error
 
     @classmethod
     def of(cls, *steps: Any, name: str = "custom") -> "Pipeline":
-        """A pipeline of one chain.
+        """A pipeline of several steps, the first of which is an estimator, a preset or another pipeline.
 
         A step is a name, `{name: hyperparameters}`, a function or `(function, hyperparameters)`.
         """
+        if not steps:
+            raise TokenCreditError("a pipeline has at least one step", hint="start it with `group_normalized`")
         first, *rest = steps
-        if isinstance(first, str) and first in transforms() and first not in estimators():
-            raise TokenCreditError(
-                f"a pipeline starts with an estimator, got the transform {first!r}",
-                hint="put `group_normalized` in front of it",
-            )
-        chain = Chain(1.0, _step(first, "estimator"), tuple(_step(item, "transform") for item in rest))
-        return cls((chain,), name)
+        return replace(_start(first).then(*rest), name=name)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -155,62 +97,124 @@ class Pipeline:
 
     def then(self, *steps: Any) -> "Pipeline":
         """This pipeline with more transforms at the end of every chain."""
-        more = tuple(_step(item, "transform") for item in steps)
+        more = tuple(make_step(item, "transform") for item in steps)
         name = " → ".join((self.name, *(step.name for step in more)))
         return Pipeline(tuple(replace(chain, transforms=chain.transforms + more) for chain in self.chains), name)
 
     def __mul__(self, weight: int | float) -> "Pipeline":
-        return Pipeline(
-            tuple(replace(chain, weight=chain.weight * weight) for chain in self.chains), f"{weight:g} * {self.name}"
+        factor = _weight(weight, "a pipeline is multiplied by a number")
+        chains = tuple(
+            replace(chain, weight=_weight(chain.weight * factor, f"{factor:g} * {self.name}")) for chain in self.chains
         )
+        return Pipeline(chains, f"{factor:g} * {self.name}")
 
     __rmul__ = __mul__
 
     def __add__(self, other: "Pipeline") -> "Pipeline":
-        return Pipeline(self.chains + other.chains, f"{self.name} + {other.name}")
+        if not isinstance(other, Pipeline):
+            return NotImplemented
+        return _sum((self, other))
 
 
-def get_pipeline(name: str, **overrides: Any) -> Pipeline:
+def get_pipeline(name: str, /, **overrides: Any) -> Pipeline:
     """A preset, an estimator, or an expression such as `0.5 * grpo + 0.5 * opd`, hyperparameters overridden by name.
 
     An override goes to the step that accepts it; where several do, say which: `**{"entropy_capacity.alpha": 0.3}`.
     """
+    if not isinstance(name, str):
+        raise TokenCreditError(f"a credit method is a name, got {shown(name)}")
     if not overrides:
         return _parse_expression(name)
-    steps = [_as_pair(item) for item in _preset(name)]
+    steps = [as_pair(item) for item in _preset(name)]
     for key, value in overrides.items():
-        _override(name, steps, key, value)
+        override(name, steps, key, value)
     return Pipeline.of(*({step: given} for step, given in steps), name=name)
 
 
 def assign_credit(
-    pipeline: Any, batch: TokenBatch, *, generator: torch.Generator | None = None
+    pipeline: Any, batch: TokenBatch, *, generator: torch.Generator | None = None, **hyperparameters: Any
 ) -> Float[Tensor, "batch response"]:
-    """Advantages of every token: float32, 0 outside the mask, detached.
+    """Compute the advantage of every token.
 
         A = Σ_chains weight · (transform ∘ … ∘ estimator)(batch)
 
-    `pipeline` is a `Pipeline` or anything `Pipeline.parse` reads. `generator` feeds the methods that draw random
-    numbers; they refuse to run without one. Raises `TokenCreditError` where a required field is missing or a step
-    returns another shape or a value that is not finite.
+    Responses without a score, and responses without a chosen token, get 0 and act on nothing: the pipeline sees the
+    batch without them. This holds for your own functions too.
+
+    Args:
+      pipeline: a `Pipeline`, or anything that `Pipeline.parse` reads.
+      batch: the sampled responses.
+      generator: feeds methods that draw random numbers; they refuse to run without one.
+      hyperparameters: overrides for a pipeline given by name, `assign_credit("hapo", batch, alpha=0.3)`.
+
+    Returns:
+      Advantages `[batch, response]`: float32, finite, detached, 0 outside the mask.
+
+    Raises:
+      TokenCreditError: a required field is missing or holds a value that cannot be read, or a step returns another
+        shape or a value that is not finite.
     """
+    if hyperparameters:
+        pipeline = _with_hyperparameters(pipeline, hyperparameters)
     pipeline = Pipeline.parse(pipeline)
-    for name in sorted(pipeline.requires):
-        batch.require(name)
+    _check_inputs(batch, generator)
+    if not _counts_whole(pipeline, batch):
+        counted = batch.counted.nonzero()[:, 0]
+        credit = assign_credit(pipeline, batch.rows(counted), generator=generator)
+        blank = credit.new_zeros(batch.response_mask.shape)
+        return blank.index_copy_(0, counted, credit)
     if batch.response_mask.shape[1] == 0:  # on one rank perhaps: every process makes the same calls
         return assign_credit(pipeline, with_a_column(batch), generator=generator)[:, :0]
+    findings: list[Finding] = []
     total = torch.zeros_like(batch.response_mask, dtype=torch.float64)
     with torch.no_grad():
         for chain in pipeline.chains:
-            total = total + chain.weight * _run(chain, batch, generator)
-    return torch.where(batch.response_mask, total, 0.0).float()
+            total = total + chain.weight * _run(chain, batch, generator, findings)
+        credit = torch.where(batch.response_mask, total, 0.0).float()
+        findings.append(_look(pipeline.name, credit, batch))
+    _refuse_broken(findings, batch.response_mask.shape[1])
+    return credit
 
 
-def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None) -> Float[Tensor, "batch response"]:
+def _with_hyperparameters(pipeline: Any, given: Mapping[str, Any]) -> Pipeline:
+    if not isinstance(pipeline, str):
+        raise TokenCreditError(
+            f"hyperparameters {', '.join(given)} can only be given with a method's name, got {shown(pipeline)}",
+            hint="write them into the step: `{hapo: {alpha: 0.3}}`",
+        )
+    return get_pipeline(pipeline, **given)
+
+
+def _check_inputs(batch: object, generator: object) -> None:
+    if not isinstance(batch, TokenBatch):
+        hint = "TokenBatch(**fields) makes one of a mapping" if isinstance(batch, Mapping) else None
+        raise TokenCreditError(f"the batch must be a TokenBatch, got {type(batch).__name__}", hint=hint)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TokenCreditError(
+            f"`generator` must be a torch.Generator, got {type(generator).__name__}",
+            hint="pass `torch.Generator().manual_seed(…)`",
+        )
+
+
+def _counts_whole(pipeline: Pipeline, batch: TokenBatch) -> bool:
+    """Whether every response counts; refuses fields that the pipeline reads and the batch lacks or holds wrongly."""
+    requires = sorted(pipeline.requires)
+    for name in requires:
+        if getattr(batch, name, None) is None:
+            batch.require(name)  # which says what fills it
+    reads_host = any(_is_host_estimator(chain.estimator) for chain in pipeline.chains)
+    return batch.examine((*requires, *(("host_advantages",) if reads_host else ())))
+
+
+def _run(
+    chain: Chain, batch: TokenBatch, generator: torch.Generator | None, findings: list[Finding]
+) -> Float[Tensor, "batch response"]:
     base = _checked(chain.estimator, _in_tiles(chain.estimator, (batch,), generator, None), batch)
+    findings.append(_look(chain.estimator.name, base, batch))
     advantages = base
     for step in chain.active[1:]:
         advantages = _checked(step, _in_tiles(step, (advantages, batch), generator, base), batch)
+        findings.append(_look(step.name, advantages, batch))
     return advantages
 
 
@@ -226,11 +230,9 @@ def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | 
     state = None if generator is None else generator.get_state()
     found = []
     for tile in tiles:
-        rows_of_tile: dict[str, Any] = {name: value[tile] for name, value in batch.tensors().items()}
-        part = replace(batch, **rows_of_tile)
         if generator is not None and state is not None:
             generator.set_state(state)
-        own = (*(value[tile] for value in inputs[:-1]), part)
+        own = (*(value[tile] for value in inputs[:-1]), batch.rows(tile))
         found.append(_call(step, own, generator, None if base is None else base[tile]))
     return torch.cat(found)
 
@@ -248,15 +250,38 @@ def _call(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None
     return step.spec.fn(*inputs, **supplied)
 
 
-def _checked(step: Step, result: Tensor, batch: TokenBatch) -> Tensor:
+def _checked(step: Step, result: object, batch: TokenBatch) -> Tensor:
     """Gate 2: shapes inside a record are not tied to what a function returns, so compare here."""
-    if tuple(result.shape) != tuple(batch.response_mask.shape):
+    if not isinstance(result, Tensor):
+        raise TokenCreditError(f"{step.name} must return a tensor, got {type(result).__name__}")
+    if result.shape != batch.response_mask.shape:
         raise TokenCreditError(f"{step.name} must return {list(batch.response_mask.shape)}, got {list(result.shape)}")
-    broken = batch.response_mask & ~torch.isfinite(result)
-    if bool(broken.any()):
-        row, column = broken.nonzero()[0].tolist()
-        raise TokenCreditError(f"{step.name} gave {float(result[row, column])} at row {row}, token {column}")
+    if result.is_complex() or result.device != batch.response_mask.device:
+        raise TokenCreditError(
+            f"{step.name} must return real numbers on {batch.response_mask.device}, got {result.dtype} on "
+            f"{result.device}"
+        )
     return result.double()
+
+
+def _look(name: str, result: Tensor, batch: TokenBatch) -> Finding:
+    """Whether a result is finite on the chosen tokens, and the first place and value where it is not."""
+    broken = (batch.response_mask & ~torch.isfinite(result)).flatten()
+    if not len(broken):
+        return name, result.new_zeros(3).double()
+    place = broken.byte().argmax()
+    return name, torch.stack((broken[place].double(), place.double(), result.flatten()[place].double()))
+
+
+def _refuse_broken(findings: Sequence[Finding], width: int) -> None:
+    """Raise for the first step that gave a number that is not finite; one copy to the host for all steps."""
+    for (name, _), (broken, place, value) in zip(findings, torch.stack([f for _, f in findings]).tolist(), strict=True):
+        if broken:
+            row, column = divmod(int(place), width)
+            raise TokenCreditError(
+                f"{name} gave {value} at row {row}, token {column}",
+                hint="credit is float32, at most 3.4e38: look at rewards, weights and hyperparameters of this size",
+            )
 
 
 def _is_host_estimator(step: Step) -> bool:
@@ -266,114 +291,94 @@ def _is_host_estimator(step: Step) -> bool:
 def _preset(name: str) -> Sequence[Any]:
     if name in presets():
         return presets()[name]
-    if name in estimators():
+    if name in estimators() or ":" in name:
         return [name]
+    if name in transforms():
+        raise _no_estimator(name)
     raise unknown("credit method", name, presets() | estimators().keys())
+
+
+def _no_estimator(name: str) -> TokenCreditError:
+    return TokenCreditError(
+        f"a pipeline starts with an estimator, got the transform {name!r}",
+        hint=f"start it with `group_normalized`: `[group_normalized, {name}]`",
+    )
+
+
+def _parse(config: Any) -> Pipeline:
+    if isinstance(config, Pipeline):
+        return config
+    if isinstance(config, str):
+        return _parse_expression(config)
+    if isinstance(config, Mapping) and len(config) == 1:
+        name, given = named_step(config)
+        if name == "weighted_sum" or not isinstance(name, str):
+            return _start(config)
+        return get_pipeline(name, **hyperparameters_of(name, given))
+    if isinstance(config, Sequence) and not isinstance(config, bytes | bytearray | memoryview) and len(config) > 0:
+        return Pipeline.of(*config)
+    raise TokenCreditError(
+        f"a credit pipeline is a name, a list of steps or a weighted sum, got {shown(config)}",
+        hint="for example `credit: hapo` or `credit: [group_normalized, {entropy_capacity: {alpha: 0.3}}]`",
+    )
+
+
+def _start(item: Any) -> Pipeline:
+    """The pipeline that the first step of a list stands for: an estimator, a preset, or a sum of them."""
+    if isinstance(item, Pipeline):
+        return item
+    first, given = named_step(item)
+    if isinstance(item, Mapping) and first == "weighted_sum":
+        return _parse_weighted_sum(given)
+    if isinstance(first, str) and first not in estimators():
+        if first in presets():
+            return get_pipeline(first, **hyperparameters_of(first, given))
+        if first in transforms():
+            raise _no_estimator(first)
+        if given is None and any(sign in first for sign in "*+"):
+            return _parse_expression(first)
+    step = make_step(item, "estimator")
+    return Pipeline((Chain(1.0, step),), step.name)
 
 
 def _parse_expression(text: str) -> Pipeline:
     """`a`, `0.5 * a + 0.5 * b`, `a + b`."""
-    parts = [part.strip() for part in text.split("+")]
-    found: Pipeline | None = None
-    for part in parts:
-        match = re.fullmatch(r"(?:([-\d.eE]+)\s*\*\s*)?([\w:.]+)", part)
+    terms = []
+    for part in text.split("+"):
+        match = re.fullmatch(r"(?:([-\d.eE]+)\s*\*\s*)?([\w:./~-]+)", part.strip())
         if match is None:
             raise TokenCreditError(
-                f"cannot read {part!r} in the credit expression {text!r}", hint="write `0.5 * grpo + 0.5 * opd`"
+                f"cannot read {shown(part.strip())} in the credit expression {shown(text)}",
+                hint="write `0.5 * grpo + 0.5 * opd`",
             )
         weight, name = match.groups()
-        pipeline = Pipeline.of(*_preset(name), name=name) if ":" not in name else Pipeline.of(name, name=name)
-        pipeline = pipeline if weight is None else _number(weight, text) * pipeline
-        found = pipeline if found is None else found + pipeline
-    assert found is not None
-    return found
+        pipeline = Pipeline.of(*_preset(name), name=name)
+        terms.append(pipeline if weight is None else _weight(weight, f"the credit expression {shown(text)}") * pipeline)
+    return _sum(terms)
 
 
-def _number(text: str, whole: str) -> float:
+def _weight(value: object, where: str) -> float:
+    """A finite weight, from a number or its text."""
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise TokenCreditError(f"{text!r} is no finite weight in the credit expression {whole!r}")
-    return value
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TokenCreditError(f"{shown(value)} is not a finite weight in {where}")
+    return number
+
+
+def _sum(terms: Sequence[Pipeline]) -> Pipeline:
+    chains = tuple(chain for term in terms for chain in term.chains)
+    return Pipeline(chains, " + ".join(term.name for term in terms))
 
 
 def _parse_weighted_sum(terms: Any) -> Pipeline:
-    if not isinstance(terms, Sequence) or len(terms) == 0:
-        raise TokenCreditError(f"`weighted_sum` is a list of {{weight, credit}}, got {terms!r}")
-    found: Pipeline | None = None
+    if not isinstance(terms, Sequence) or isinstance(terms, str | bytes) or len(terms) == 0:
+        raise TokenCreditError(f"`weighted_sum` is a list of {{weight, credit}}, got {shown(terms)}")
     for term in terms:
         if not isinstance(term, Mapping) or set(term) != {"weight", "credit"}:
-            raise TokenCreditError(f"a term of `weighted_sum` has the keys weight and credit, got {term!r}")
-        pipeline = _number(str(term["weight"]), "weighted_sum") * Pipeline.parse(term["credit"])
-        found = pipeline if found is None else found + pipeline
-    assert found is not None
-    return found
-
-
-def _as_pair(item: Any) -> tuple[str, dict[str, Any]]:
-    if isinstance(item, str):
-        return item, {}
-    (name, given), *_ = item.items()
-    return name, dict(_hyperparameters(name, given))
-
-
-def _hyperparameters(name: str, given: Any) -> Mapping[str, Any]:
-    """What YAML holds behind the name of a step; nothing there means the defaults."""
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
-        raise TokenCreditError(
-            f"hyperparameters of {name} are a mapping, got {given!r}", hint=f"write `{name}: {{alpha: 0.3}}`"
-        )
-    return given
-
-
-def _override(preset: str, steps: list[tuple[str, dict[str, Any]]], key: str, value: Any) -> None:
-    wanted, _, parameter = key.rpartition(".")
-    accepting = [(step, given) for step, given in steps if parameter in _spec(step).defaults]
-    able = [given for step, given in accepting if wanted in ("", step)]
-    if len(able) > 1:
-        owners = [step for step, _ in accepting]
-        raise TokenCreditError(
-            f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {[f'{o}.{parameter}' for o in owners]}"
-        )
-    if not able:
-        accepted = sorted({name for step, _ in steps for name in _spec(step).defaults})
-        raise TokenCreditError(f"{preset} has no hyperparameter {key!r}; accepted: {', '.join(accepted) or '(none)'}")
-    able[0][parameter] = value
-
-
-def _spec(step: str) -> MethodSpec:
-    """The row of a step of a preset."""
-    if ":" in step:
-        return _user_function(step)[1]
-    return estimators()[step] if step in estimators() else transforms()[step]
-
-
-def _step(item: Any, kind: str) -> Step:
-    given: Any = None
-    if isinstance(item, Mapping):
-        if len(item) != 1:
-            raise TokenCreditError(f"a step is a name or {{name: hyperparameters}}, got {dict(item)!r}")
-        (item, given), *_ = item.items()
-    elif isinstance(item, tuple):
-        item, given = item
-    table = estimators() if kind == "estimator" else transforms()
-    if callable(item) or (isinstance(item, str) and ":" in item):
-        name, spec = _user_function(item)
-    elif isinstance(item, str) and item in table:
-        name, spec = item, table[item]
-    else:
-        raise unknown(kind, item, table)
-    return Step(name, spec, resolve(name, spec, _hyperparameters(name, given)))
-
-
-def _user_function(item: str | Callable[..., Tensor]) -> tuple[str, MethodSpec]:
-    """A row for a function outside the tables: `fn.requires` and `fn.scope` are read where it has them."""
-    fn = load_attribute(item, "the step") if isinstance(item, str) else item
-    name = f"{fn.__module__}:{fn.__qualname__}"
-    spec = MethodSpec(
-        fn=fn, paper="-", requires=frozenset(getattr(fn, "requires", ())), scope=getattr(fn, "scope", "batch")
-    )
-    return name, spec
+            raise TokenCreditError(f"a term of `weighted_sum` has the keys weight and credit, got {shown(term)}")
+    return _sum([_weight(term["weight"], "`weighted_sum`") * _parse(term["credit"]) for term in terms])

@@ -17,9 +17,19 @@ class TokenCreditError(ValueError):
         self.hint = hint
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """The value for an error message: its `repr` on one line, cut to `limit` characters, whatever the object is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a `repr` of somebody else's object, or of a nesting too deep to write out
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def unknown(kind: str, name: object, accepted: Iterable[str]) -> TokenCreditError:
     """The error for a name that is not in `accepted`: it names the nearest one and lists them all."""
     names = sorted(accepted)
-    nearest = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    text = name if isinstance(name, str) else shown(name)
+    nearest = get_close_matches(text[:100], names, n=1, cutoff=0.5)
     guess = f", did you mean {nearest[0]!r}?" if nearest else ";"
-    return TokenCreditError(f"unknown {kind} {str(name)!r}{guess} available: {', '.join(names) or '(none)'}")
+    return TokenCreditError(f"unknown {kind} {shown(text)}{guess} available: {', '.join(names) or '(none)'}")

@@ -27,8 +27,8 @@ def batch_of(gaps, mask=None, **fields) -> TokenBatch:
         "response_mask": torch.ones_like(gap, dtype=torch.bool) if mask is None else torch.tensor(mask),
         "rewards": torch.zeros(len(gap)),
         "group_ids": torch.arange(len(gap)),
-        "old_logprobs": torch.zeros_like(gap),
-        "teacher_logprobs": gap,
+        "old_logprobs": -gap.clamp_min(0.0),
+        "teacher_logprobs": gap.clamp_max(0.0),
     }
     return TokenBatch(**(values | fields))
 
@@ -77,7 +77,7 @@ def test_router_summary_splits_the_bonus() -> None:
 def test_logged_numbers_are_the_summaries() -> None:
     # The bonus of a DASD run is what the pipeline added to the verifier's advantages.
     batch = make_batch()
-    base = group_normalized(batch)
+    base = assign_credit("grpo", batch)
     advantages = assign_credit(get_pipeline("dasd"), batch)
     found = credit_metrics(batch, advantages, base)
     router, weights = router_summary(batch, base), discrepancy_summary(batch)
@@ -103,7 +103,7 @@ def test_nothing_is_said_of_a_teacher_that_is_not_there() -> None:
 
 def test_sums_of_two_parts_are_those_of_the_whole() -> None:
     batch = make_batch()
-    base = group_normalized(batch)
+    base = assign_credit("grpo", batch)
     advantages = assign_credit(get_pipeline("dasd"), batch)
     whole = teacher_sums(batch, advantages, base)
     assert set(whole) == {"teacher_profile", "teacher_discrepancy", "teacher_router"}

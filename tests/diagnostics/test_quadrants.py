@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import make_batch
 
 from tokencredit import TokenBatch, assign_credit
 from tokencredit.diagnostics.quadrants import (
@@ -18,6 +19,7 @@ from tokencredit.diagnostics.quadrants import (
     weight_statistics,
 )
 from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.records import TOKEN_FIELDS
 
 # One group of four, two tokens each, r = (1, −1, −1, −1): Â = (1.5, −.5, −.5, −.5); mean entropy 4/8 = .5.
 ENTROPIES = torch.tensor([[0.0, 3.0, torch.nan], [0.0, 1.0, torch.nan], [0.0, 0.0, torch.nan], [0.0, 0.0, torch.nan]])
@@ -70,6 +72,7 @@ def test_credit_metrics_of_hapo_by_hand() -> None:
     batch = group()
     found = credit_metrics(batch, assign_credit("hapo", batch), BASE)
     expected = {
+        "credit/unscored": 0.0,
         "credit/tokens": 8,
         "credit/credited_share": 1.0,
         "credit/abs_mean": 5.85 / 8,
@@ -131,16 +134,20 @@ def test_credit_metrics_with_fields_missing() -> None:
     found = credit_metrics(group(entropies=False), broadcast(BASE))
     assert set(found) == {
         f"credit/{key}"
-        for key in ("tokens", "credited_share", "abs_mean", "net", "group_net_abs", "gini", "effective_token_ratio")
+        for key in (
+            *("unscored", "tokens", "credited_share", "abs_mean", "net", "group_net_abs", "gini"),
+            "effective_token_ratio",
+        )
     }
     assert all(math.isfinite(value) for value in found.values())
 
 
 def test_credit_metrics_of_nothing() -> None:
     batch = replace(group(), response_mask=torch.zeros(4, 3, dtype=torch.bool))
-    assert credit_metrics(batch, torch.zeros(4, 3), torch.zeros(4)) == {"credit/tokens": 0.0} | {
-        f"credit/{name}/mass": 0.0 for name in ("PHR", "PLR", "NHR", "NLR")
-    }
+    assert credit_metrics(batch, torch.zeros(4, 3), torch.zeros(4)) == {
+        "credit/unscored": 1.0,
+        "credit/tokens": 0.0,
+    } | {f"credit/{name}/mass": 0.0 for name in ("PHR", "PLR", "NHR", "NLR")}
 
 
 def test_credit_metrics_add_up_over_groups_and_padding() -> None:
@@ -212,3 +219,46 @@ def test_histograms_count_every_chosen_token_once() -> None:
     assert found["negative"][[low, one]].tolist() == [3, 1] and found["negative"].sum() == 4
     assert found["none"].sum() == 2
     assert len(found["none"]) == len(ENTROPY_EDGES) - 1
+
+
+def test_unscored_responses_enter_no_metric_but_their_share() -> None:
+    plain = make_batch(seed=4, groups=(3, 3, 2))
+    rows = len(plain.rewards)
+    order = torch.tensor([0, 1, 1, *range(2, rows)])  # the third row is a copy of the second, of which nobody knows
+    scored = torch.ones(rows + 1, dtype=torch.bool)
+    scored[2] = False
+    more = replace(plain.rows(order), scored=scored)
+    noise = {name: torch.where(scored, more.rewards, torch.nan) for name in ("rewards",)}
+    noise |= {name: torch.where(scored[:, None], getattr(more, name), torch.nan) for name in TOKEN_FIELDS}
+    more = replace(more, **noise)
+    base, dirty = assign_credit("grpo", plain), assign_credit("grpo", more)
+    found = credit_metrics(more, assign_credit("hapo", more) + 7.0 * ~scored[:, None], dirty)
+    expected = credit_metrics(plain, assign_credit("hapo", plain), base)
+    empty = int((~plain.counted).sum())
+    assert found.pop("credit/unscored") == pytest.approx((empty + 1) / (rows + 1))
+    assert expected.pop("credit/unscored") == pytest.approx(empty / rows)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["entropies", "teacher_logprobs"])
+def test_a_field_of_nan_leaves_its_metrics_out_and_stops_nothing(name: str) -> None:
+    batch = make_batch(seed=4)
+    base = assign_credit("grpo", batch)
+    whole = credit_metrics(batch, base, base)
+    broken = torch.where(torch.arange(12) == batch.response_mask[0].byte().argmax(), torch.nan, getattr(batch, name))
+    found = credit_metrics(replace(batch, **{name: broken}), base, base)
+    left_out = whole.keys() - found.keys()
+    assert found == {key: pytest.approx(whole[key]) for key in found}
+    marks = ("entropy", "HR", "LR", "router") if name == "entropies" else ("teacher", "router")
+    assert left_out == {key for key in whole if any(mark in key for mark in marks)}
+
+
+def test_the_threshold_says_which_responses_are_correct() -> None:
+    batch = make_batch(seed=4)
+    shaped = replace(batch, rewards=0.1 + 0.9 * batch.rewards)  # 0.1 for the format
+    base, credit = assign_credit("grpo", shaped), assign_credit("dasd", shaped)
+    plain = credit_metrics(batch, credit, base)
+    assert credit_metrics(shaped, credit, base, threshold=0.5) == plain
+    lenient = credit_metrics(shaped, credit, base)
+    assert all(lenient[key] == 0.0 for key in lenient if key.endswith("_wrong"))
+    assert any(plain[key] != 0.0 for key in plain if key.endswith("_wrong"))

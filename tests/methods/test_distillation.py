@@ -20,10 +20,10 @@ NAN = math.nan
 
 
 def batch_of(gaps, *, chosen=None, student=None, **fields) -> TokenBatch:
-    """Rows of gaps; `chosen` marks holes and padding, the student's log-probs are 0 unless given."""
+    """Rows of gaps; `chosen` marks holes and padding; without `student` the greater log-prob of both is 0."""
     gap = torch.tensor(gaps, dtype=torch.float32)
     mask = torch.ones_like(gap, dtype=torch.bool) if chosen is None else torch.tensor(chosen, dtype=torch.bool)
-    old = torch.zeros_like(gap) if student is None else torch.tensor(student)
+    old = -gap.clamp_min(0.0) if student is None else torch.tensor(student)
     rows = gap.shape[0]
     values = {
         "response_ids": torch.arange(gap.numel()).reshape(gap.shape),
@@ -188,9 +188,8 @@ def test_reordered_weights() -> None:
     def reordered(order: str) -> torch.Tensor:
         pipeline = [{"reordered_discrepancy": {"order": order}}]
         steps = ["group_centered", *pipeline]
-        ones = batch_of(
-            batch.teacher_logprobs.tolist(), rewards=torch.tensor([1.0, 0.0]), group_ids=torch.zeros(2).long()
-        )
+        gaps = (batch.teacher_logprobs - batch.old_logprobs).tolist()
+        ones = batch_of(gaps, rewards=torch.tensor([1.0, 0.0]), group_ids=torch.zeros(2).long())
         return assign_credit(steps, ones, generator=generator) / torch.tensor([[0.5], [-0.5]])
 
     check(reordered("reversed"), (2.5 - own).tolist())

@@ -25,8 +25,8 @@ def batch_of(gaps, entropies, *, chosen=None, **fields) -> TokenBatch:
         "response_mask": mask,
         "rewards": torch.ones(rows),
         "group_ids": torch.arange(rows),
-        "old_logprobs": torch.zeros_like(gap),
-        "teacher_logprobs": gap,
+        "old_logprobs": -gap.clamp_min(0.0),
+        "teacher_logprobs": gap.clamp_max(0.0),
         "entropies": None if entropies is None else torch.tensor(entropies, dtype=torch.float32),
         "host_advantages": torch.zeros(rows),
     }

@@ -4,6 +4,7 @@ Each summary is a ratio of sums, so that ranks and micro-batches add up; `teache
 """
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from jaxtyping import Float
@@ -66,18 +67,24 @@ def _discrepancy(sums: Sequence[float]) -> dict[str, float]:
 
 
 def router_summary(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], *, beta: float = 0.1, rho: float = 0.2
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    *,
+    beta: float = 0.1,
+    rho: float = 0.2,
+    threshold: float = 0.0,
 ) -> dict[str, float]:
     """DASD in numbers, at the default options of `directed_self_distillation` but for β and ρ.
 
     * `router_positive`, `router_negative`: Σ of the router's values of one sign, a token. `attracted`: share of tokens.
-    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel".
+    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel"; a response is correct if
+      its reward is greater than `threshold`.
     * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
       verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
     """
     router = bonus_direction(batch, "router", rho=rho)
     bonus = signed_gap(scaled_gap(teacher_gap(batch), batch, "mean_abs"), router, beta=beta)
-    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router)).tolist())
+    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router, threshold)).tolist())
     total, mass, count = (
         batch.reducer.total(profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
     )
@@ -89,6 +96,7 @@ def _router_sums(
     base: Float[Tensor, "batch response"],
     bonus: Float[Tensor, "batch response"],
     router: Float[Tensor, "batch response"],
+    threshold: float,
 ) -> Float[Tensor, " 17"]:
     """Tokens, responses, p80 of the entropies summed over responses, six sums over tokens, and the eight of the bonus.
 
@@ -101,7 +109,7 @@ def _router_sums(
     sums = [mask.sum(), filled.sum(), torch.where(filled, p80[:, 0], 0.0).sum()]
     sums += [router.clamp_min(0).sum(), router.clamp_max(0).sum(), (mask & (router > 0)).sum()]
     sums += [bonus.square().sum(), base.square().sum(), (mask & ((base + bonus) * base < 0)).sum()]
-    right = (batch.rewards > 0)[:, None]
+    right = (batch.rewards > threshold)[:, None]
     for in_arm in (router > 0, router < 0):
         for of_sign in (gap > 0, gap < 0):
             for rows in (right, ~right):
@@ -125,7 +133,11 @@ def _router(sums: Sequence[float]) -> dict[str, float]:
 
 
 def teacher_sums(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], base: Float[Tensor, "batch response"] | None
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    base: Float[Tensor, "batch response"] | None,
+    *,
+    threshold: float = 0.0,
 ) -> dict[str, Tensor]:
     """Local sums behind the `teacher/…` and `router/…` numbers of a batch that carries a teacher's log-probs."""
     if batch.teacher_logprobs is None or batch.old_logprobs is None:
@@ -136,7 +148,7 @@ def teacher_sums(
     }
     if batch.entropies is not None and base is not None:
         moved = chosen(advantages, batch.response_mask) - chosen(base, batch.response_mask)
-        named["teacher_router"] = _router_sums(batch, base, moved, bonus_direction(batch, "router"))
+        named["teacher_router"] = _router_sums(batch, base, moved, bonus_direction(batch, "router"), threshold)
     return named
 
 
@@ -146,11 +158,13 @@ def teacher_numbers(sums: dict[str, list[float]]) -> dict[str, float]:
         return {}
     flat = sums["teacher_profile"]
     total, mass, count = flat[:BINS], flat[BINS : 2 * BINS], flat[2 * BINS :]
+    if not isfinite(sum(mass)):
+        return {}
     tokens = max(sum(count), 1.0)
     found = {"teacher/gap": sum(total) / tokens, "teacher/gap_abs": sum(mass) / tokens}
     found |= {f"teacher/gap_abs/{k}": mass[k] / count[k] for k in range(BINS) if count[k]}
     found |= {f"teacher/{name}": value for name, value in _discrepancy(sums["teacher_discrepancy"]).items()}
-    if "teacher_router" in sums:
+    if "teacher_router" in sums and isfinite(sum(sums["teacher_router"])):
         named = _router(sums["teacher_router"])
         found |= {f"router/{name.removeprefix('router_')}": value for name, value in named.items()}
     return found

@@ -1,5 +1,7 @@
 """The numbers that a trainer logs each step: what the pipeline did with the credit of this batch."""
 
+from math import isfinite
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,44 +17,61 @@ from tokencredit.diagnostics.quadrants import (
     weight_ratio,
 )
 from tokencredit.masked import chosen
-from tokencredit.records import TokenBatch
+from tokencredit.records import OPTIONAL_FIELDS, TokenBatch
 from tokencredit.reduce import group_totals
 
 Base = Float[Tensor, "batch response"] | Float[Tensor, " batch"]
 
 
 def credit_metrics(
-    batch: TokenBatch, advantages: Float[Tensor, "batch response"], base: Base | None = None
+    batch: TokenBatch,
+    advantages: Float[Tensor, "batch response"],
+    base: Base | None = None,
+    *,
+    threshold: float = 0.0,
 ) -> dict[str, float]:
-    """The `credit/…` numbers of one step; docs/diagnostics.md explains each key.
+    """Compute the `credit/…` numbers of one step; docs/diagnostics.md explains each key.
 
-    `base` is what the estimator gave, one number a response or a token; without it weights are left out and polarity
-    is the sign of the advantages. Without entropies the quadrants are left out, without a teacher's log-probs all that
-    is said of the teacher, and a number that is not defined (a share of nothing) has no key. Sums go through
+    Responses without a score or without a chosen token enter no number but `credit/unscored`, their share. A number
+    that is not defined (a share of nothing), or that a field makes infinite or NaN, has no key. Sums go through
     `batch.reducer`: every rank must call, and all get the same numbers.
+
+    Args:
+      batch: the responses. Without entropies the quadrants are left out, without a teacher's log-probs all that
+        concerns the teacher.
+      advantages: what the pipeline gave.
+      base: what the estimator gave, one number per response or per token. Without it weights are left out and polarity
+        is the sign of the advantages.
+      threshold: a response is correct if its reward is greater; splits the `router/bonus_…` numbers.
     """
-    mask = batch.response_mask
     if base is not None and base.ndim == 1:
         base = base[:, None].expand_as(advantages)
-    named = _credit_sums(batch, advantages) | _net_sums(batch, advantages)
+    counted = batch.counted
+    batch, advantages = batch.rows(counted), advantages[counted]
+    base = None if base is None else base[counted]
+    batch.trust(OPTIONAL_FIELDS)  # a number that is not finite must not stop the training that it describes
+    mask = batch.response_mask
+    named = {"responses": torch.stack((counted.sum(), (~counted).sum()))}
+    named |= _credit_sums(batch, advantages) | _net_sums(batch, advantages)
     if base is not None:
         named |= _weight_sums(batch, advantages, base)
     if batch.entropies is not None:
         named["quadrants"] = quadrant_sums(advantages, batch, polarity=base)
         named["correlation"] = correlation_sums(batch.entropies, relative_positions(mask), mask)
-    named |= teacher_sums(batch, advantages, base)
+    named |= teacher_sums(batch, advantages, base, threshold=threshold)
     # One collective for all sums.
     flat = batch.reducer.total(torch.cat([value.double().flatten() for value in named.values()])).tolist()
     sums: dict[str, list[float]] = {}
     for name, value in named.items():
         sums[name], flat = flat[: value.numel()], flat[value.numel() :]
-    found = _concentration(sums)
+    kept, left_out = sums["responses"]
+    found = {"unscored": _ratio(left_out, kept + left_out)} | _concentration(sums)
     if base is not None:
         found |= _weights(sums, batch, advantages, base)
     if batch.entropies is not None:
         found |= _entropy(sums)
     found |= teacher_numbers(sums)
-    return {f"credit/{name}": value for name, value in found.items() if value == value}  # NaN is not defined
+    return {f"credit/{name}": value for name, value in found.items() if isfinite(value)}
 
 
 def _credit_sums(batch: TokenBatch, advantages: Float[Tensor, "batch response"]) -> dict[str, Tensor]:
@@ -121,6 +140,8 @@ def _entropy(sums: dict[str, list[float]]) -> dict[str, float]:
     flat = sums["quadrants"]
     rows = [flat[start : start + 4] for start in range(0, len(flat), 4)]
     count, _, mass, _ = sums["tokens"]
+    if not isfinite(sums["correlation"][1]):  # the sum of the entropies
+        return {}
     found = {"entropy": _ratio(sums["correlation"][1], count)}
     found["entropy_position"] = pearson_from_sums(*sums["correlation"])
     for name, statistics in statistics_from_sums(rows, count, mass).items():
