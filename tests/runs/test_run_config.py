@@ -66,7 +66,7 @@ def test_a_file_that_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="no config file"):
         load_config(tmp_path / "missing.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(TokenCreditError, match="is no YAML"):
+    with pytest.raises(TokenCreditError, match="is not valid YAML"):
         load_config(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("[1, 2]")
     with pytest.raises(TokenCreditError, match="must hold a mapping"):

@@ -3,13 +3,18 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.progress import bar
+from tokencredit.progress import bar, printable, say
 from tokencredit.runs import world
+from tokencredit.runs.stop import Stop
+
+if TYPE_CHECKING:
+    from tokencredit.runs.plan import Plan
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,13 +25,16 @@ def add_parser(subparsers: Any) -> None:
         description="Train as CONFIG says, in --out. The same command goes on where a killed run was.",
     )
     add_config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and the resolved config, write nothing")
     parser.add_argument("--launch", choices=("torchrun",), help="train in several processes of this machine")
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="how many; default one a GPU")
+    parser.add_argument(
+        "--nproc-per-node", type=int, metavar="N", help="number of processes; default: one per GPU of this machine"
+    )
     parser.set_defaults(handler=run)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `train` and `compare` share."""
+    """Add the arguments that `train` and `compare` share."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file; docs/configs.md lists the keys")
     parser.add_argument(
         "--set",
@@ -36,7 +44,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a key of the config, such as trainer.learning_rate=1e-4 or credit.alpha=0.3; repeatable",
     )
-    parser.add_argument("--out", type=Path, help="folder of the results; default runs/NAME of the config's file")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: runs/NAME of the config file")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -51,15 +59,36 @@ def run(arguments: argparse.Namespace) -> int:
         return _launch(arguments)
     if arguments.nproc_per_node is not None:
         raise TokenCreditError("`--nproc-per-node` needs `--launch`", hint="add --launch torchrun")
+    with Stop() as stop:
+        return _train(arguments, stop)
+
+
+def _say_loading(what: str) -> None:
+    """Show that something happens; in a log file the plan follows soon enough."""
+    if world.is_main() and sys.stderr.isatty():
+        say(f"loading {what} …")
+
+
+def _train(arguments: argparse.Namespace, stop: Stop) -> int:
+    _say_loading("torch, transformers and TRL")
     from tokencredit.report.html import write_report
     from tokencredit.runs.config import load_config
     from tokencredit.runs.folders import read_metrics
-    from tokencredit.runs.train import train_run
+    from tokencredit.runs.train import plan_run, train_run
 
     config = load_config(arguments.config, arguments.overrides)
     folder = out_folder(arguments)
+    _say_loading(f"the model {config['model']} and the prompts")
+    if arguments.dry_run:
+        return _show_dry_run(config, plan_run(config, folder), as_json=arguments.json)
     with bar("training", int(config["steps"])) if world.is_main() else nullcontext() as advance:
-        found = train_run(config, folder, progress=advance and (lambda steps, note: advance(steps, note=note)))
+        metadata = train_run(
+            config,
+            folder,
+            progress=advance and (lambda steps, note: advance(steps, note=note)),
+            show_plan=_say_plan,
+            stop=stop,
+        )
     if not world.is_main():
         return 0
     report = write_report([folder], folder / "report.html")
@@ -67,8 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = {
         "folder": str(folder),
         "report": str(report),
-        "label": found["label"],
-        "steps": found["steps"],
+        "label": metadata["label"],
+        "steps": metadata["steps"],
         "success": [{"step": line["step"], "success": line["metrics"]["success"]} for line in evaluations],
     }
     if arguments.json:
@@ -76,7 +105,35 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for line in result["success"]:
         print(f"step {line['step']:>6}   success {line['success']:.3f}")
-    print(f"report: {report}")
+    if not evaluations:
+        _print_rewards(read_metrics(folder))
+    print(f"report: {printable(report)}")
+    return 0
+
+
+def _print_rewards(lines: list[dict[str, Any]]) -> None:
+    """Without an evaluation set the training rewards are all there is to see."""
+    rewards = [(line["step"], line["metrics"]["reward"]) for line in lines if "reward" in line["metrics"]]
+    print("no evaluation set (dataset.evaluation); training rewards:")
+    for step, reward in [rewards[0], rewards[-1]] if len(rewards) > 1 else rewards:
+        print(f"step {step:>6}   reward {reward:.3f}")
+
+
+def _say_plan(plan: "Plan") -> None:
+    for line in plan.text().splitlines():
+        say(line)
+
+
+def _show_dry_run(config: Mapping[str, Any], plan: "Plan", *, as_json: bool) -> int:
+    from tokencredit.files import dump_yaml
+
+    if not world.is_main():
+        return 0
+    if as_json:
+        print(json.dumps({"plan": dict(plan.rows), "config": config}))
+        return 0
+    _say_plan(plan)
+    print(printable(dump_yaml(dict(config))), end="")
     return 0
 
 
@@ -88,9 +145,10 @@ def _launch(arguments: argparse.Namespace) -> int:
     same = ["train", arguments.config, *(part for item in arguments.overrides for part in ("--set", item))]
     same += ["--out", str(arguments.out)] if arguments.out else []
     same += ["--json"] if arguments.json else []
+    same += ["--dry-run"] if arguments.dry_run else []
     ended = launch(same, default_processes() if given is None else given)
     if ended.code:
-        print(f"error: {ended.message}", file=sys.stderr)
+        print(printable(f"error: {ended.message}"), file=sys.stderr)
         if ended.hint:
-            print(f"hint: {ended.hint}", file=sys.stderr)
+            print(printable(f"hint: {ended.hint}"), file=sys.stderr)
     return ended.code

@@ -1,18 +1,26 @@
 """The config of a run: YAML in, one resolved mapping out. Unknown keys are errors that name the nearest key."""
 
-import contextlib
 import copy
-import dataclasses
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tokencredit.adapters.trl_checks import checkpointing_field
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import parse_yaml, read_yaml
 from tokencredit.lab.tasks import TASKS
+from tokencredit.runs.config_types import Reward, check_types, plain_value, reward_list, shown
+from tokencredit.runs.defaults import (
+    check_trainer_fields,
+    is_lab_model,
+    move_to_config,
+    prompts_per_step,
+    trainer_defaults,
+    trainer_field_hint,
+)
+
+__all__ = ["DEFAULTS", "Reward", "load_config", "resolve_config", "reward_list"]
 
 # Every key with its default. A mapping under a key is a section; None stands for "not set".
 DEFAULTS: dict[str, Any] = {
@@ -24,9 +32,9 @@ DEFAULTS: dict[str, Any] = {
     "timing": "auto",
     "seed": 0,
     "steps": 60,
-    "prompts_per_step": 32,
-    "sampler": "auto",  # auto, fast (the lab's, for small models on the CPU), host (TRL's)
-    "threads": 1,  # torch threads of a run; small models gain nothing from more
+    "prompts_per_step": None,  # 32 for a lab model, 8 for any other
+    "sampler": "auto",  # auto, fast (the lab's), host (TRL's); auto takes the lab's for lab models only
+    "threads": None,  # torch threads; 1 for a lab model, which gains nothing from more, else null: torch decides
     "dataset": {
         "path": None,
         "config": None,  # of a data set on the hub, such as "main" of openai/gsm8k; `name` is accepted too
@@ -50,83 +58,125 @@ DEFAULTS: dict[str, Any] = {
 # Sections whose keys are not ours to list.
 OPEN_SECTIONS = ("credit", "lora", "teacher", "collectors", "trainer")
 
-# What suits a model of a million parameters on a CPU; `trainer:` overrides it.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "num_generations": 16,
-    "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant",
-    "loss_type": "dapo",
-    "beta": 0.0,
-    "temperature": 1.0,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 20,
-    "save_total_limit": 1,
-    "report_to": [],
-    "disable_tqdm": True,
-}
+MOST_PROMPTS = 1_000_000  # drawn from a lab task before a run starts: about 3 ms each
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: list[str] | None = None) -> dict[str, Any]:
-    """The resolved config of a YAML file or a mapping; `overrides` are `section.key=value`, values read as YAML."""
-    given = dict(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    """Resolve a config from a YAML file or a mapping.
+
+    Args:
+      source: a path or a mapping. The folder of a file, and the current folder, are added to the end of `sys.path`, so
+        that `module:function` finds modules beside the config.
+      overrides: texts `section.key=value`; values are read as YAML.
+    """
+    if isinstance(source, Mapping):
+        given = plain_value(source)
+    else:
+        given = _read_file(Path(source))
+        _add_import_folders(Path(source))
+    done: list[str] = []
     for item in overrides or []:
-        _override(given, item)
+        _override(given, item, done)
     return resolve_config(given)
 
 
 def resolve_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults filled in, keys checked, credit parsed once so that its errors come first."""
+    """Fill in defaults, check keys and types, and parse the credit once so that its errors come first."""
+    given = plain_value(given)
     resolved = copy.deepcopy(DEFAULTS)
     for key, value in given.items():
         if key not in DEFAULTS:
-            raise unknown("config key", key, DEFAULTS)
+            raise _unknown_key(key)
         resolved[key] = _section(key, value) if isinstance(DEFAULTS[key], dict) else value
+    check_types(resolved)
     Pipeline.parse(resolved["credit"])
-    _check_source(resolved)
-    _check_numbers(resolved)
-    resolved["trainer"] = trainer_defaults() | dict(resolved["trainer"])
     check_trainer_fields(resolved["trainer"])
+    move_to_config(resolved, given)
+    _check_source(resolved)
+    _fill_in_by_model(resolved)
+    check_types(resolved)
+    _check_rewards(resolved)
     _check_collectors(resolved["collectors"])
     return resolved
+
+
+def _fill_in_by_model(config: dict[str, Any]) -> None:
+    lab = is_lab_model(config["model"])
+    if config["prompts_per_step"] is None:
+        config["prompts_per_step"] = prompts_per_step(config["model"])
+    if config["threads"] is None and lab:
+        config["threads"] = 1
+    defaults = trainer_defaults(lab=lab, lora=config["lora"] is not None, task=config["task"] is not None)
+    config["trainer"] = defaults | config["trainer"]
+    prompts = config["steps"] * config["prompts_per_step"]
+    if config["task"] is not None and config["dataset"]["count"] is None and prompts > MOST_PROMPTS:
+        raise TokenCreditError(
+            f"{config['steps']} steps × {config['prompts_per_step']} prompts are {prompts:,} problems to draw before "
+            f"the first step; at most {MOST_PROMPTS:,}",
+            hint="set dataset.count, for example --set dataset.count=10000: the problems then repeat",
+        )
 
 
 def _section(key: str, value: Any) -> Any:
     if value is None:
         return copy.deepcopy(DEFAULTS[key])
     if not isinstance(value, Mapping):
-        raise TokenCreditError(f"config section `{key}` must be a mapping, got {value!r}")
+        raise TokenCreditError(f"config section `{key}` must be a mapping, got {shown(value)}")
+    value = dict(value)
     if key in OPEN_SECTIONS:
-        return dict(value)
+        return value
+    if key == "dataset" and "name" in value:
+        name = value.pop("name")
+        if value.setdefault("config", name) != name:
+            raise TokenCreditError(f"`dataset.name` is {shown(name)} and `dataset.config` {shown(value['config'])}")
     for name in value:
         if name not in DEFAULTS[key]:
             raise unknown(f"key in config section `{key}`", name, DEFAULTS[key])
-    return DEFAULTS[key] | dict(value)
+    return DEFAULTS[key] | value
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise TokenCreditError(f"no config file {str(path)!r}", hint="`tokencredit train examples/countdown.yaml`")
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise TokenCreditError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+def _unknown_key(key: str) -> TokenCreditError:
+    error = unknown("config key", key, DEFAULTS)
+    sections = [name for name, default in DEFAULTS.items() if isinstance(default, dict) and key in default]
+    hint = f"`{sections[0]}.{key}`" if sections else trainer_field_hint(key)
+    return TokenCreditError(error.message, hint=f"write {hint}") if hint else error
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise TokenCreditError(
+            f"no config file {str(path)!r}", hint="for example `tokencredit train examples/quickstart.yaml`"
+        )
+    loaded = read_yaml(path, "config file")
     if not isinstance(loaded, dict):
         raise TokenCreditError(f"{path} must hold a mapping of config keys, got {type(loaded).__name__}")
-    return loaded
+    plain: dict[str, Any] = plain_value(loaded)
+    return plain
 
 
-def _override(given: dict[str, Any], item: str) -> None:
+def _add_import_folders(config: Path) -> None:
+    """Last on the path, so that no file there hides an installed module."""
+    for folder in (str(Path.cwd()), str(config.absolute().parent)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def _override(given: dict[str, Any], item: str, done: list[str]) -> None:
     """Set one `a.b=value`; `credit.alpha=0.3` sets a hyperparameter of a preset."""
     path, equals, text = item.partition("=")
+    path = path.strip()
     if not equals or not path:
         raise TokenCreditError(
-            f"--set takes key=value, got {item!r}", hint="for example --set trainer.learning_rate=1e-4"
+            f"--set takes key=value, got {shown(item)}", hint="for example --set trainer.learning_rate=1e-4"
         )
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
+    value = plain_value(parse_yaml(text, f"--set {shown(item)}"), f"--set {path}")
+    lost = next((earlier for earlier in done if earlier.startswith(f"{path}.")), None)
+    if lost is not None:
+        raise TokenCreditError(
+            f"`--set {path}=…` replaces all of `{path}`, and with it the earlier `--set {lost}=…`",
+            hint=f"give --set {path}=… first",
+        )
+    done.append(path)
     keys = path.split(".")
     if keys[0] == "credit" and len(keys) > 1:
         given["credit"] = _override_credit(given.get("credit", DEFAULTS["credit"]), ".".join(keys[1:]), value)
@@ -144,8 +194,9 @@ def _override_credit(credit: Any, key: str, value: Any) -> Any:
         return {credit: {key: value}}
     if isinstance(credit, Mapping) and len(credit) == 1 and "weighted_sum" not in credit:
         (name, hyperparameters), *_ = credit.items()
-        return {name: {**(hyperparameters or {}), key: value}}
-    raise TokenCreditError(f"--set credit.{key} needs a preset name under `credit:`, got {credit!r}")
+        if hyperparameters is None or isinstance(hyperparameters, Mapping):
+            return {name: {**(hyperparameters or {}), key: value}}
+    raise TokenCreditError(f"--set credit.{key} needs a preset name under `credit:`, got {shown(credit)}")
 
 
 def _check_source(config: Mapping[str, Any]) -> None:
@@ -157,59 +208,40 @@ def _check_source(config: Mapping[str, Any]) -> None:
         )
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
-    if task is None and reward is None and not _ignores_reward(config["credit"]):
+    for name, given in (("dataset.path", dataset), ("reward", reward)):
+        if task is not None and given is not None:
+            raise TokenCreditError(
+                f"`task: {task}` brings its own prompts and reward, and `{name}` is {shown(given)}",
+                hint="leave out one of them",
+            )
+    if task is None and reward is None and not ignores_reward(config["credit"]):
         raise TokenCreditError("`dataset` needs `reward`", hint="`reward: module:function`, a TRL reward function")
-    if task is None and config["model"] in ("tiny", "small"):
+    if task is None and is_lab_model(config["model"]):
         raise TokenCreditError(f"`dataset` needs `model`: a folder or a model name, got {config['model']!r}")
 
 
-def _ignores_reward(credit: Any) -> bool:
-    """Whether a pipeline learns from a teacher alone, so that a reward would only be logged."""
+def ignores_reward(credit: Any) -> bool:
+    """Tell whether a pipeline learns only from a teacher, so that a reward is logged and nothing else."""
     return all(chain.estimator.name == "teacher_log_ratio" for chain in Pipeline.parse(credit).chains)
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    for name in ("steps", "prompts_per_step", "threads"):
-        _positive(name, config[name])
-    for name in ("every", "problems", "samples"):
-        _positive(f"evaluation.{name}", config["evaluation"][name])
-    if config["dataset"]["count"] is not None:
-        _positive("dataset.count", config["dataset"]["count"])
-    if not isinstance(config["records"]["every"], int) or config["records"]["every"] < 0:
+def _check_rewards(config: Mapping[str, Any]) -> None:
+    rewards, weights = reward_list(config["reward"]), config["trainer"].get("reward_weights")
+    if weights is None or not rewards:
+        return
+    if not isinstance(weights, list) or len(weights) != len(rewards):
         raise TokenCreditError(
-            f"`records.every` must be a whole number of steps, 0 for no records, got {config['records']['every']!r}"
+            f"`trainer.reward_weights` must be a list of {len(rewards)} numbers, one per reward, got {shown(weights)}"
         )
-    if config["sampler"] not in ("auto", "fast", "host"):
-        raise unknown("sampler", config["sampler"], ("auto", "fast", "host"))
-    if not isinstance(config["seed"], int) or isinstance(config["seed"], bool):
-        raise TokenCreditError(f"`seed` must be a whole number, got {config['seed']!r}")
-
-
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise TokenCreditError(f"`{name}` must be a whole number of at least 1, got {value!r}")
+    if any(reward.weight != 1 for reward in rewards) and weights != [reward.weight for reward in rewards]:
+        raise TokenCreditError(
+            f"`reward` and `trainer.reward_weights` give different weights: {[reward.weight for reward in rewards]} "
+            f"and {shown(weights)}",
+            hint="leave out trainer.reward_weights",
+        )
 
 
 def _check_collectors(collectors: Mapping[str, Any]) -> None:
     from tokencredit.adapters.collector_options import resolve_options
 
     resolve_options(collectors)
-
-
-def trainer_defaults() -> dict[str, Any]:
-    """Our defaults of GRPOConfig's fields; TRL checkpoints activations by default, which costs a tiny model a third."""
-    from trl import GRPOConfig
-
-    return TRAINER_DEFAULTS | {checkpointing_field(GRPOConfig): False}
-
-
-def check_trainer_fields(trainer: Mapping[str, Any]) -> None:
-    """Every key under `trainer:` must be a field of TRL's GRPOConfig."""
-    from trl import GRPOConfig
-
-    fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
-    for name in trainer:
-        if name not in fields and name in TRAINER_DEFAULTS:
-            raise TokenCreditError(f"this TRL has no trainer field {name!r}", hint="pip install -U trl transformers")
-        if name not in fields:
-            raise unknown("trainer field (TRL's GRPOConfig)", name, fields)

@@ -1,58 +1,116 @@
-"""The folder of a run: what is in it, and what a resumed run may keep."""
+"""The folder of a run: what it holds, which changes of the config it allows, where a resumed run goes on."""
 
 import json
+import re
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tokencredit import files
 from tokencredit.errors import TokenCreditError
 from tokencredit.labels import label_of
+from tokencredit.runs.config_types import is_whole, plain_value, shown
 from tokencredit.store import RecordStore
 
 RUN, CONFIG, METRICS, RECORDS = "run.json", "config.yaml", "metrics.jsonl", "records"
+LAST = "last-checkpoint"  # of a finished run, so that a larger `steps` can extend it
 
 PACKAGES = ("tokencredit", "torch", "transformers", "trl", "peft", "accelerate")
 
+# Keys that move no number of the training or of an evaluation: a folder stays usable when they change.
+NEUTRAL = re.compile(
+    r"name|records\.every|evaluation\.every|trainer\.(report_to|run_name|project|trackio_\w+|disable_tqdm|logging_\w+"
+    r"|log_(level|level_replica|on_each_node|completions|unique_prompts|multimodal|completions_hub_repo)"
+    r"|num_completions_to_print|save_(strategy|steps|total_limit|on_each_node)|push_to_hub|hub_\w+"
+    r"|dataloader_(num_workers|pin_memory|prefetch_factor|persistent_workers))"
+)
+
 
 def finished_run(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """run.json of a finished run with the same config; None where there is work to do.
+    """Read run.json of a finished run with the same config; None where there is work to do.
 
-    A folder that holds a run with other settings is refused, so that results never mix.
+    A folder that holds training with other settings is refused, so that results never mix. Allowed are changes of keys
+    that move no number (`NEUTRAL`), more `steps`, and any change where there is no checkpoint to go on from.
     """
+    if folder.exists() and not folder.is_dir():
+        raise TokenCreditError(f"{str(folder)!r} is a file", hint="choose a folder with --out")
     if not (folder / CONFIG).is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise TokenCreditError(f"{folder} is not empty and holds no run", hint="choose another folder with --out")
         return None
-    before = yaml.safe_load((folder / CONFIG).read_text())
-    if before != plain(config):
+    run = read_json(folder / RUN)
+    finished = run.get("status") == "finished"
+    if not finished and last_checkpoint(folder) is None:
+        return None
+    before, now = _read_config(folder / CONFIG), plain(config)
+    difference = _first_difference(before, now)
+    if difference is None and before["steps"] > now["steps"]:
+        difference = f"`steps` was {before['steps']}, now {now['steps']}"
+    if difference is not None:
         raise TokenCreditError(
-            f"{folder} holds a run with other settings: {_first_difference(before, plain(config))}",
+            f"{folder} holds a run with other settings: {difference}",
             hint="choose another folder with --out, or delete this one",
         )
-    run = read_json(folder / RUN)
-    return run if run["status"] == "finished" else None
+    if not finished:
+        return None
+    if now["steps"] > int(run.get("steps", before["steps"])):
+        if not (folder / LAST).is_dir() and last_checkpoint(folder) is None:
+            raise TokenCreditError(
+                f"{folder} holds a finished run of {before['steps']} steps without its last checkpoint",
+                hint=f"start a new run from its model: `model: {folder / 'model'}` with another --out",
+            )
+        return None
+    return run
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The stored config; keys that were added since the run started have their defaults."""
+    from tokencredit.runs.config import DEFAULTS
+
+    stored = files.read_yaml(path, "config of the run")
+    if not isinstance(stored, dict) or not is_whole(stored.get("steps"), 1):
+        raise TokenCreditError(f"{path} holds no config of a run", hint="delete the run's folder and start again")
+    for key, default in DEFAULTS.items():
+        stored.setdefault(key, default)
+        if isinstance(default, dict) and isinstance(stored[key], dict):
+            stored[key] = default | stored[key]
+    return stored
 
 
 def prepare(folder: Path, config: Mapping[str, Any]) -> Path | None:
     """Make the folder ready to train in; the checkpoint to go on from, or None for a fresh start."""
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
+    if (folder / LAST).is_dir() and last_checkpoint(folder) is None and _is_whole(folder / LAST):
+        state = read_json(folder / LAST / "trainer_state.json")
+        (folder / LAST).rename(folder / f"checkpoint-{int(state['global_step'])}")
     checkpoint = last_checkpoint(folder)
-    step = 0 if checkpoint is None else int(checkpoint.name.partition("-")[2])
-    _truncate_metrics(folder / METRICS, step, fresh=checkpoint is None)
-    if (folder / RECORDS).is_dir():
-        RecordStore(folder / RECORDS).truncate(step)
+    if checkpoint is None:
+        for name in (LAST, RECORDS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        files.write_text(folder / METRICS, "")
+    else:
+        step = _step_of(checkpoint)
+        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        if (folder / RECORDS).is_dir():
+            RecordStore(folder / RECORDS).truncate(step)
     write_json(folder / RUN, describe(config) | {"status": "running"})
     write_yaml(folder / CONFIG, plain(config))
     return checkpoint
 
 
 def finish(folder: Path, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark the run finished; the contents of run.json."""
+    """Mark the run finished and keep its last checkpoint as `last-checkpoint`; the contents of run.json."""
     run = read_json(folder / RUN) | dict(more) | {"status": "finished"}
     write_json(folder / RUN, run)
+    last = last_checkpoint(folder)
+    if last is not None and _step_of(last) == more.get("steps"):
+        shutil.rmtree(folder / LAST, ignore_errors=True)
+        last.rename(folder / LAST)
+    for checkpoint in folder.glob("checkpoint-*"):  # the model itself is kept in model/
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return run
 
 
@@ -74,17 +132,22 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint that the host wrote."""
-    found = [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    complete = [path for path in folder.glob("checkpoint-*") if _step_of(path) >= 0 and _is_whole(path)]
+    return max(complete, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.partition("-")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 20 else -1
 
 
 def _is_whole(checkpoint: Path) -> bool:
     """The host writes trainer_state.json last, and not by a rename: a kill can leave it torn."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return False
-    return True
+    return isinstance(state, dict) and is_whole(state.get("global_step"), 0)
 
 
 def append_metrics(folder: Path, step: int, kind: str, metrics: Mapping[str, Any]) -> None:
@@ -95,64 +158,72 @@ def append_metrics(folder: Path, step: int, kind: str, metrics: Mapping[str, Any
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill tore is left out."""
+    """Read the lines of metrics.jsonl; a last line that a kill tore is left out."""
     path = folder / METRICS
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = []
+    lines = files.read_text(path, "metrics").splitlines() if path.is_file() else []
+    metrics = []
     for number, line in enumerate(lines):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines) - 1:
-                raise TokenCreditError(
-                    f"{path}, line {number + 1} is no JSON", hint="delete the run's folder"
-                ) from error
-    return found
+            parsed = json.loads(line)
+        except (ValueError, RecursionError):
+            parsed = None
+        if _is_metrics_line(parsed):
+            metrics.append(parsed)
+        elif number < len(lines) - 1:
+            raise TokenCreditError(
+                f"{path}, line {number + 1} is not a line of metrics: {shown(line)}", hint="delete the run's folder"
+            )
+    return metrics
 
 
-def _truncate_metrics(path: Path, step: int, *, fresh: bool) -> None:
-    kept = [] if fresh else [line for line in read_metrics(path.parent) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+def _is_metrics_line(parsed: Any) -> bool:
+    return (
+        isinstance(parsed, dict)
+        and is_whole(parsed.get("step"), 0)
+        and parsed.get("kind") in ("train", "eval")
+        and isinstance(parsed.get("metrics"), dict)
+    )
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as YAML reads it back: no tuples, no special types."""
-    loaded: dict[str, Any] = json.loads(json.dumps(config))
-    return loaded
+    copied: dict[str, Any] = plain_value(config)
+    return copied
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an error that names the file."""
+    """Read a JSON object, or raise an error that names the file."""
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        loaded = files.read_json(path)
+    except TokenCreditError as error:
         raise TokenCreditError(
-            f"cannot read {path}: {error}", hint="delete the run's folder and start again"
+            f"cannot read {path}: {error.message}", hint="delete the run's folder and start again"
         ) from error
+    if not isinstance(loaded, dict):
+        raise TokenCreditError(
+            f"{path} holds no JSON object: {shown(loaded)}", hint="delete the run's folder and start again"
+        )
     return loaded
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    _replace(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write a JSON file, whole or not at all."""
+    files.write_json(path, value)
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    _replace(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
+    """Write a YAML file, whole or not at all."""
+    files.write_yaml(path, dict(value))
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _first_difference(before: Any, now: Any, path: str = "") -> str:
+def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
+    """Name the first key that differs and moves a number; `steps` is compared by its size elsewhere."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *before]:
-            if before.get(key) != now.get(key):
-                return _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    return f"`{path}` was {before!r}, now {now!r}"
+        for key in dict.fromkeys([*now, *before]):
+            found = _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            if found is not None:
+                return found
+        return None
+    if before == now or path == "steps" or NEUTRAL.fullmatch(path):
+        return None
+    return f"`{path}` was {shown(before)}, now {shown(now)}"

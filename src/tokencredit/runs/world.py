@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from tokencredit.errors import TokenCreditError
 
 Result = TypeVar("Result")
@@ -74,6 +72,8 @@ def from_main(work: Callable[[], Result]) -> Result:
     """What `work` returns on the main process, on every process; nobody goes on before it is done."""
     if size() == 1:
         return work()
+    import torch
+
     MET.add(os.getpid())
     torch.distributed.barrier()  # whoever still reads what `work` changes is done first
     shared: list[Any] = [work() if is_main() else None]
@@ -103,6 +103,10 @@ def name() -> str:
 
 
 def _together() -> bool:
+    if "torch" not in sys.modules:  # nothing can have met
+        return False
+    import torch
+
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -121,6 +125,8 @@ def leave(code: int) -> int:
         return code
     if code == 0:
         with suppress(RuntimeError):  # whoever leaves first closes the connection; all results are written
+            import torch
+
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
     sys.stdout.flush()
