@@ -24,14 +24,13 @@ from tokencredit.bench.pipelines import (
     FIELD_COLLECTORS,
     Entry,
     FieldCollector,
-    check_baseline,
     entries,
     fill,
 )
 from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
 from tokencredit.bench.world import Sampled, World, draw, load_world
 from tokencredit.collect.exact_gradient import trainable
-from tokencredit.credit import assign_credit
+from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.methods.exact import exact_advantage
@@ -58,13 +57,12 @@ def run_cell(
     `claim` is called once everything that can be refused was accepted, before anything is written.
     """
     start = time.monotonic()
-    entries(config.pipelines, controls=config.controls, collectors={})  # names, before a model is loaded
+    _check_names(config)
     world = load_world(config, task, stage)
     teacher = load_teacher(world, config, task)
     plain = FIELD_COLLECTORS | dict(collectors)
     taught = teacher_collectors(teacher) | dict(collectors)
     found, left_out = entries(config.pipelines, controls=config.controls, collectors=plain | taught)
-    check_baseline(config.baseline, found)
     samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
     nothing = show.why_nothing_compares(samples, config.rollouts) if teacher is None else None
     about = {
@@ -73,6 +71,7 @@ def run_cell(
         "model": {"parameters": sum(item.numel() for item in trainable(world.model)), "dtype": config.dtype},
         **show.summary(world, samples, config),
         "left_out": left_out,
+        "no_baseline": config.baseline not in {entry.name for entry in found},
         "controls": [entry.name for entry in found if entry.name in CONTROLS and not entry.matched],
     }
     if nothing is not None:
@@ -89,6 +88,13 @@ def run_cell(
         "examples": show.examples(world, samples[0], found, advantages[0]),
         "seconds": time.monotonic() - start,
     }
+
+
+def _check_names(config: BenchConfig) -> None:
+    """Refuse unknown methods before a model is loaded. The baseline may be missing among them, but it must exist."""
+    found, left_out = entries(config.pipelines, controls=config.controls, collectors={})
+    if config.baseline not in {entry.name for entry in found} | left_out.keys():
+        Pipeline.parse(config.baseline)
 
 
 def _units_of_work(world: World, found: Sequence[Entry], config: BenchConfig) -> int:

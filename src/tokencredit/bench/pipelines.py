@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from tokencredit.bench import signals
-from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.world import Sampled
 from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
@@ -80,16 +79,6 @@ def entries(
         if any(len(chain.active) > 1 for chain in pipeline.chains):
             found.append(Entry(name=name, pipeline=pipeline.then("match_mass"), matched=True))
     return found, left_out
-
-
-def check_baseline(baseline: str, found: Sequence[Entry]) -> None:
-    """Refuse a baseline that is not measured; the default one may be missing, and its column is then empty."""
-    names = [entry.name for entry in found if not entry.matched]
-    if baseline not in names and baseline != BenchConfig().baseline:
-        raise TokenCreditError(
-            f"the baseline {baseline!r} is not among the methods: {', '.join(names) or '(none)'}",
-            hint="name it under --credit too, spelled as the table spells it",
-        )
 
 
 def fill(sampled: Sampled, names: frozenset[str], collectors: Mapping[str, FieldCollector]) -> TokenBatch:

@@ -199,6 +199,8 @@ def notes(cell: Mapping[str, Any]) -> list[str]:
         )
     if cell.get("controls"):
         found.append(f"added controls: {', '.join(cell['controls'])} (--no-controls leaves them out)")
+    if cell.get("no_baseline"):
+        found.append("the baseline is not among the methods, so no difference to it is shown (--baseline names another)")
     if cell["left_out"]:
         found.append(f"left out: {', '.join(sorted(cell['left_out']))} (reasons in results.json)")
     if any(_outside(method["figures"].get(name)) for method in cell["methods"] for name in UNBOUNDED):
