@@ -206,7 +206,9 @@ def test_bad_configs_are_refused(given: dict, message: str) -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "bench.yaml"
     path.write_text("prompts: 5\nrollouts: 4\ntasks: carry\n")
-    arguments = build_parser("bench").parse_args(["bench", str(path), "--prompts", "7", "--stage", "all", "--task", "all"])
+    arguments = build_parser("bench").parse_args(
+        ["bench", str(path), "--prompts", "7", "--stage", "all", "--task", "all"]
+    )
     config = config_of(arguments)
     assert (config.prompts, config.rollouts) == (7, 4)
     assert config.tasks == ("countdown", "carry", "chain")

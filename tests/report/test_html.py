@@ -16,7 +16,7 @@ from tokencredit.report import write_report
 from tokencredit.report.html import _title
 from tokencredit.report.runs import Run
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 # Each is one token, and the label, task, model, status and settings of its run.
 HOSTILE = ("<script>alert(1)</script>{{ 7*7 }}\ud83d", '"><img src=x onerror=alert(1)>\x00\x08\x1b\u202e')
 
@@ -140,7 +140,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps({"label": "bare", "status": "running"}))
     parsed = page(write_report([folder], tmp_path / "a.html"))
     assert [a.get("id") for a in parsed.of("section")] == ["results", "settings"]
-    assert "no evaluation" in "".join(parsed.text) and "is running" in "".join(parsed.text)
+    assert "Nothing was evaluated" in "".join(parsed.text) and "is running" in "".join(parsed.text)
     lines = [
         {"step": 3, "kind": "eval", "metrics": {"success": 0.5}},
         {"step": 3, "kind": "train", "metrics": {"loss": 1}},
@@ -188,7 +188,7 @@ def test_default_place_is_the_first_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_bad_places_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenCreditError, match=r"has neither run\.json nor compare\.json"):
+    with pytest.raises(TokenCreditError, match=r"holds none of run\.json, compare\.json"):
         run([str(tmp_path)])
     folder = sample_runs.write_run(tmp_path / "run", "grpo", 0, steps=0)
     with pytest.raises(TokenCreditError, match="is a folder"):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.errors import TokenCreditError, shown, unknown
 
 DTYPES = ("float32", "float64")
 # Least and largest value of every whole number. The upper limits keep a slip of the keyboard from filling the machine.
@@ -81,7 +81,7 @@ class BenchConfig:
             if value < low:
                 raise TokenCreditError(f"`{name}` must be at least {low}, got {value}")
             if value > high:
-                raise TokenCreditError(f"`{name}` must be at most {high}, got {_short(value)}")
+                raise TokenCreditError(f"`{name}` must be at most {high}, got {shown(value)}")
         for name, limit in (("level", 1.0), ("gain", math.inf)):
             if not 0.0 < getattr(self, name) < limit:
                 raise TokenCreditError(f"`{name}` must be in (0, {limit:g}), got {getattr(self, name)}")
@@ -118,7 +118,7 @@ def _check_plain(key: str, value: Any) -> None:
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise TokenCreditError(f"`{key}` holds a value that JSON cannot hold, got {_short(value)}") from error
+        raise TokenCreditError(f"`{key}` holds a value that JSON cannot hold, got {shown(value)}") from error
 
 
 def _default_reader(key: str) -> Reader:
@@ -171,7 +171,7 @@ def _read_pipelines(key: str, value: Any) -> tuple[Any, ...]:
         value = (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(item, str | Mapping | list) for item in value):
         raise TokenCreditError(
-            f"`{key}` is a list with one item per pipeline, got {_short(value)}",
+            f"`{key}` is a list with one item per pipeline, got {shown(value)}",
             hint="an item is what `credit:` of a run takes, such as hapo, {hapo: {alpha: 0.5}} or [hapo, my:function]",
         )
     return tuple(value)
@@ -186,7 +186,7 @@ def _read_chat(key: str, value: Any) -> bool | str:
 def _read_teacher(key: str, value: Any) -> Mapping[str, Any] | None:
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
         raise TokenCreditError(
-            f"`{key}` must be a mapping, got {_short(value)}",
+            f"`{key}` must be a mapping, got {shown(value)}",
             hint="for example `teacher: {kind: model, model: path/to/checkpoint}`",
         )
     return value
@@ -203,15 +203,4 @@ READERS: dict[str, Reader] = {
 
 
 def _wrong(key: str, expected: str, value: Any) -> TokenCreditError:
-    return TokenCreditError(f"`{key}` must be {expected}, got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    """A value as an error repeats it; a number of thousands of digits, which Python refuses to print, is described."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return TokenCreditError(f"`{key}` must be {expected}, got {shown(value)}")

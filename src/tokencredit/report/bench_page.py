@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokencredit.files import make_folder, write_bytes
-from tokencredit.report.tokens import visible
+from tokencredit.report.tokens import PART, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ INK = "#010203"  # stand-in that becomes the page's text colour
 BLUE, RED, GREY = "#2a6f97", "#b23a48", "#8d99ae"
 UNBOUNDED = ("expected_direction", "teacher_expected")  # estimates of cosines that noise can push out of [−1, 1]
 ROUNDING = 1e-6  # an estimate that is this far above 1 is 1
-PART = "▁"  # shown for a token that is only a part of the next token's character
 SHOWN = 3  # methods laid over the exact credit in the token view, the best ones and grpo
 
 
@@ -189,9 +188,7 @@ def notes(cell: Mapping[str, Any]) -> list[str]:
     """Sentences below the table of a cell."""
     found = []
     if "nothing" in cell:
-        found.append(
-            f"nothing can be compared: {cell['nothing']}; take more rollouts, other prompts, or another model"
-        )
+        found.append(f"nothing can be compared: {cell['nothing']}; take more rollouts, other prompts, or another model")
     if cell["success"].get("other_spellings", 0.0):
         found.append(
             "responses that say an accepted text in tokens that are not listed count as wrong, here and in the exact "
@@ -200,7 +197,9 @@ def notes(cell: Mapping[str, Any]) -> list[str]:
     if cell.get("controls"):
         found.append(f"added controls: {', '.join(cell['controls'])} (--no-controls leaves them out)")
     if cell.get("no_baseline"):
-        found.append("the baseline is not among the methods, so no difference to it is shown (--baseline names another)")
+        found.append(
+            "the baseline is not among the methods, so no difference to it is shown (--baseline names another)"
+        )
     if cell["left_out"]:
         found.append(f"left out: {', '.join(sorted(cell['left_out']))} (reasons in results.json)")
     if any(_outside(method["figures"].get(name)) for method in cell["methods"] for name in UNBOUNDED):
