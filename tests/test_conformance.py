@@ -360,3 +360,63 @@ def test_every_preset_parses_round_trips_and_runs(name: str) -> None:
     credit = assign_credit(pipeline, batch, generator=generator("tests"))
     exact(assign_credit(again, batch, generator=generator("tests")), credit)
     assert bool(torch.isfinite(credit).all()) and bool((credit != 0).any())
+
+
+def with_rows_that_do_not_count(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+    """`batch` with more rows between its own, and which rows are its own.
+
+    One was not scored and holds NaN and garbage, one was scored but has no token, one is alone in an unscored group.
+    """
+    own = len(batch.rewards)
+    order = torch.tensor([0, *range(own), own - 1, own - 1])
+    extra = torch.zeros(own + 3, dtype=torch.bool)
+    extra[[0, -2, -1]] = True
+    more = batch.rows(order)
+    changed: dict[str, Tensor] = {"scored": ~extra}
+    for name, value in more.tensors().items():
+        if value.is_floating_point():
+            poison = torch.full_like(value, torch.nan)
+            changed[name] = torch.where(extra if value.ndim == 1 else extra[:, None], poison, value)
+    changed["scored"][-2] = True  # what makes this one not count is that it has no token
+    changed["rewards"][-2] = 40.0
+    mask = more.response_mask.clone()
+    mask[-2], mask[0], mask[-1] = False, True, True
+    group_ids = more.group_ids.clone()
+    group_ids[-1] = 1_000
+    return replace(more, response_mask=mask, group_ids=group_ids, **changed), ~extra
+
+
+@every_case
+def test_a_row_that_does_not_count_changes_no_other_row(case: Case) -> None:
+    for batch in (BATCH, make_batch(seed=8, groups=(3, 2, 3), host_advantages=True)):
+        more, own = with_rows_that_do_not_count(batch)
+        credit = door(case, more)
+        exact(credit[own], door(case, batch))
+        exact(credit[~own], torch.zeros_like(credit[~own]))
+
+
+@every_row
+def test_without_any_score_there_is_no_credit(case: Case) -> None:
+    unscored = torch.zeros(len(BATCH.rewards), dtype=torch.bool)
+    for rewards in (BATCH.rewards, torch.full_like(BATCH.rewards, torch.nan)):
+        exact(door(case, replace(BATCH, scored=unscored, rewards=rewards)), torch.zeros(BATCH.response_mask.shape))
+
+
+def counts_rows(batch: TokenBatch) -> Tensor:
+    """An estimator of a user who has never heard of `scored`."""
+    return (batch.rewards - batch.rewards.mean())[:, None].expand(batch.response_mask.shape) * len(batch.rewards)
+
+
+def test_a_users_function_never_sees_a_row_that_does_not_count() -> None:
+    batch = BATCH.rows(BATCH.counted)
+    more, own = with_rows_that_do_not_count(batch)
+    credit = assign_credit(Pipeline.of(counts_rows), more)
+    exact(credit[own], assign_credit(Pipeline.of(counts_rows), batch))
+    assert not credit[~own].any()
+
+
+def test_the_hosts_advantage_of_an_unscored_row_is_not_handed_on() -> None:
+    batch = make_batch(host_advantages=True)
+    scored = torch.arange(len(batch.rewards)) != 2
+    expected = torch.where(batch.response_mask & scored[:, None], batch.host_advantages[:, None], 0.0)
+    exact(assign_credit("grpo", replace(batch, scored=scored)), expected)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from batches import Case, all_cases, make_batch, permuted, token_advantages, widened
 
+from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.records import TokenBatch
 from tokencredit.reduce import ProcessGroupReducer
+from tokencredit.seeds import generator
 
 CASES = all_cases()
+ROWS = [case for case in CASES if not case.given]
 GROUPS = (5, 3, 1, 4)  # 13 rows; the groups straddle the ranks because their rows are mixed
 # rows of rank 0: an unequal share, and all of them
 SPLITS = {"straddling": 5, "all on one": 13}
@@ -40,6 +43,19 @@ def part_advantages(batch: TokenBatch, rank: int, first: int) -> torch.Tensor:
     return wide
 
 
+def unscored_part(rank: int) -> TokenBatch:
+    """The rows of one rank; only rank 0 has rows without a score, among them a whole group's share."""
+    batch = part(rank, SPLITS["straddling"])
+    if rank == 1:
+        return batch
+    scored = torch.arange(len(batch.rewards)) > 1
+    return replace(batch, scored=scored, rewards=torch.where(scored, batch.rewards, torch.nan))
+
+
+def door(case: Case, batch: TokenBatch) -> torch.Tensor:
+    return assign_credit(Pipeline.of(*case.steps), batch, generator=generator("tests", "ranks"))
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -51,6 +67,9 @@ def run_rank(rank: int, folder: str) -> None:
         advantages = part_advantages(batch, rank, first)
         for case in CASES:
             found[f"{split}: {case!r}"] = case.raw(batch, advantages, base=1.7 * advantages)[:, :12].numpy()
+    scored = unscored_part(rank)
+    for case in ROWS:
+        found[f"scored: {case!r}"] = door(case, scored)[:, :12].numpy()
     np.savez(Path(folder) / f"rank{rank}.npz", **found)
     torch.distributed.destroy_process_group()
 
@@ -68,6 +87,15 @@ def test_two_ranks_equal_one(case: Case, on_two_ranks: dict[str, torch.Tensor]) 
     alone = case.raw(whole(), token_advantages(whole()), base=1.7 * token_advantages(whole()))
     for split in SPLITS:
         torch.testing.assert_close(on_two_ranks[f"{split}: {case!r}"], alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=repr)
+def test_unscored_rows_of_one_rank_are_absent_on_all(case: Case, on_two_ranks: dict[str, torch.Tensor]) -> None:
+    batch = whole()
+    kept = torch.arange(len(batch.rewards)) > 1
+    expected = torch.zeros(batch.response_mask.shape)
+    expected[kept] = door(case, batch.rows(kept))
+    torch.testing.assert_close(on_two_ranks[f"scored: {case!r}"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_parts_really_straddle_groups() -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from batches import make_batch
@@ -36,6 +38,14 @@ def small(**fields: Any) -> TokenBatch:
     return TokenBatch(
         response_ids=torch.arange(4).reshape(2, 2), response_mask=torch.ones(2, 2, dtype=torch.bool), **given
     )
+
+
+@contextmanager
+def jaxtyped(checked: bool) -> Iterator[None]:
+    """With or without the type checker of the suite, which does not run in production."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", not checked)
+        yield
 
 
 def credit_of(config: Any, batch: TokenBatch | None = None) -> list[list[float]]:
@@ -430,3 +440,173 @@ def test_batches_without_a_token(name: str) -> None:
         empty = replace(full, **cut | {"response_mask": torch.zeros(len(full.rewards), width, dtype=torch.bool)})
         found = assign_credit(name, empty, generator=torch.Generator().manual_seed(1))
         assert found.shape == (len(full.rewards), width) and not found.any()
+
+
+# --- presets begin a pipeline
+
+
+@pytest.mark.parametrize(
+    ("config", "same"),
+    [
+        (["hapo", "reverse"], ["group_normalized", "entropy_capacity", "reverse"]),
+        (["grpo", "test_credit:halve"], ["group_normalized", "test_credit:halve"]),
+        ([{"hapo": {"alpha": 0.5}}, "reverse"], ["group_normalized", {"entropy_capacity": {"alpha": 0.5}}, "reverse"]),
+        ([{"hapo": None}], "hapo"),
+        (["success_trie", "reverse"], [{"success_trie": {}}, {"reverse": {}}]),
+        ([["grpo", "reverse"]], None),
+        (
+            ["0.5 * dr_grpo + rloo", {"test_credit:halve": {"divisor": 4.0}}],
+            {
+                "weighted_sum": [
+                    {"weight": 0.5, "credit": ["group_centered", {"test_credit:halve": {"divisor": 4.0}}]},
+                    {"weight": 1.0, "credit": ["leave_one_out", {"test_credit:halve": {"divisor": 4.0}}]},
+                ]
+            },
+        ),
+        (
+            [{"weighted_sum": [{"weight": 2, "credit": "grpo"}]}, "reverse"],
+            {"weighted_sum": [{"weight": 2.0, "credit": ["grpo", "reverse"]}]},
+        ),
+        ({"test_credit:outcome_of_mine": {"level": 2.0}}, [{"test_credit:outcome_of_mine": {"level": 2.0}}]),
+    ],
+)
+def test_a_preset_can_start_a_list_of_steps(config: Any, same: Any) -> None:
+    if same is None:
+        with pytest.raises(TokenCreditError, match="unknown estimator"):
+            Pipeline.parse(config)
+        return
+    pipeline = Pipeline.parse(config)
+    written = json.loads(json.dumps(pipeline.to_config()))
+    assert pipeline.to_config() == Pipeline.parse(same).to_config()
+    assert Pipeline.parse(written).to_config() == pipeline.to_config()
+    assert Pipeline.of(get_pipeline("hapo"), "reverse").to_config() == Pipeline.parse(["hapo", "reverse"]).to_config()
+
+
+@pytest.mark.parametrize(
+    ("config", "message", "hint"),
+    [
+        (
+            ["group_normalized", "hapo"],
+            r"'hapo' can only start .* \(group_normalized → entropy_capacity\)",
+            "write it first",
+        ),
+        (["group_normalized", "group_centered"], "'group_centered' can only start a pipeline", "write it first"),
+        (["hapoo", "reverse"], "unknown estimator 'hapoo', did you mean 'hapo'", None),
+        ("reverse", "a pipeline starts with an estimator, got the transform 'reverse'", "group_normalized"),
+        ({"reverse": {}}, "a pipeline starts with an estimator, got the transform 'reverse'", "group_normalized"),
+        (
+            ["test_credit:halve"],
+            "an estimator is called as .*batch.*, but test_credit:halve takes .*advantages",
+            "start the",
+        ),
+        ("test_credit:halve", "an estimator is called as", "start the pipeline with"),
+        (
+            ["grpo", "test_credit:outcome_of_mine"],
+            "a transform is called as .*advantages, batch",
+            "test_credit:outcome",
+        ),
+        (["grpo", "math:pi"], "the step must be a function, but 'math:pi' is a float", None),
+        (["tokencredit.credit:Pipeline"], "a step is a function, but tokencredit.credit:Pipeline is a class", None),
+        ([()], r"a step is \(function, hyperparameters\), got \(\)", None),
+        ([int], "a step is a function, but builtins:int is a class", None),
+        (b"grpo", "a credit pipeline is a name", None),
+        (bytearray(b"grpo"), "a credit pipeline is a name", None),
+        ({1: {}}, "unknown estimator '1'", None),
+        ({"hapo": {"name": 3}}, "hapo has no hyperparameter 'name'", None),
+        ({"hapo": {1: 3}}, "hapo has no hyperparameter 1", None),
+        ({"hapo": {"alpha": 10**400}}, "`alpha` of entropy_capacity must be a number", None),
+        ("9" * 10_000, "unknown credit method '999", None),
+        ("1e300 * grpo + 10 * 3", "unknown credit method '3'", None),
+        ({"weighted_sum": [{"weight": 1e300, "credit": "1e300 * grpo"}]}, "is not a finite weight", None),
+        ({"weighted_sum": [{"weight": True, "credit": "grpo"}]}, "True is not a finite weight", None),
+        ({"weighted_sum": "grpo"}, "`weighted_sum` is a list", None),
+    ],
+)
+def test_what_cannot_be_composed_says_why(config: Any, message: str, hint: str | None) -> None:
+    with pytest.raises(TokenCreditError, match=message) as caught:
+        Pipeline.parse(config)
+    assert "\n" not in caught.value.message and len(caught.value.message) < 4_000
+    assert hint is None or hint in (caught.value.hint or "")
+
+
+def test_a_config_that_contains_itself_is_refused() -> None:
+    term: dict[str, Any] = {"weight": 1.0}
+    term["credit"] = {"weighted_sum": [term]}
+    with pytest.raises(TokenCreditError, match="nested too deeply"):
+        Pipeline.parse({"weighted_sum": [term]})
+
+
+@pytest.mark.parametrize("field", ["requires", "scope"])
+def test_what_a_function_says_of_itself_is_checked(field: str) -> None:
+    def mine(advantages: Tensor, batch: TokenBatch) -> Tensor:
+        return advantages
+
+    setattr(mine, field, "entropy" if field == "requires" else "everything")
+    message = "did you mean 'entropies'" if field == "requires" else "`scope` of .*mine must be one of"
+    with pytest.raises(TokenCreditError, match=message):
+        Pipeline.of("grpo", mine)
+
+
+def test_sums_and_products_refuse_what_is_no_pipeline_or_number() -> None:
+    for weight in (math.nan, math.inf, True, "much", None):
+        with jaxtyped(False), pytest.raises(TokenCreditError, match="is not a finite weight"):
+            get_pipeline("grpo") * weight  # type: ignore[operator]
+    with jaxtyped(False), pytest.raises(TypeError):
+        get_pipeline("grpo") + "hapo"  # type: ignore[operator]
+    with pytest.raises(TokenCreditError, match="at least one step"):
+        Pipeline.of()
+
+
+# --- what the door takes
+
+
+def test_hyperparameters_at_the_door() -> None:
+    batch = make_batch()
+    by_name = assign_credit("hapo", batch, alpha=0.3, **{"entropy_capacity.phi": 3.0})
+    assert torch.equal(by_name, assign_credit(get_pipeline("hapo", alpha=0.3, phi=3.0), batch))
+    with pytest.raises(TokenCreditError, match=r"hyperparameters alpha can only be given with a method's name"):
+        assign_credit(["hapo"], batch, alpha=0.3)
+    with pytest.raises(TokenCreditError, match="hapo has no hyperparameter 'alhpa'"):
+        assign_credit("hapo", batch, alhpa=0.3)
+
+
+@pytest.mark.parametrize("batch", [{"rewards": [1.0]}, [1.0], None, torch.zeros(2, 2)])
+def test_a_batch_of_another_type_is_refused(batch: Any) -> None:
+    with jaxtyped(False), pytest.raises(TokenCreditError, match=f"must be a TokenBatch, got {type(batch).__name__}"):
+        assign_credit("grpo", batch)
+    with jaxtyped(False), pytest.raises(TokenCreditError, match=r"`generator` must be a torch.Generator, got int"):
+        assign_credit("grpo", small(), generator=3)  # type: ignore[arg-type]
+
+
+def returns_a_list(batch: TokenBatch) -> Any:
+    return batch.rewards.tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        ("1e39 * grpo", {}, r"1e\+39 \* grpo gave inf at row 0, token 0"),
+        ("3e38 * dr_grpo + 3e38 * rloo", {"rewards": torch.tensor([3.0, 0.0])}, "gave inf at row 0"),
+        ("3 * grpo", {"host_advantages": torch.tensor([0.0, -3e38])}, "gave -inf at row 1, token 0"),
+        ("dr_grpo", {"rewards": torch.tensor([3e38, -3e38], dtype=torch.float64)}, None),
+        ("rloo", {"rewards": torch.tensor([3e38, -3e38], dtype=torch.float64)}, "gave inf"),
+        (
+            ["grpo", {"constant_scale": {"scale": 1e308}}],
+            {"host_advantages": torch.tensor([1e3, 0.0])},
+            "constant_scale gave",
+        ),
+        ("test_credit:returns_a_list", {}, "test_credit:returns_a_list must return a tensor, got list"),
+    ],
+)
+def test_credit_is_finite_or_refused(config: Any, fields: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert bool(torch.isfinite(assign_credit(config, small(**fields))).all())
+        return
+    with jaxtyped(False), pytest.raises(TokenCreditError, match=message):
+        assign_credit(config, small(**fields))
+
+
+def test_the_step_that_broke_first_is_named_and_hides_behind_no_later_one() -> None:
+    steps = ["group_centered", explodes, {"constant_scale": {"scale": 0.0}}]
+    with pytest.raises(TokenCreditError, match="test_credit:explodes gave nan at row 0, token 0"):
+        assign_credit(Pipeline.of(*steps), small())

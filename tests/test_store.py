@@ -1,13 +1,16 @@
 """Records written during training come back exactly, whatever the moment a run was killed."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.records import CreditRecord, TokenBatch
@@ -15,7 +18,7 @@ from tokencredit.store import RecordStore
 
 
 def make_record(
-    step: int = 0, *, rows: int = 2, length: int = 3, entropies: bool = True, tokens: str = "a"
+    step: int = 0, *, rows: int = 2, length: int = 3, entropies: bool = True, tokens: str = "a", scored: bool = False
 ) -> CreditRecord:
     generator = torch.Generator().manual_seed(step)
     mask = torch.rand((rows, length), generator=generator) < 0.8
@@ -29,7 +32,9 @@ def make_record(
         ref_logprobs=values,  # one storage, two names
         entropies=values if entropies else None,
         host_advantages=torch.ones(1).expand(rows),  # shares memory with itself
+        scored=torch.arange(rows) > 0 if scored else None,
         progress=0.1 * step,
+        step=7 * step if scored else None,
     )
     return CreditRecord(
         step=step,
@@ -53,6 +58,20 @@ def assert_same(found: CreditRecord, expected: CreditRecord) -> None:
             assert torch.equal(bits(left), bits(right)), name
         else:
             assert left == right, name
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in production, where no type checker stands before the gate."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def edit_line(folder: Path, number: int = 0, **changed: object) -> None:
+    """Change one line of the index as an earlier version, or a hand, would: None drops a key, and so the hash."""
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    content = json.loads(lines[number]) | {"digest": None} | changed
+    lines[number] = json.dumps({key: value for key, value in content.items() if value is not None})
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def bits(value: torch.Tensor) -> torch.Tensor:
@@ -161,8 +180,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     store.append(make_record(0))
     path = tmp_path / "000000-step-0.safetensors"
     path.write_bytes(b"no tensors")
-    with pytest.raises(TokenCreditError, match=r"000000-step-0\.safetensors is no safetensors file"):
+    with pytest.raises(
+        TokenCreditError, match=r"000000-step-0\.safetensors: the bytes are not those that were written"
+    ):
         store.read(0)
+    edit_line(tmp_path, sha256=None)
+    with pytest.raises(TokenCreditError, match=r"000000-step-0\.safetensors is no safetensors file"):
+        RecordStore(tmp_path).read(0)
     path.unlink()
     with pytest.raises(TokenCreditError, match=r"000000-step-0\.safetensors is missing") as caught:
         store.read(0)
@@ -198,3 +222,151 @@ def test_a_pipeline_that_is_no_json_is_refused_before_anything_is_written(tmp_pa
 def test_number_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="has 0 records"):
         RecordStore(tmp_path).read(0)
+
+
+def test_scored_and_step_come_back(tmp_path: Path) -> None:
+    records = [make_record(1, scored=True), make_record(2, rows=1, scored=True), make_record(3)]
+    store = RecordStore(tmp_path)
+    for record in records:
+        store.append(record)
+    for found, expected in zip(RecordStore(tmp_path), records, strict=True):
+        assert_same(found, expected)
+    # A reader that knows neither finds the tensors that it knows, and keys that it skips.
+    assert "scored" not in load_file(tmp_path / "000000-step-1.safetensors")
+    assert json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["schema"] == 1
+
+
+def test_records_without_hashes_are_read(tmp_path: Path) -> None:
+    RecordStore(tmp_path).append(make_record(0))
+    edit_line(tmp_path, sha256=None)
+    assert_same(RecordStore(tmp_path).read(0), make_record(0))
+
+
+def test_two_stores_on_one_folder_lose_nothing(tmp_path: Path) -> None:
+    first, second = RecordStore(tmp_path), RecordStore(tmp_path)
+    for step in range(6):
+        first.append(make_record(step))
+    for step in (6, 7):
+        second.append(make_record(step))
+    first.append(make_record(8))
+    found = RecordStore(tmp_path)
+    assert found.steps == first.steps == list(range(9))
+    for step in range(9):
+        assert_same(found.read(step), make_record(step))
+    second.truncate(4)
+    first.append(make_record(5))
+    assert RecordStore(tmp_path).steps == [0, 1, 2, 3, 5]
+    assert_same(RecordStore(tmp_path).read(-1), make_record(5))
+
+
+def test_stores_that_append_at_once_lose_nothing(tmp_path: Path) -> None:
+    def append(writer: int) -> None:
+        store = RecordStore(tmp_path)
+        for number in range(3):
+            store.append(make_record(3 * writer + number))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(append, range(3)))
+    found = RecordStore(tmp_path)
+    assert sorted(found.steps) == list(range(9))
+    for step, record in zip(found.steps, found, strict=True):
+        assert_same(record, make_record(step))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 9
+
+
+@pytest.mark.parametrize("name", ["000001-step-1.safetensors", "records.jsonl"])
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
+    for step in range(3):
+        RecordStore(tmp_path).append(make_record(step))
+    whole = (tmp_path / name).read_bytes()
+    first, last = 0, len(whole)
+    if name == "records.jsonl":  # of the second line: all but the newlines around it and the name of its hash
+        first = whole.index(b"\n") + 1
+        last = whole.index(b"digest", first)
+    for place in range(first, last, 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 7
+        (tmp_path / name).write_bytes(flipped)
+        with pytest.raises(
+            TokenCreditError, match=r"bytes are not those|no JSON object|schema|plain file|whole number"
+        ):
+            list(RecordStore(tmp_path))
+        assert_same(RecordStore(tmp_path).read(0), make_record(0)) if name != "records.jsonl" else None
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"progress": []},
+            r"record 0 \(step 0\), 000000-step-0\.safetensors: `progress` must be in \[0, 1\], got \[\]",
+        ),
+        ({"optimizer_step": -1}, "`step` must be a whole number of at least 0, got -1"),
+        ({"tokens": [[1]]}, "`tokens` and `prompts` must be lists of texts"),
+        ({"prompts": "p"}, "`tokens` and `prompts` must be lists of texts"),
+        ({"scored": [1, 0]}, "`scored` must be a list of true and false"),
+        ({"scored": [True]}, r"`scored` must have shape \[2\], got \[1\]"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_line_of_another_hand_is_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    RecordStore(tmp_path).append(make_record(0))
+    edit_line(tmp_path, **changed)
+    with pytest.raises(TokenCreditError, match=message):
+        RecordStore(tmp_path).read(0)
+
+
+@pytest.mark.parametrize("changed", [{"file": 3}, {"file": None}, {"file": "a\0b"}, {"step": "0"}, {"step": None}])
+def test_a_line_that_names_nothing_is_refused(tmp_path: Path, changed: dict[str, object]) -> None:
+    RecordStore(tmp_path).append(make_record(0))
+    edit_line(tmp_path, **changed)
+    with pytest.raises(TokenCreditError, match=r"records\.jsonl, line 1"):
+        RecordStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"advantages": None}, "there is no tensor 'advantages'"),
+        ({"rewards": None}, "there is no tensor 'rewards'"),
+        ({"temperature": torch.zeros(2)}, "this version knows no tensor 'temperature'"),
+        ({"advantages": torch.zeros(2, 9)}, r"`advantages` are \[2, 9\]"),
+        ({"entropies": torch.zeros(5)}, "`entropies` must have shape"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_other_tensors_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor | None], message: str) -> None:
+    RecordStore(tmp_path).append(make_record(0))
+    path = tmp_path / "000000-step-0.safetensors"
+    changed = load_file(path) | tensors
+    save_file({name: value for name, value in changed.items() if value is not None}, path)
+    edit_line(tmp_path, sha256=None)
+    with pytest.raises(TokenCreditError, match=message):
+        RecordStore(tmp_path).read(0)
+
+
+def test_a_damaged_last_line_is_not_taken_for_a_torn_one(tmp_path: Path) -> None:
+    RecordStore(tmp_path).append(make_record(0))
+    whole = (tmp_path / "records.jsonl").read_bytes()
+    (tmp_path / "records.jsonl").write_bytes(b"\xff" + whole[1:])
+    with pytest.raises(TokenCreditError, match="line 1: no JSON object"):
+        RecordStore(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RecordStore(tmp_path)
+    store.append(make_record(0))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(TokenCreditError, match=r"cannot write .*000001-step-1\.safetensors.: No space left"):
+            store.append(make_record(1))
+    assert RecordStore(tmp_path).steps == [0]
+    store.append(make_record(1))
+    assert_same(RecordStore(tmp_path).read(1), make_record(1))
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(TokenCreditError, match="cannot create the folder"):
+        RecordStore(tmp_path / "taken").append(make_record(0))

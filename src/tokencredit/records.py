@@ -72,6 +72,7 @@ class _Examined:
     """Holds the names of the fields whose values were examined; a slot, so that it is not a field of the batch."""
 
     __slots__ = ("_examined",)
+    _examined: set[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -163,10 +164,10 @@ class TokenBatch(_Examined):
 
     def _check_scalars(self) -> None:
         number = isinstance(self.progress, Real) and not isinstance(self.progress, bool)
-        if self.progress is not None and not (number and 0.0 <= float(self.progress) <= 1.0):
+        if self.progress is not None and not (number and 0.0 <= self.progress <= 1.0):
             raise TokenCreditError(f"`progress` must be in [0, 1], got {shown(self.progress)}")
         whole = isinstance(self.step, Integral) and not isinstance(self.step, bool)
-        if self.step is not None and not (whole and int(self.step) >= 0):
+        if self.step is not None and not (whole and 0 <= int(self.step) < 1 << 63):
             raise TokenCreditError(f"`step` must be a whole number of at least 0, got {shown(self.step)}")
         if not isinstance(self.reducer, Reducer):
             raise TokenCreditError(
@@ -261,8 +262,7 @@ class TokenBatch(_Examined):
     def _names_examined(self) -> set[str]:
         if not hasattr(self, "_examined"):  # a copy, or a batch from another process: only the fields travel
             object.__setattr__(self, "_examined", set())
-        names: set[str] = self._examined
-        return names
+        return self._examined
 
     def require(self, name: str) -> Tensor:
         """The optional field `name`, or an error that says what fills it, or which of its values cannot be read."""

@@ -1,13 +1,14 @@
 """What the table says of a method, and the check of hyperparameters against its signature and its row."""
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
 
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.errors import TokenCreditError, shown, unknown
 
 Method = Callable[..., Tensor]
 Scope = Literal["token", "response", "group", "batch"]
@@ -100,26 +101,40 @@ def _no_such_hyperparameter(name: str, key: str, parameters: Mapping[str, Any]) 
     accepted = ", ".join(parameters) or "(none)"
     guess = unknown("", key, parameters).message.partition("did you mean ")[2].partition("?")[0]
     nearest = f", did you mean {guess}?" if guess else ";"
-    return TokenCreditError(f"{name} has no hyperparameter {key!r}{nearest} accepted: {accepted}")
+    return TokenCreditError(f"{name} has no hyperparameter {shown(key)}{nearest} accepted: {accepted}")
 
 
 def _check_choice(name: str, key: str, value: object, annotation: object) -> None:
     if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            raise TokenCreditError(f"`{key}` of {name} must be one of {list(get_args(annotation))}, got {value!r}")
+        if not _is_one_of(value, get_args(annotation)):
+            raise TokenCreditError(f"`{key}` of {name} must be one of {list(get_args(annotation))}, got {shown(value)}")
         return
     if get_origin(annotation) is Sequence and get_origin(get_args(annotation)[0]) is Literal:
         choices = get_args(get_args(annotation)[0])
-        if isinstance(value, str) or not isinstance(value, Sequence) or not set(value) <= set(choices):
-            raise TokenCreditError(f"`{key}` of {name} must be a list out of {list(choices)}, got {value!r}")
+        listed = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        if not (listed and all(_is_one_of(item, choices) for item in value)):  # type: ignore[attr-defined]
+            raise TokenCreditError(f"`{key}` of {name} must be a list out of {list(choices)}, got {shown(value)}")
         return
     whole = annotation in (int, int | None)
     optional = annotation in (float | None, int | None)
-    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value == value
-    if (whole or annotation in (float, float | None)) and not is_number and not (optional and value is None):
-        raise TokenCreditError(f"`{key}` of {name} must be a {'whole ' if whole else ''}number, got {value!r}")
+    if (whole or annotation in (float, float | None)) and not (
+        _is_number(value, whole) or (optional and value is None)
+    ):
+        raise TokenCreditError(f"`{key}` of {name} must be a {'whole ' if whole else ''}number, got {shown(value)}")
     if annotation is bool and not isinstance(value, bool):
-        raise TokenCreditError(f"`{key}` of {name} must be true or false, got {value!r}")
+        raise TokenCreditError(f"`{key}` of {name} must be true or false, got {shown(value)}")
+
+
+def _is_one_of(value: object, choices: Sequence[object]) -> bool:
+    # The type first: an array compares with a text element by element.
+    return any(isinstance(value, type(choice)) and value == choice for choice in choices)
+
+
+def _is_number(value: object, whole: bool) -> bool:
+    """A number that a float can hold and that is not NaN; bools are none."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return value == value and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
 def _as_annotated(value: Any, annotation: object) -> Any:
