@@ -61,7 +61,7 @@ def _edited(text: str, where: float, value: Any) -> str:
     number = min(int(where * len(lines)), len(lines) - 1)
     try:
         content = json.loads(lines[number]) if len(lines) > 1 else json.loads(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         return text
     _replace(content, where * 7919 % 1, value)
     written = json.dumps(content)

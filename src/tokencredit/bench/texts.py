@@ -38,7 +38,7 @@ def encode_prompt(tokenizer: Any, prompt: Any, chat: bool | str) -> list[int]:
     return ids
 
 
-def encode_listed(tokenizer: Any, responses: Sequence[str | Sequence[int]]) -> list[list[int]]:
+def encode_listed(tokenizer: Any, responses: Sequence[Any]) -> list[list[int]]:
     """Encode accepted responses: texts as `encode_accepted` does, and token ids as they are; EOS is appended to both.
 
     A text that several token sequences decode to can be listed once per sequence, as ids.

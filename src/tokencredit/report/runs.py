@@ -139,10 +139,19 @@ def _names(path: Path) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise TokenCreditError(f"{path}: `runs` must be a list of sub-folders, got {shown(names)}")
     for name in names:
-        parts = Path(name).parts
-        if "\0" in name or Path(name).is_absolute() or ".." in parts or not parts:
-            raise TokenCreditError(f"{path}: `runs` must name folders inside it, got {shown(name)}")
+        if not _is_inside(name):
+            raise TokenCreditError(f"{path}: `runs` must name folders inside {path.parent}, got {shown(name)}")
     return names
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name leads from a folder to one inside it, and can be the name of a folder at all."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    parts = Path(name).parts
+    return bool(parts) and ".." not in parts and not Path(name).is_absolute() and "\0" not in name
 
 
 def _load_or_await(comparison: Path, name: str) -> Run:
