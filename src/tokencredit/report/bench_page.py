@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 INK = "#010203"  # stand-in that becomes the page's text colour
 BLUE, RED, GREY = "#2a6f97", "#b23a48", "#8d99ae"
 UNBOUNDED = ("expected_direction", "teacher_expected")  # estimates of cosines that noise can push out of [−1, 1]
+CONTROLS = (" (shuffled)", " (reversed)", " (mean)")  # how the names of controls end
 ROUNDING = 1e-6  # an estimate that is this far above 1 is 1
 SHOWN = 3  # methods laid over the exact credit in the token view, the best ones and grpo
 
@@ -53,7 +54,7 @@ def _view(cell: Mapping[str, Any]) -> dict[str, Any]:
     from markupsafe import Markup
 
     ranked = _ranked(cell)
-    names = [method["name"] for method in ranked if "(" not in method["name"]]
+    names = [method["name"] for method in ranked if not method["name"].endswith(CONTROLS)]
     compared = list(dict.fromkeys([*[name for name in names if name != "exact"][: SHOWN - 1], "grpo"]))
     return {
         **cell,
@@ -115,7 +116,7 @@ def _draw_ranking(
         value, low, high = method["figures"][figure]
         if value is None:
             continue
-        colour = RED if method["name"] == "exact" else GREY if "(" in method["name"] else BLUE
+        colour = RED if method["name"] == "exact" else GREY if method["name"].endswith(CONTROLS) else BLUE
         if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
         axes.plot([value], [place], "o", color=colour, markersize=4)
@@ -214,10 +215,10 @@ def figure_text(estimate: Sequence[float | None] | None, name: str = "") -> str:
     """`0.55 [0.51, 0.59]`; an estimate of a cosine that is not bounded is cut to [−1, 1] with a star."""
     if estimate is None or estimate[0] is None:
         return "–"
-    value, low, high = estimate
+    value, low, high = estimate[0], estimate[1], estimate[2]
     if name in UNBOUNDED and _outside(estimate):
-        ends = (value if low is None else low, value if high is None else high)
-        if ends[0] > 1.0 or ends[1] < -1.0:
+        least, most = (value if low is None else low), (value if high is None else high)
+        if least > 1.0 or most < -1.0:
             return "noise*"
         shown = ["" if item is None else _cut(item) for item in estimate]
     else:

@@ -5,6 +5,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _interval(value: Interval | None, percent: bool = True, signed: bool = False
     """A value with its interval: 41.2 [38.0, 44.5]."""
     if value is None or math.isnan(value.mean):
         return "–"
-    write = _percent if percent else _number
+    write = _percent if percent else partial(_number, digits=4)
     plus = "+" if signed and value.mean > 0 else ""
     if math.isnan(value.low):
         return f"{plus}{write(value.mean)}"

@@ -220,22 +220,20 @@ def _response_view(
     views = []
     for column in range(min(length, limit)):
         raw = texts[column] if column < len(texts) else f"⟨{int(batch.response_ids[row, column])}⟩"
-        shown = {"text": _token_text(raw, is_last=column + 1 == length), "lines": raw.endswith("\n")}
-        shown["breaks"] = raw.startswith(" ")
-        if not bool(mask[column]):
-            views.append(TokenView(**shown, advantage=None, entropy=None, quadrant="", strength=0.0, signals={}))
-            continue
-        advantage = float(credit[column])
+        is_chosen = bool(mask[column])
+        advantage = float(credit[column]) if is_chosen else None
         views.append(
             TokenView(
-                **shown,
+                text=_token_text(raw, is_last=column + 1 == length),
                 advantage=advantage,
-                entropy=entropies[column],
+                entropy=entropies[column] if is_chosen else None,
                 quadrant=quadrants[column],
-                strength=abs(advantage) / largest if largest else 0.0,
-                signals={key: values[column] for key, values in signals.items()},
-                weight=advantage / host if host else None,
-                logprob=logprobs[column],
+                strength=abs(advantage) / largest if advantage is not None and largest else 0.0,
+                lines=raw.endswith("\n"),
+                signals={key: values[column] for key, values in signals.items()} if is_chosen else {},
+                weight=advantage / host if advantage is not None and host else None,
+                logprob=logprobs[column] if is_chosen else None,
+                breaks=raw.startswith(" "),
             )
         )
     reward = float(batch.rewards[row]) if _is_scored(record, row) else None
