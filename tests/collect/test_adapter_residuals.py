@@ -17,6 +17,7 @@ from tokencredit.collect.adapter import (
     reference_pass,
 )
 from tokencredit.collect.logprobs import token_logprobs
+from tokencredit.collect.models import head_of
 from tokencredit.errors import TokenCreditError
 
 PROMPT, RESPONSE = 5, 9
@@ -116,6 +117,7 @@ def test_an_adapter_that_does_nothing_has_residual_zero() -> None:
 def test_reference_log_probs_come_from_the_same_pass() -> None:
     model, (ids, mask) = lora_model(), batch()
     passes: list[int] = []
+    head_of(model)  # compares the head with the model's own logits, once
     handle = model.get_base_model().model.register_forward_hook(lambda module, args, output: passes.append(1))
     _, reference = adapter_residuals(model, ids, mask, *SPAN, ref_temperature=0.7)
     handle.remove()
@@ -153,6 +155,7 @@ def test_tapping_a_host_runs_no_pass() -> None:
     model, (ids, mask) = lora_model(), batch()
     model.eval()
     passes: list[int] = []
+    head_of(model)  # compares the head with the model's own logits, once
     handle = model.get_base_model().model.register_forward_hook(lambda module, args, output: passes.append(1))
     with torch.no_grad(), capture_states(model, RESPONSE) as tap:
         for rows in (slice(0, 3), slice(3, 4)):  # a host may score in chunks of rows
@@ -206,6 +209,29 @@ def test_doubling_tells_signal_from_rounding() -> None:
             if "lora_B" in name:
                 parameter.mul_(1e-3)
     assert doubling_ratio(model.bfloat16(), ids, mask, *SPAN) < 1.8
+
+
+@pytest.mark.parametrize("strength", [10.0, 60.0])
+def test_a_strong_adapter_saturates_and_is_still_signal(strength: float) -> None:
+    model, (ids, mask) = lora_model(), batch()
+    before = scalings(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(strength)
+    base = adapter_residuals(model, ids, mask, *SPAN)[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2.0)
+        twice = adapter_residuals(model, ids, mask, *SPAN)[0]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+    real = mask[:, SPAN[0] : SPAN[0] + SPAN[1]].bool()
+    assert float((twice / base)[real].median()) < 1.6  # doubling shows nothing here
+    assert 1.8 < doubling_ratio(model, ids, mask, *SPAN) <= 2.1
+    assert scalings(model) == before
 
 
 def test_what_cannot_be_switched_off_is_refused() -> None:

@@ -1,5 +1,6 @@
 """How much the answer attends to what comes before it: which tokens are the answer, and the sum against eager maps."""
 
+import pytest
 import torch
 
 from tokencredit.collect.answer import answer_importances, answer_mask
@@ -19,6 +20,22 @@ def test_the_answer_is_the_tail_or_what_follows_a_text() -> None:
     assert [row.nonzero()[:, 0].tolist() for row in after] == [[6, 7], [2], [0], [5, 6, 7]]
     split = answer_mask(mask[:1], [["a", "##", "##", "#1", "2", "3", "4", "5"]], "####", 4)
     assert split[0].nonzero()[:, 0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_the_marker_ends_inside_a_character_of_several_tokens() -> None:
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    # "x：" in two tokens, then 漢 in three: its first bytes are of the answer
+    pieces = ["x", "：", "", "", "漢", "y", "z"]
+    assert answer_mask(mask, [pieces], "x：", 1)[0].nonzero()[:, 0].tolist() == [2, 3, 4, 5, 6]
+    # the marker itself ends with a character of three tokens
+    assert answer_mask(mask, [["x", "", "", "：", "漢", "y", "z"]], "x：", 1)[0].nonzero()[:, 0].tolist() == [4, 5, 6]
+
+
+def test_a_marker_that_never_occurs_is_said() -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    with pytest.warns(UserWarning, match="none of 2 responses contains 'answer:'"):
+        answer_mask(mask, [list("abc"), list("abd")], "answer:", 1)
+    answer_mask(mask, [list("a=c"), list("abd")], "=", 1)  # one has it: no warning
 
 
 def test_importances_are_the_mean_of_the_answers_rows() -> None:

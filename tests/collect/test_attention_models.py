@@ -203,7 +203,7 @@ def test_refusals_name_what_is_possible() -> None:
         attention_entropies(model, ids, None, 0, 20)
     with pytest.raises(TokenCreditError, match="no attention was seen"), probe_attention(model, [1], print):
         model(ids)  # gradients are on: nothing is measured, and that is said
-    with pytest.raises(TokenCreditError, match="no attention modules"):
+    with pytest.raises(TokenCreditError, match="no attention layers whose rows can be read"):
         attention_layers(nn.Linear(2, 2))
     with pytest.raises(TokenCreditError, match="cannot read the mask"):
         visibility_of(object(), 4, 4, "flex_attention", {})  # type: ignore[arg-type]

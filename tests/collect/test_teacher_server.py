@@ -167,7 +167,7 @@ def test_a_server_that_ignores_the_temperature_is_refused_only_when_it_matters(
     teacher.check(tokenizer)
     prompts, ids, mask = rollouts(tokenizer, PROMPTS, RESPONSES)
     teacher.score(prompts, ids, mask, ROWS, 1.0)
-    with pytest.raises(TokenCreditError, match="processed_logprobs"):
+    with pytest.raises(TokenCreditError, match="not known to apply one"):
         teacher.score(prompts, ids, mask, ROWS, 0.6)
 
 

@@ -78,8 +78,9 @@ class Spelled:
         return self.listed
 
 
-one_spelling = Spelled()  # the tokenizer writes the token "ab"
-both_spellings = Spelled([[6], [3, 4, 1]])  # EOS may stand there or not
+one_spelling = Spelled([[6]])  # the token "ab" alone
+both_spellings = Spelled([[6], [3, 4, 1]])  # EOS may be there or not
+as_text = Spelled()
 unlikely = Letters(listed=("aaa",), right=("aaa",))
 
 
@@ -208,9 +209,11 @@ def test_a_damaged_part_is_measured_again_and_an_older_folder_goes_on(letters: s
 def test_other_spellings_are_counted_and_the_success_is_a_lower_bound(words: str, tmp_path: Path) -> None:
     config = small(model=words, dtype="float64", rollouts=2000)
     worlds = {
-        name: load_world(config, f"test_bench_inputs:{name}", "given") for name in ("one_spelling", "both_spellings")
+        name: load_world(config, f"test_bench_inputs:{name}", "given")
+        for name in ("one_spelling", "both_spellings", "as_text")
     }
-    listed, both = (float(world.credit.prompt_values.mean()) for world in worlds.values())
+    listed, both, text = (float(world.credit.prompt_values.mean()) for world in worlds.values())
+    assert text == pytest.approx(both)  # a text stands for all its spellings
     sampled = draw(worlds["one_spelling"], config, 0)
     share = float(sampled.respelled.double().mean())
     assert share > 0 and not bool(sampled.batch.rewards[sampled.respelled].any())

@@ -37,6 +37,7 @@ def summary(world: World, samples: Sequence[Sampled], config: BenchConfig) -> di
             "exact": float(credit.prompt_values.mean()),
             "sampled": float(torch.stack([sampled.batch.rewards.mean() for sampled in samples]).mean()),
             "mixed_groups": float(((groups > 0) & (groups < 1)).double().mean()),
+            "omitted": float(credit.omitted.mean()) if credit.omitted.numel() else 0.0,
             "other_spellings": float(torch.stack([item.respelled.double().mean() for item in samples]).mean()),
         },
         "sizes": {

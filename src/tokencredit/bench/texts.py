@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokencredit.collect.exact import encode_accepted
+from tokencredit.collect.exact_spellings import Accepted, encode_accepted
 from tokencredit.errors import TokenCreditError
 
 
@@ -38,24 +38,25 @@ def encode_prompt(tokenizer: Any, prompt: Any, chat: bool | str) -> list[int]:
     return ids
 
 
-def encode_listed(tokenizer: Any, responses: Sequence[Any]) -> list[list[int]]:
-    """Encode accepted responses: texts as `encode_accepted` does, and token ids as they are; EOS is appended to both.
+def encode_listed(tokenizer: Any, responses: Sequence[Any], limit: int | None = None) -> Accepted:
+    """Encode accepted responses as `encode_accepted` does: texts in all their spellings, token ids as they are.
 
-    A text that several token sequences decode to can be listed once per sequence, as ids.
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      responses: texts without EOS, or lists of token ids with or without it.
+      limit: the most tokens of a response, EOS included.
+
+    Raises:
+      TokenCreditError: a response is neither, is listed twice, or cannot be encoded.
     """
-    texts, sequences = [], []
     for response in responses:
-        if isinstance(response, str):
-            texts.append(response)
-        elif isinstance(response, Sequence) and all(_is_id(item, len(tokenizer)) for item in response):
-            ends = len(response) > 0 and response[-1] == tokenizer.eos_token_id
-            sequences.append([*response] if ends else [*response, tokenizer.eos_token_id])
-        else:
+        is_ids = isinstance(response, Sequence) and all(_is_id(item, len(tokenizer)) for item in response)
+        if not (isinstance(response, str) or is_ids):
             raise TokenCreditError(
                 f"an accepted response is a text or a list of token ids below {len(tokenizer)}, got {response!r}"
             )
     try:
-        return [list(ids) for ids in encode_accepted(tokenizer, texts)] + sequences
+        return encode_accepted(tokenizer, responses, max_tokens=limit)
     except TokenCreditError:
         raise
     except Exception as error:  # the tokenizers library raises plain `Exception`

@@ -94,7 +94,7 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     if not problems:
         raise TokenCreditError(f"the task {task_name!r} has no problem in the split {config.split!r}")
     prompts = [encode_prompt(tokenizer, problem.prompt, config.chat) for problem in problems]
-    accepted = [encode_listed(tokenizer, task.accepted(problem)) for problem in problems]
+    accepted = [encode_listed(tokenizer, task.accepted(problem), task.max_response) for problem in problems]
     _check_lengths(accepted, task.max_response, tokenizer)
     credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
     listed = [frozenset(tokenizer.decode(ids[:-1]) for ids in responses) for responses in accepted]
@@ -120,7 +120,7 @@ def _load_policy(folder: str | Path) -> Any:
     return PeftModel.from_pretrained(load_model(base), str(folder), is_trainable=True).eval()
 
 
-def _check_lengths(accepted: list[list[list[int]]], limit: int, tokenizer: Any) -> None:
+def _check_lengths(accepted: Sequence[Sequence[Sequence[int]]], limit: int, tokenizer: Any) -> None:
     for responses in accepted:
         for ids in responses:
             if len(ids) > limit:

@@ -1,21 +1,33 @@
 """How far an adapter moves the hidden states: one adapter-disabled pass, shared with the KL reference."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokencredit.collect.logprobs import model_inputs, score_states, token_logprobs
-from tokencredit.collect.models import backbone_of, check_span, eval_mode, final_norm_of, head_of, layers_of, unwrapped
+from tokencredit.collect.adapter_states import (
+    Layer,
+    adapter_is_off,
+    check_adapter,
+    columns_before,
+    last_columns,
+    reference_pass,
+    scaled,
+    span_pass,
+    state_hooks,
+    state_residuals,
+    states_of,
+    unchanged,
+)
+from tokencredit.collect.logprobs import ExtraInputs, Pass, check_media, model_inputs, score_states, token_logprobs
+from tokencredit.collect.models import backbone_of, eval_mode, head_of
 from tokencredit.errors import TokenCreditError
 
-Layer = Literal["last_postnorm", "last_prenorm", "last_prenorm_relative", "mean_all"]
-REFERENCE = "ref"  # the adapter that TRL copies when it is given a model that already has one
+LINEAR, HALVINGS = 1.9, 8  # a ratio that shows signal; how often the scaling is halved in search of one
 
 
 @dataclass
@@ -42,7 +54,7 @@ class StateTap:
 
 
 @torch.no_grad()
-def adapter_residuals(
+def adapter_residuals(  # noqa: PLR0913 - a pass and its inputs
     model: nn.Module,
     input_ids: Int[Tensor, "batch sequence"],
     attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
@@ -51,6 +63,8 @@ def adapter_residuals(
     layer: Layer = "last_postnorm",
     ref_temperature: float | None = None,
     position_ids: Int[Tensor, "batch sequence"] | None = None,
+    *,
+    extra_inputs: ExtraInputs | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"] | None]:
     """(‖h_t^adapted − h_t^base‖₂, log π_ref(y_t | s_t) or None) of each response token, float32.
 
@@ -64,13 +78,9 @@ def adapter_residuals(
     Refused: no LoRA, a merged adapter (the disabled pass would silently unmerge it), LoRA biases (they stay).
     """
     check_adapter(model)
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    end = prompt_length + response_length
-    inputs = model_inputs(input_ids[:, :end], None if attention_mask is None else attention_mask[:, :end], None)
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids[:, :end]
-    targets = input_ids[:, prompt_length:end]
-    return _residuals(model, model, reference_pass, inputs, targets, layer, ref_temperature)
+    check_media(model, input_ids, extra_inputs)
+    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length, position_ids, extra_inputs)
+    return _residuals(model, model, reference_pass, one, targets, layer, ref_temperature)
 
 
 @torch.no_grad()
@@ -85,11 +95,9 @@ def policy_residuals(
     ref_temperature: float | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"] | None]:
     """The same numbers for a model without adapter, against a frozen copy of where it started."""
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    end = prompt_length + response_length
-    inputs = model_inputs(input_ids[:, :end], None if attention_mask is None else attention_mask[:, :end], None)
-    targets = input_ids[:, prompt_length:end]
-    return _residuals(model, reference, _as_it_is, inputs, targets, layer, ref_temperature)
+    check_media(model, input_ids)
+    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length)
+    return _residuals(model, reference, unchanged, one, targets, layer, ref_temperature)
 
 
 @torch.no_grad()
@@ -101,23 +109,37 @@ def doubling_ratio(
     response_length: int,
     layer: Layer = "last_postnorm",
 ) -> float:
-    """Median of residual(2 · scaling) / residual(scaling) over response tokens: 2 for signal, 1 for rounding.
+    """Return 2 where the residual is signal, 1 where it is rounding: how it grows when the LoRA scaling is doubled.
 
-    In bf16 both passes round; below 1.8 the residual orders tokens by rounding, not by the adapter. A residual of 0
-    everywhere (B = 0) has nothing to double and gives NaN. Running the same pass twice would not show it: it repeats
-    bit for bit.
+        max over k of the median over tokens of residual(2ᵏ · scaling) / residual(2ᵏ⁻¹ · scaling),   k = 1, 0, −1, …
+
+    In bf16 both passes round; below 1.8 the residual orders tokens by rounding, not by the adapter. A strong adapter
+    saturates: doubling it does not double the residual (1.4 was seen in float32). Therefore the scaling is halved, up
+    to eight times, until the ratio is 1.9: signal doubles at a smaller scaling, and rounding never does. Three passes
+    where the first ratio is at least 1.9, one more for each halving.
+
+    A residual of 0 everywhere (B = 0) has nothing to double and gives NaN. Running the same pass twice would not show
+    rounding: it repeats bit for bit.
     """
     check_adapter(model)
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    end = prompt_length + response_length
-    inputs = model_inputs(input_ids[:, :end], attention_mask[:, :end], None)
-    rows = slice(-response_length - 1, -1)
-    base, adapted, doubled = (
-        _states(model, switch, inputs, layer, rows) for switch in (reference_pass, _as_it_is, _doubled)
-    )
-    once, twice = state_residuals(adapted, base, layer), state_residuals(doubled, base, layer)
-    real = attention_mask[:, prompt_length:end].bool() & (once > 0)
-    return float((twice[real] / once[real]).median()) if bool(real.any()) else float("nan")
+    check_media(model, input_ids)
+    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length)
+    select = columns_before(one, targets.shape[1])
+    base, adapted = (states_of(model, switch, one, layer, select) for switch in (reference_pass, unchanged))
+    real = attention_mask[:, prompt_length : prompt_length + response_length].bool()
+
+    def residuals(power: int) -> Tensor:
+        stretched = states_of(model, lambda inner: scaled(inner, 2.0**power), one, layer, select)
+        return state_residuals(stretched, base, layer)
+
+    smaller = state_residuals(adapted, base, layer)
+    best = _median_ratio(residuals(1), smaller, real)
+    for power in range(-1, -1 - HALVINGS, -1):
+        if best != best or best >= LINEAR:
+            break
+        larger, smaller = smaller, residuals(power)
+        best = max(best, min(_median_ratio(larger, smaller, real), 2.0))  # steeper than linear is signal too
+    return best
 
 
 @torch.no_grad()
@@ -128,10 +150,51 @@ def pass_states(
     response_length: int,
     layer: Layer = "last_postnorm",
     reference: bool = True,
+    *,
+    extra_inputs: ExtraInputs | None = None,
 ) -> list[Float[Tensor, "batch response hidden"]]:
-    """One pass of the reference, or of the policy: the states that `capture_states` would have left of it."""
-    inputs = model_inputs(input_ids, attention_mask, None)
-    return _states(model, reference_pass if reference else _as_it_is, inputs, layer, slice(-response_length - 1, -1))
+    """One pass of the reference, or of the policy: the states that `capture_states` would have left of it.
+
+    The rows stay in the host's layout, as in the host's own passes, from which these states are subtracted.
+    """
+    check_media(model, input_ids, extra_inputs)
+    inputs = model_inputs(input_ids, attention_mask, None) | dict(extra_inputs or {})
+    switch = reference_pass if reference else unchanged
+    return states_of(model, switch, Pass(inputs, None), layer, last_columns(response_length))
+
+
+class PolicyScores(NamedTuple):
+    """Scores of the policy and of its reference from one path; their difference is that of the models alone."""
+
+    logprobs: Float[Tensor, "batch response"]
+    entropies: Float[Tensor, "batch response"]
+    ref_logprobs: Float[Tensor, "batch response"]
+
+
+@torch.no_grad()
+def policy_and_reference(
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch sequence"],
+    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
+    prompt_length: int,
+    response_length: int,
+    temperature: float = 1.0,
+    *,
+    rows_per_pass: int | None = None,
+    extra_inputs: ExtraInputs | None = None,
+) -> PolicyScores:
+    """Score responses under a LoRA policy and under its reference, in the same batches, kernels and precision.
+
+    Two passes of the backbone in eval mode, the heads in tiles and float32. While B = 0 the two log-probs are equal bit
+    for bit, also under autocast. A log-prob from a host's kernel minus one from ours is not: in bf16 the difference is
+    about 0.03 nats per token, as large as a true log-ratio early in training.
+    """
+    check_adapter(model)
+    span = (input_ids, attention_mask, prompt_length, response_length, temperature)
+    options: dict[str, Any] = {"rows_per_pass": rows_per_pass, "extra_inputs": extra_inputs}
+    logprobs, entropies = token_logprobs(model, *span, **options)
+    with reference_pass(model):
+        return PolicyScores(logprobs, entropies, token_logprobs(model, *span, **options)[0])
 
 
 @torch.no_grad()
@@ -142,11 +205,19 @@ def reference_logprobs(
     prompt_length: int,
     response_length: int,
     temperature: float = 1.0,
+    *,
+    rows_per_pass: int | None = None,
+    extra_inputs: ExtraInputs | None = None,
 ) -> Float[Tensor, "batch response"]:
-    """log π_ref(y_t | s_t) of a LoRA model, its adapter off: one pass of the backbone, the head in tiles."""
+    """log π_ref(y_t | s_t) of a LoRA model, its adapter off: one pass of the backbone, the head in tiles.
+
+    To subtract it from the policy's log-probs take both from `policy_and_reference`.
+    """
     check_adapter(model)
+    options: dict[str, Any] = {"rows_per_pass": rows_per_pass, "extra_inputs": extra_inputs}
     with reference_pass(model):
-        return token_logprobs(model, input_ids, attention_mask, prompt_length, response_length, temperature)[0]
+        span = (input_ids, attention_mask, prompt_length, response_length, temperature)
+        return token_logprobs(model, *span, **options)[0]
 
 
 @contextmanager
@@ -162,150 +233,33 @@ def capture_states(model: nn.Module, response_length: int | None, layer: Layer =
     def keep(states: list[Tensor]) -> None:
         (tap.reference if adapter_is_off(model) else tap.policy).append(states)
 
-    rows = slice(None) if response_length is None else slice(-response_length - 1, -1)
-    with _hooks(model, layer, rows, keep):
+    with state_hooks(model, layer, last_columns(response_length), keep):
         yield tap
-
-
-def state_residuals(adapted: list[Tensor], base: list[Tensor], layer: Layer) -> Float[Tensor, "batch response"]:
-    """‖Δh‖₂ in float32, averaged over the layers that were measured; relative to ‖h_base‖ if `layer` says so."""
-    norms = [(a.float() - b.float()).norm(dim=-1) for a, b in zip(adapted, base, strict=True)]
-    mean = torch.stack(norms).mean(0)
-    return mean / base[0].float().norm(dim=-1).clamp_min(1e-30) if layer == "last_prenorm_relative" else mean
-
-
-def check_adapter(model: nn.Module) -> None:
-    """Refuses a model whose adapter cannot be switched off exactly; warns where the residual cannot see all of it."""
-    inner = unwrapped(model)
-    lora = _lora_modules(model)
-    if not hasattr(inner, "peft_config") or not lora:
-        raise TokenCreditError(
-            f"the adapter residual needs a PEFT LoRA model, got {type(inner).__name__} without LoRA layers",
-            hint="train with LoRA, or compare full fine-tuning with a frozen copy: `policy_residuals(model, copy, …)`",
-        )
-    if any(module.merged for module in lora):
-        raise TokenCreditError(
-            "the adapter is merged into the weights, and switching it off would silently unmerge it",
-            hint="call `model.unmerge_adapter()`, or compare with a frozen copy: `policy_residuals(model, copy, …)`",
-        )
-    for name in inner.active_adapters:
-        config = inner.peft_config[name]
-        if getattr(config, "bias", "none") != "none":
-            raise TokenCreditError(
-                f"the adapter {name!r} trains biases (bias={config.bias!r}), which switching it off does not undo",
-                hint="use LoraConfig(bias='none'), or compare with a frozen copy: `policy_residuals(model, copy, …)`",
-            )
-        if any("lm_head" in module for module in getattr(config, "modules_to_save", None) or ()):
-            warnings.warn(
-                "the output head is trained (modules_to_save), and the adapter residual cannot see it", stacklevel=3
-            )
-
-
-@contextmanager
-def reference_pass(model: nn.Module) -> Iterator[None]:
-    """The model as it was when training began: its adapter "ref" if it has one, else no adapter."""
-    inner = unwrapped(model)
-    if REFERENCE not in inner.peft_config:
-        with inner.disable_adapter():
-            yield
-        return
-    trainable = [(parameter, parameter.requires_grad) for parameter in inner.parameters()]
-    active = inner.active_adapter
-    inner.set_adapter(REFERENCE)  # this also switches requires_grad
-    try:
-        yield
-    finally:
-        inner.set_adapter(active)
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-
-
-def adapter_is_off(model: nn.Module) -> bool:
-    """Whether a pass now would be the reference's."""
-    return any(module.disable_adapters or REFERENCE in module.active_adapters for module in _lora_modules(model))
-
-
-@contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
-    yield
 
 
 def _residuals(
     model: nn.Module,
     reference: nn.Module,
     switch: Callable[[nn.Module], Any],
-    inputs: dict[str, Any],
+    one: Pass,
     targets: Tensor,
     layer: Layer,
     ref_temperature: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    rows = slice(-targets.shape[1] - 1, -1)
+    select = columns_before(one, targets.shape[1])
+    head = None if ref_temperature is None else head_of(reference, ref_temperature)
     passes: list[list[Tensor]] = []
     with eval_mode(model), eval_mode(reference):
-        with _hooks(model, layer, rows, passes.append):
-            backbone_of(model)(**inputs)
-        with switch(reference), _hooks(reference, layer, rows, passes.append):
-            last = backbone_of(reference)(**inputs).last_hidden_state[:, rows]
-            ref_logprobs = None
-            if ref_temperature is not None:
-                weight, readout = head_of(reference, ref_temperature)
-                ref_logprobs, _ = score_states(last, weight, targets, readout)
+        with state_hooks(model, layer, select, passes.append):
+            backbone_of(model, one.whole)(**one.inputs)
+        with switch(reference), state_hooks(reference, layer, select, passes.append):
+            last = select(backbone_of(reference, one.whole)(**one.inputs).last_hidden_state)
+            ref_logprobs = None if head is None else score_states(last, head[0], targets, head[1])[0]
     adapted, base = passes
     return state_residuals(adapted, base, layer), ref_logprobs
 
 
-def _states(
-    model: nn.Module, switch: Callable[[nn.Module], Any], inputs: dict[str, Any], layer: Layer, rows: slice
-) -> list[Tensor]:
-    """One pass of the backbone in eval mode, under `switch`."""
-    found: list[list[Tensor]] = []
-    with eval_mode(model), switch(model), _hooks(model, layer, rows, found.append):
-        backbone_of(model)(**inputs)
-    return found[0]
-
-
-@contextmanager
-def _hooks(model: nn.Module, layer: Layer, rows: slice, keep: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Calls `keep` once a pass with the states that `layer` names."""
-    backbone = backbone_of(model)
-    if layer == "last_postnorm":
-        handles = [
-            backbone.register_forward_hook(lambda m, i, output: keep([output.last_hidden_state[:, rows].detach()]))
-        ]
-    elif layer == "mean_all":
-        states: list[Tensor] = []
-
-        def collect(module: nn.Module, args: Any, output: Any) -> None:
-            states.append((output[0] if isinstance(output, tuple) else output)[:, rows].detach())
-
-        def finish(module: nn.Module, args: Any, output: Any) -> None:
-            keep(list(states))
-            states.clear()
-
-        handles = [block.register_forward_hook(collect) for block in layers_of(backbone)]
-        handles.append(backbone.register_forward_hook(finish))
-    else:
-        norm = final_norm_of(backbone)
-        handles = [norm.register_forward_pre_hook(lambda m, args: keep([args[0][:, rows].detach()]))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _doubled(model: nn.Module) -> Iterator[None]:
-    """LoRA scaling times two inside."""
-    before = [(module, dict(module.scaling)) for module in _lora_modules(model)]
-    for module, scaling in before:
-        module.scaling = {name: 2.0 * value for name, value in scaling.items()}
-    try:
-        yield
-    finally:
-        for module, scaling in before:
-            module.scaling = scaling
-
-
-def _lora_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "scaling")]
+def _median_ratio(larger: Tensor, smaller: Tensor, real: Tensor) -> float:
+    """Median growth over real tokens with a residual; NaN where there is none."""
+    counted = real & (smaller > 0)
+    return float((larger[counted] / smaller[counted]).median()) if bool(counted.any()) else float("nan")

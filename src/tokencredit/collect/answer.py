@@ -1,5 +1,6 @@
 """How much the answer of a response attends to the tokens before it."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from tokencredit.collect.attention import EnoughError, attention_layers, probe_attention
 from tokencredit.collect.attention_parts import Visibility
 from tokencredit.collect.attention_rows import row_blocks, score_blocks
+from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
 from tokencredit.collect.models import backbone_of, check_span, eval_mode
 from tokencredit.masked import positions, response_lengths
 
@@ -20,23 +22,30 @@ def answer_mask(
     """True on the answer of each response: its last `tail` tokens, at most half of them and at least one.
 
     With `after`, the answer is what follows the last occurrence of this text, and the last `tail` tokens only where it
-    does not occur or nothing follows; `texts` are the chosen tokens of each row, decoded one by one.
+    does not occur or nothing follows; `texts` are the pieces of text of the chosen tokens of each row, as
+    `collect.token_texts.batch_token_texts` gives them. Tokens decoded one by one lose spaces and characters, and the
+    text is then not found. A warning is given where it occurs in no response.
     """
     n = response_lengths(mask)
     start = n - torch.minimum(torch.full_like(n, tail), (n // 2).clamp_min(1))
+    seen = 0
     for row, tokens in enumerate(texts or []):
-        text = "".join(tokens)
-        found = text.rfind(after or "")
+        found = "".join(tokens).rfind(after or "")
         if found < 0:
             continue
+        seen += 1
         stop, covered, place = found + len(after or ""), 0, 0
-        while (
-            place < len(tokens) and covered + len(tokens[place]) <= stop
-        ):  # a token that reaches beyond is of the answer
+        # A token that reaches beyond the text is of the answer; so are the first bytes of a character behind it.
+        while place < len(tokens) and covered < stop and covered + len(tokens[place]) <= stop:
             covered += len(tokens[place])
             place += 1
         if place < len(tokens):
             start[row] = place
+    if texts and not seen:
+        warnings.warn(
+            f"none of {len(texts)} responses contains {after!r}: the answer is taken to be the last tokens",
+            stacklevel=2,
+        )
     return mask & (positions(mask) >= start)
 
 
@@ -50,6 +59,7 @@ def answer_importances(
     *,
     answer: Bool[Tensor, "batch response"],
     layer: int | None = None,
+    extra_inputs: ExtraInputs | None = None,
 ) -> Float[Tensor, "batch response"]:
     """Mean attention that the answer pays to each response token before it; 0 on the answer, for `answer_attention`.
 
@@ -64,13 +74,13 @@ def answer_importances(
     def measure(q: Tensor, k: Tensor, seen: Visibility, scale: float, softcap: float | None) -> Tensor:
         return _received(q, k, seen, scale, softcap, rows, answer)
 
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    inputs = layout_inputs(model, input_ids, attention_mask, None, extra_inputs)
     with (
         eval_mode(model),
         probe_attention(model, [chosen], measure, stop_early=True) as probe,
         suppress(EnoughError),
     ):
-        backbone_of(model)(**inputs)
+        backbone_of(model, whole=bool(extra_inputs))(**inputs)
     received = probe.found[chosen][0]
     return torch.where(answer, 0.0, received.clamp_min(torch.finfo(received.dtype).tiny))
 

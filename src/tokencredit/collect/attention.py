@@ -5,11 +5,13 @@ rotary embeddings, takes what it is asked for from the layers it is asked about,
 attention. The mask that the model built is the truth: padding, sliding windows, chunks, packed sequences are in it.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokencredit.collect.attention_rows import Context, Heads, RowStatistics, Visibility, row_statistics
-from tokencredit.collect.models import backbone_of, check_span, eval_mode
+from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
+from tokencredit.collect.models import backbone_of, causal_of, check_span, eval_mode
 from tokencredit.errors import TokenCreditError
 
 NAME = "tokencredit_rows"
@@ -67,6 +70,7 @@ def attention_entropies(  # noqa: PLR0913 - the open points of one definition
     context: Context = "visible",
     position_ids: Int[Tensor, "batch sequence"] | None = None,
     stop_early: bool = True,
+    extra_inputs: ExtraInputs | None = None,
 ) -> Float[Tensor, "batch response"]:
     """Ê of each response token, in [0, 1]: one no-grad pass up to the layer, in eval mode.
 
@@ -83,13 +87,13 @@ def attention_entropies(  # noqa: PLR0913 - the open points of one definition
     layers = _layers(model, layer)
     options = {"rows": slice(start, start + response_length), "heads": heads, "drop_sink": drop_sink}
     measure = _measure(options | {"context": context})
-    backbone = backbone_of(model)
-    with eval_mode(model), probe_attention(model, layers, measure, stop_early=stop_early) as probe:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
-        with suppress(EnoughError):
-            backbone(**inputs)
+    inputs = layout_inputs(model, input_ids, attention_mask, position_ids, extra_inputs)
+    with (
+        eval_mode(model),
+        probe_attention(model, layers, measure, stop_early=stop_early) as probe,
+        suppress(EnoughError),
+    ):
+        backbone_of(model, whole=bool(extra_inputs))(**inputs)
     return torch.stack([answers[0].entropies for answers in probe.found.values()]).mean(0)
 
 
@@ -206,24 +210,45 @@ def probe_attention(
 
 
 def attention_layers(model: nn.Module) -> dict[int, Any]:
-    """Attention modules by layer index, in order."""
-    found = {
-        module.layer_idx: module
+    """Modules with softmax attention that the probe can reach, by layer index, in order.
+
+    Such a module has a layer index and a config of its own, and its forward calls transformers' AttentionInterface.
+    Names of classes say nothing: linear-attention and state-space layers carry "Attention" in theirs too.
+    """
+    modules = [
+        module
         for module in backbone_of(model).modules()
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
-    }
-    if not found:
-        raise TokenCreditError(f"{type(model).__name__} has no attention modules with a layer index")
+        if isinstance(getattr(module, "layer_idx", None), int) and _uses_interface(type(module).forward)
+    ]
+    found = {module.layer_idx: module for module in modules if hasattr(module, "config")}
+    if not found or min(found) < 0:
+        raise TokenCreditError(
+            f"{type(causal_of(model)).__name__} has no attention layers whose rows can be read: they must use "
+            "transformers' AttentionInterface and know their index",
+            hint="use a method that needs no attention, or a collector of your own",
+        )
     return dict(sorted(found.items()))
+
+
+@cache
+def _uses_interface(forward: Callable[..., Any]) -> bool:
+    """Whether the forward of a module asks the AttentionInterface for its attention function."""
+    function = inspect.unwrap(forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def full_layers(model: nn.Module) -> list[int]:
+    """Indices of the layers with full attention; of all layers with attention where none is full."""
+    usable = attention_layers(model)
+    kinds = getattr(next(iter(usable.values())).config, "layer_types", None) or []
+    full = [layer for layer in usable if layer < len(kinds) and kinds[layer] == "full_attention"]
+    return full or list(usable)
 
 
 def middle_layer(model: nn.Module) -> int:
     """⌊L/2⌋, or in models that mix kinds of layers the nearest with full attention, else the nearest with any."""
-    usable = attention_layers(model)
-    config = next(iter(usable.values())).config
-    middle = config.num_hidden_layers // 2
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return min(usable, key=lambda layer: (kinds[layer] != "full_attention", abs(layer - middle), layer))
+    middle = causal_of(model).config.get_text_config().num_hidden_layers // 2
+    return min(full_layers(model), key=lambda layer: (abs(layer - middle), layer))
 
 
 def _layers(model: nn.Module, layer: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokencredit.collect.attention import EnoughError, attention_layers, probe_attention
 from tokencredit.collect.attention_rows import Visibility, row_blocks, score_blocks
+from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
 from tokencredit.collect.models import backbone_of, check_span, eval_mode
 
 NEAR, FAR = 10, 50  # tokens: the cap of a distance, and the window of later tokens that may look back
@@ -24,7 +25,7 @@ class HeadMaps(NamedTuple):
 
 
 @torch.no_grad()
-def attention_rhythms(
+def attention_rhythms(  # noqa: PLR0913 - a pass and its inputs
     model: nn.Module,
     input_ids: Int[Tensor, "batch sequence"],
     attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
@@ -33,6 +34,8 @@ def attention_rhythms(
     layers: Sequence[int] | None = None,
     share: float = 0.3,
     stop_early: bool = True,
+    *,
+    extra_inputs: ExtraInputs | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
     """(WAAD, FAI) of each response token, for `attention_rhythm`.
 
@@ -51,12 +54,13 @@ def attention_rhythms(
     def measure(q: Tensor, k: Tensor, seen: Visibility, scale: float, softcap: float | None) -> HeadMaps:
         return head_maps(q, k, seen, scale=scale, softcap=softcap, rows=rows)
 
+    inputs = layout_inputs(model, input_ids, attention_mask, None, extra_inputs)
     with (
         eval_mode(model),
         probe_attention(model, wanted, measure, stop_early=stop_early) as probe,
         suppress(EnoughError),
     ):
-        backbone_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        backbone_of(model, whole=bool(extra_inputs))(**inputs)
     parts = [answers[0] for answers in probe.found.values()]
     maps = HeadMaps(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
     real = torch.ones_like(maps.reach[:, 0]) if attention_mask is None else attention_mask[:, rows].float()

@@ -2,19 +2,23 @@
 
     V(s) = Σ_{c ∈ C(x), c starts with s} exp Σ_{k ≥ |s|} ln π(c_k | x, c_<k)      0 for a prefix of no accepted response
 
-C(x) holds the accepted responses of prompt x, EOS included; reward 1 for its members, 0 for everything else.
+C(x) holds the accepted responses of prompt x, EOS included; reward 1 for its members, 0 for everything else. A text
+that the tokenizer can spell in several ways is several members: `exact_spellings` lists them, or bounds those left out.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokencredit.collect.exact_score import TILE_TOKENS, evaluating, score_trie
-from tokencredit.collect.exact_trie import NodeValues, TokenIds, Trie, build_trie, check_accepted, value_nodes
+from tokencredit.collect.exact_score import TILE_TOKENS
+from tokencredit.collect.exact_search import CLOSE, value_accepted
+from tokencredit.collect.exact_spellings import Accepted, encode_accepted
+from tokencredit.collect.exact_trie import NodeValues, TokenIds, Trie, check_accepted
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.exact import hindsight_posterior
 
@@ -33,11 +37,16 @@ class PrefixCredit:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExactCredit:
-    """The trie of the accepted responses of some prompts, and the values of its nodes under one model."""
+    """The trie of the accepted responses of some prompts, and the values of its nodes under one model.
+
+    `omitted` bounds from above what V(x) lacks: the probability of spellings of accepted texts that are not listed. It
+    is 0 where all are, and the values are then exact; else V(x) lies between `prompt_values` and their sum.
+    """
 
     trie: Trie
     nodes: NodeValues
     show: Callable[[TokenIds], str] = str
+    omitted: Float[Tensor, " prompt"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @property
     def prompt_values(self) -> Float[Tensor, " prompt"]:
@@ -85,18 +94,33 @@ class ExactCredit:
         response_mask: Bool[Tensor, "batch response"],
         rewards: Float[Tensor, " batch"],
     ) -> None:
-        """Refuse rewards that are not exactly membership in the list, naming the response."""
+        """Refuse rewards that are not exactly membership in the list, naming the response.
+
+        A response whose text is listed in other tokens is accepted too: it counts, with V = 0 behind the tokens that it
+        shares with a listed spelling.
+        """
+        texts = {}
         for row, prompt in enumerate(prompts.tolist()):
             ids = response_ids[row][response_mask[row]].tolist()
             listed, reward = self.trie.ends_at_leaf(prompt, ids), float(rewards[row])
             if reward == float(listed):
                 continue
+            if not listed and reward == 1.0 and ids:
+                if prompt not in texts:
+                    texts[prompt] = self._texts(prompt)
+                if (self.show(ids[:-1]), ids[-1]) in texts[prompt]:
+                    continue
             verdict = f"is {'listed' if listed else 'not listed'} as accepted and has reward {reward:g}"
             raise TokenCreditError(
                 f"the verifier and the list disagree: response {self.show(ids)!r} to prompt {prompt} {verdict}",
-                hint="rewards must be 1 for every listed response and 0 for all others; list every accepted response, "
-                "in the tokens that the model emits",
+                hint="rewards must be 1 for every listed response and 0 for all others; list every accepted response",
             )
+
+    def _texts(self, prompt: int) -> set[tuple[str, int]]:
+        """(text, last token) of the listed responses of a prompt."""
+        listed = [row[1:][row[1:] >= 0] for row in self.trie.paths[self.trie.owners == prompt]]
+        found = [self.trie.token[nodes].tolist() for nodes in listed]
+        return {(self.show(ids[:-1]), ids[-1]) for ids in found if ids}
 
 
 def exact_credit(
@@ -109,50 +133,49 @@ def exact_credit(
     tile_tokens: int = TILE_TOKENS,
     show: Callable[[TokenIds], str] = str,
 ) -> ExactCredit:
-    """Values of every prefix of every accepted response, from one teacher-forced pass over them in tiles.
+    """Values of every prefix of every accepted response, from teacher-forced passes over them in tiles.
 
-    `accepted[p]` are the accepted responses to `prompts[p]` as token ids, EOS included; a prompt may have none. The
-    pass runs in the model's dtype, the sums over the trie in float64. The policy is softmax(logits / temperature). A
-    response that is cut off counts as failed, so no listed response may be longer than the sampler's limit.
+    `accepted[p]` are the accepted responses to `prompts[p]` as token ids, EOS included; a prompt may have none. Lists
+    from `encode_accepted` may know of further spellings: those that matter are added, and `omitted` bounds the rest,
+    with a warning where that may be more than a hundredth of V(x).
+
+    The pass runs in eval mode in the model's dtype, the sums over the trie in float64. The policy is softmax(logits /
+    temperature). A response that is cut off counts as failed, so no listed response may be longer than the sampler's
+    limit.
     """
     check_accepted(accepted, eos_token_id, show)
-    trie = build_trie(accepted)
-    logprobs, entropies = score_trie(model, prompts, trie, temperature=temperature, tile_tokens=tile_tokens)
-    return ExactCredit(trie=trie, nodes=value_nodes(trie, logprobs, entropies), show=show)
-
-
-def encode_accepted(tokenizer: Any, responses: Sequence[str]) -> list[list[int]]:
-    """Texts as token ids, EOS appended.
-
-    One spelling a text: a policy that reaches the same text by other tokens is not counted, and `check_rewards` refuses
-    it when it happens. Tokenizers with one way to write a text, such as characters, have no such case.
-    """
-    if not responses:
-        return []
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(responses), add_special_tokens=False)["input_ids"]]
+    trie, nodes, omitted = value_accepted(model, prompts, accepted, temperature=temperature, tile_tokens=tile_tokens)
+    credit = ExactCredit(trie=trie, nodes=nodes, show=show, omitted=omitted)
+    _warn_of_omitted(credit)
+    return credit
 
 
 class ExactValues:
     """Collector of `values`, for prompts whose accepted responses a function lists.
 
-    `accepted(columns)` gives the texts that are accepted, without EOS, from the row of the data set. `verify(columns,
-    text)` is the verifier, asked about every finished response so that a wrong list is found where it happens. Lists
-    are encoded once a prompt; the forward over them runs on every call, as the policy moves.
+    `accepted(columns)` gives the texts that are accepted, without EOS, from the row of the data set; lists of token ids
+    are taken as they are. A text counts in every spelling (`encode_accepted`), or a warning says how much is left out.
+
+    `verify(columns, text)` is the verifier, asked about every finished response so that a wrong list is found where it
+    happens. Lists are encoded once per prompt; the forward over them runs on every call, as the policy moves.
+    `max_tokens` is the sampler's limit, EOS included: longer spellings of a text cannot be sampled.
     """
 
     provides = frozenset({"values"})
 
     def __init__(
         self,
-        accepted: Callable[[Mapping[str, Any]], Sequence[str]],
+        accepted: Callable[[Mapping[str, Any]], Sequence[str | TokenIds]],
         verify: Callable[[Mapping[str, Any], str], bool] | None = None,
         *,
         tile_tokens: int = TILE_TOKENS,
+        max_tokens: int | None = None,
     ) -> None:
+        self.max_tokens = max_tokens
         self.accepted = accepted
         self.verify = verify
         self.tile_tokens = tile_tokens
-        self._encoded: dict[tuple[int, ...], list[list[int]]] = {}
+        self._encoded: dict[tuple[int, ...], Accepted] = {}
 
     @torch.no_grad()
     def __call__(self, rollout: Any) -> Float[Tensor, "batch response"]:
@@ -163,22 +186,42 @@ class ExactValues:
         place = {prompt: index for index, prompt in enumerate(dict.fromkeys(asked))}
         for prompt, columns in zip(asked, rollout.columns, strict=True):
             if prompt not in self._encoded:
-                self._encoded[prompt] = encode_accepted(rollout.tokenizer, self.accepted(columns))
-        with evaluating(rollout.model):
-            credit = exact_credit(
-                rollout.model,
-                list(place),
-                [self._encoded[prompt] for prompt in place],
-                eos_token_id=rollout.tokenizer.eos_token_id,
-                tile_tokens=self.tile_tokens,
-                temperature=rollout.temperature,
-                show=rollout.tokenizer.decode,
-            )
-        at = torch.tensor([place[prompt] for prompt in asked])
+                texts = self.accepted(columns)
+                self._encoded[prompt] = encode_accepted(rollout.tokenizer, texts, max_tokens=self.max_tokens)
+        at = torch.tensor([place[prompt] for prompt in asked], dtype=torch.long)
         ids, mask = rollout.response_ids.cpu(), rollout.response_mask.cpu()
+        credit = exact_credit(
+            rollout.model,
+            list(place),
+            self._with_sampled(list(place), at, ids, mask),
+            eos_token_id=rollout.tokenizer.eos_token_id,
+            tile_tokens=self.tile_tokens,
+            temperature=rollout.temperature,
+            show=rollout.tokenizer.decode,
+        )
         if self.verify is not None:
             credit.check_rewards(at, ids, mask, self._verdicts(rollout, ids, mask))
         return credit.of_responses(at, ids, mask).values.to(rollout.response_ids.device)
+
+    def _with_sampled(self, prompts: list[tuple[int, ...]], at: Tensor, ids: Tensor, mask: Tensor) -> list[Accepted]:
+        """The lists of the prompts, with sampled spellings of their texts that are not in them."""
+        found: list[Accepted] = []
+        for index, prompt in enumerate(prompts):
+            known = self._encoded[prompt]
+            if not known.lattices:
+                found.append(known)
+                continue
+            listed = {tuple(item) for item in known}
+            rows = {tuple(ids[row][mask[row]].tolist()) for row in (at == index).nonzero()[:, 0].tolist()} - listed
+            new = [
+                list(row)
+                for row in sorted(rows)
+                if any(
+                    row[-1:] == (lattice.eos,) and lattice.eos in lattice.after(row[:-1]) for lattice in known.lattices
+                )
+            ]
+            found.append(Accepted([*known, *new], known.lattices))
+        return found
 
     def _verdicts(self, rollout: Any, ids: Tensor, mask: Tensor) -> Float[Tensor, " batch"]:
         assert self.verify is not None
@@ -188,6 +231,20 @@ class ExactValues:
             finished = last == rollout.tokenizer.eos_token_id
             verdicts.append(finished and self.verify(columns, rollout.tokenizer.decode(text)))
         return torch.tensor(verdicts, dtype=torch.float64)
+
+
+def _warn_of_omitted(credit: ExactCredit) -> None:
+    """Say how far below the truth values may lie where spellings are left out."""
+    values = credit.prompt_values
+    short = credit.omitted > CLOSE * values
+    if bool(short.any()):
+        prompt = int(torch.where(short, credit.omitted, -1.0).argmax())
+        warnings.warn(
+            f"exact values are lower bounds for {int(short.sum())} of {len(values)} prompts: the listed spellings of "
+            f"the accepted texts have probability {float(values[prompt]):.3g} at prompt {prompt}, those left out at "
+            f"most {float(credit.omitted[prompt]):.3g}",
+            stacklevel=3,
+        )
 
 
 def _positions_of(mask: Bool[Tensor, " response"], row: int) -> Int[Tensor, " token"]:

@@ -1,28 +1,28 @@
 """Log-probs and entropies at every node of a trie of responses, under any Hugging Face causal language model.
 
 Each distinct prefix is computed once where the model can do it: the trie of a prompt becomes one row, in which a token
-attends to its own ancestors alone (a 4-D attention mask, positions by depth). A model that gives other numbers that way
-than on plain rows is scored on plain rows.
+attends only to its own ancestors (a 4-D attention mask, positions by depth). If packed and plain layouts give different
+scores for a model, or a layer sees fewer tokens than the responses have, the plain layout is used: see `exact_packing`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokencredit.collect.exact_packing import pack, packed_logits, stacked, within_windows
 from tokencredit.collect.exact_trie import TokenIds, Trie, build_trie
-from tokencredit.errors import TokenCreditError
+from tokencredit.collect.models import eval_mode
 
 TILE_TOKENS = 4096  # tokens in one forward, padding included
+PROBE_PROMPT, PROBE_DEPTH = 32, 5  # tokens on which packed and plain rows are compared, at most
 TILE_LOGITS = 1 << 26  # logits in one forward, one row at least: 256 MiB in float32
 
-_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # what the probe of `can_pack` found
 
 
 class NodeScores(NamedTuple):
@@ -30,72 +30,6 @@ class NodeScores(NamedTuple):
 
     logprobs: Float[Tensor, " node"]
     entropies: Float[Tensor, " node"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Packed:
-    """The trie of one prompt as one row: the prompt, then every node that has a child.
-
-    `state_at` is where the model's output stands for a node's parent, `node_at` where it stands for the node itself
-    (−1 at leaves, whose output nobody needs); both over the nodes of the prompt, in order.
-    """
-
-    input_ids: Int[Tensor, " length"]
-    position_ids: Int[Tensor, " length"]
-    visible: Bool[Tensor, "length length"]
-    state_at: Int[Tensor, " node"]
-    node_at: Int[Tensor, " node"]
-
-
-def pack(trie: Trie, prompt: int, prompt_ids: TokenIds) -> Packed:
-    """The trie of one prompt as one row."""
-    if len(prompt_ids) == 0:
-        raise TokenCreditError(f"prompt {prompt} has no tokens", hint="give it at least a BOS token")
-    span, start = trie.spans[prompt], len(prompt_ids)
-    inner = [node for node in span if trie.children[node]]
-    place = {node: start + index for index, node in enumerate(inner)} | {prompt: start - 1}
-    parents = trie.parent[span.start : span.stop].tolist()
-    visible = torch.ones(start + len(inner), start + len(inner), dtype=torch.bool).tril()
-    for node in inner:
-        at = place[node]
-        visible[at] = visible[place[parents[node - span.start]]]
-        visible[at, at] = True
-    at_nodes = torch.tensor(inner, dtype=torch.long)
-    return Packed(
-        input_ids=torch.cat((torch.tensor(list(prompt_ids), dtype=torch.long), trie.token[at_nodes])),
-        position_ids=torch.cat((torch.arange(start), start - 1 + trie.depth[at_nodes])),
-        visible=visible,
-        state_at=torch.tensor([place[parent] for parent in parents], dtype=torch.long),
-        node_at=torch.tensor([place.get(node, -1) for node in span], dtype=torch.long),
-    )
-
-
-class _Stacked(NamedTuple):
-    """Inputs of one forward over several packed tries."""
-
-    ids: Int[Tensor, "pack length"]
-    positions: Int[Tensor, "pack length"]
-    mask: Float[Tensor, "pack 1 length length"]
-
-
-def _stacked(model: Any, packs: Sequence[Packed]) -> _Stacked:
-    """Packs of unlike length as one batch; padding sees itself alone."""
-    like = next(model.parameters())
-    length = max(item.input_ids.numel() for item in packs)
-    ids = torch.zeros(len(packs), length, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(packs), 1, 1)
-    for row, item in enumerate(packs):
-        n = item.input_ids.numel()
-        ids[row, :n], positions[row, :n], visible[row, :n, :n] = item.input_ids, item.position_ids, item.visible
-    mask = torch.zeros(visible.shape, dtype=like.dtype).masked_fill(~visible, torch.finfo(like.dtype).min)[:, None]
-    return _Stacked(ids.to(like.device), positions.to(like.device), mask.to(like.device))
-
-
-def _packed_logits(model: Any, stacked: _Stacked) -> Float[Tensor, "pack length vocab"]:
-    return model(
-        input_ids=stacked.ids, position_ids=stacked.positions, attention_mask=stacked.mask, use_cache=False
-    ).logits
 
 
 def row_logits(model: Any, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> Tensor:
@@ -130,12 +64,14 @@ def parent_logprobs(
 
     Siblings have the same row.
     """
-    if can_pack(model):
-        item = pack(trie, prompt, prompt_ids)
-        logits = _packed_logits(model, _stacked(model, [item]))[0, item.state_at.to(_device(model))]
-    else:
-        rows, steps = _first_through(trie, prompt)
-        logits = row_logits(model, [prompt_ids] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
+    packed = fits_packed(model, prompt_ids, trie, prompt)
+    with eval_mode(model):
+        if packed:
+            item = pack(trie, prompt, prompt_ids)
+            logits = packed_logits(model, stacked(model, [item]))[0, item.state_at.to(_device(model))]
+        else:
+            rows, steps = _first_through(trie, prompt)
+            logits = row_logits(model, [prompt_ids] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
     return (logits / temperature).log_softmax(-1)
 
 
@@ -161,11 +97,10 @@ def trie_scorer(
 ) -> Callable[[], NodeScores]:
     """`score_trie` with everything prepared that does not depend on the weights of the model, for calling it again."""
     budget = min(tile_tokens, max(1, TILE_LOGITS // _vocabulary_size(model)))
-    prepare = _prepare_packed if can_pack(model) else _prepare_rows
-    tiles = [
-        (group, *prepare(model, [prompts[prompt] for prompt in group], trie, group))
-        for group in _tiles(prompts, trie, budget if can_pack(model) else 0)
-    ]
+    packable = {p for p, ids in enumerate(prompts) if trie.spans[p] and fits_packed(model, ids, trie, p)}
+    groups = [(_prepare_packed, group) for group in _tiles(prompts, trie, budget, packable)]
+    groups += [(_prepare_rows, [p]) for p, span in enumerate(trie.spans) if span and p not in packable]
+    tiles = [(group, *prepare(model, [prompts[prompt] for prompt in group], trie, group)) for prepare, group in groups]
     leaf = trie.is_leaf
 
     @torch.no_grad()
@@ -173,7 +108,8 @@ def trie_scorer(
         logprobs = torch.zeros(trie.parent.numel(), dtype=torch.float64)
         entropies = torch.zeros_like(logprobs)
         for group, forward, places in tiles:
-            table = _tables(forward() / temperature)
+            with eval_mode(model):
+                table = _tables(forward() / temperature)
             entropy = torch.special.entr(table.exp()).sum(-1).double()
             for prompt, (before, at, root) in zip(group, places, strict=True):
                 span = slice(trie.spans[prompt].start, trie.spans[prompt].stop)
@@ -196,13 +132,13 @@ def _prepare_packed(
     model: Any, prompts: Sequence[TokenIds], trie: Trie, group: Sequence[int]
 ) -> tuple[Callable[[], Tensor], list[_Places]]:
     packs = [pack(trie, prompt, ids) for prompt, ids in zip(group, prompts, strict=True)]
-    stacked = _stacked(model, packs)
+    inputs = stacked(model, packs)
     places = []
     for row, (item, ids) in enumerate(zip(packs, prompts, strict=True)):
         line = torch.full_like(item.state_at, row)
         at = torch.stack((line, item.node_at.clamp_min(0)), 1)
         places.append(_Places(torch.stack((line, item.state_at), 1), at, (row, len(ids) - 1)))
-    return lambda: _packed_logits(model, stacked), places
+    return lambda: packed_logits(model, inputs), places
 
 
 def _prepare_rows(
@@ -213,24 +149,54 @@ def _prepare_rows(
     return lambda: row_logits(model, list(prompts) * len(rows), rows), [_Places(before, steps, (0, 0))]
 
 
-def can_pack(model: Any) -> bool:
-    """Whether the model gives on a packed trie what it gives on plain rows; tried once a model."""
+def fits_packed(model: Any, prompt_ids: TokenIds, trie: Trie, prompt: int) -> bool:
+    """Whether the trie of a prompt may be scored as one packed row."""
+    span = trie.spans[prompt]
+    if len(span) == 0:
+        return False
+    longest = len(prompt_ids) + int(trie.depth[span.start : span.stop].max())
+    config = getattr(model, "config", None)
+    if not within_windows(config, longest, len(prompt_ids) + len(span)):
+        return False
+    # not longer than the sequences at hand, which fit into every window
+    return can_pack(model, list(prompt_ids)[: longest - PROBE_DEPTH], trie.token[span.start : span.stop].tolist())
+
+
+def can_pack(model: Any, prompt_ids: TokenIds = (), response_ids: TokenIds = ()) -> bool:
+    """Whether the model gives on a packed trie what it gives on plain rows; tried once per model.
+
+    The ids are some that the model meets in the task. The lowest ids of a vocabulary are often special tokens, on which
+    activations are so large that rounding alone fails the comparison.
+    """
     if model not in _packs:
-        tokens = [index % min(_vocabulary_size(model), 7) for index in range(3, 12)]
-        trie = build_trie([[tokens[:3], [*tokens[:2], tokens[5], tokens[6]], tokens[3:5]]])
-        rows, steps = _first_through(trie, 0)
-        item = pack(trie, 0, tokens[5:])
-        with torch.no_grad():
-            plain = row_logits(model, [tokens[5:]] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
-            try:
-                packed = _packed_logits(model, _stacked(model, [item]))[0, item.state_at.to(plain.device)]
-            except (TypeError, ValueError, RuntimeError):  # no position ids, or no 4-D masks
-                packed = torch.full_like(plain, torch.inf)
-        # Many models compute norms in float32 whatever their dtype, so float64 logits agree to float32 only.
-        precision = max(torch.finfo(plain.dtype).eps, torch.finfo(torch.float32).eps)
-        tolerance = 100.0 * precision * (1.0 + float(plain.abs().max()))
-        _packs[model] = bool((packed - plain).abs().max() <= tolerance)
+        vocab = _vocabulary_size(model)
+        spread = range(vocab // 8, vocab, max(1, vocab // 8))
+        kinds = list(dict.fromkeys([*response_ids, *reversed(prompt_ids), *spread, *range(vocab)]))[:6]
+        a, b, c, d, e, f = (kinds[index % len(kinds)] for index in range(6))
+        trie = build_trie([[[a, b, c, d], [a, b, e, f, a], [c, a], [f, e, d, c, b]]])
+        with eval_mode(model):
+            _packs[model] = _agree(model, list(prompt_ids)[:PROBE_PROMPT] or [f], trie)
     return _packs[model]
+
+
+@torch.no_grad()
+def _agree(model: Any, prompt_ids: TokenIds, trie: Trie) -> bool:
+    """Compare packed and plain log-probs; rounding is judged by plain rows in another batch."""
+    rows, steps = _first_through(trie, 0)
+    item = pack(trie, 0, prompt_ids)
+    plain = row_logits(model, [prompt_ids] * len(rows), rows)[steps[:, 0], steps[:, 1] - 1]
+    single = [row_logits(model, [prompt_ids], [row])[0] for row in rows]
+    again = torch.stack([single[row][step - 1] for row, step in steps.tolist()])
+    try:
+        packed = packed_logits(model, stacked(model, [item]))[0, item.state_at.to(plain.device)]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # no position ids, or no 4-D masks
+        return False
+    # Many models compute norms in float32 whatever their dtype, so float64 logits agree to float32 only.
+    scale = 1.0 + float(plain.abs().max())
+    eps = torch.finfo(plain.dtype).eps
+    rounding = 2.0 * eps * scale if eps > 1e-6 else 100.0 * torch.finfo(torch.float32).eps * scale
+    packed, plain, again = (_tables(logits) for logits in (packed, plain, again))
+    return bool((packed - plain).abs().max() <= max(rounding, 4.0 * float((again - plain).abs().max())))
 
 
 def in_float64(model: Any) -> Any:
@@ -253,17 +219,6 @@ def in_float64(model: Any) -> Any:
     return copy
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, and as it was afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _first_through(trie: Trie, prompt: int) -> tuple[list[list[int]], Int[Tensor, "node 2"]]:
     """Distinct responses of a prompt as rows of ids, and for each node the first row through it and its depth."""
     span = trie.spans[prompt]
@@ -282,11 +237,11 @@ def _tables(logits: Tensor) -> Tensor:
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1).cpu()
 
 
-def _tiles(prompts: Sequence[TokenIds], trie: Trie, budget: int) -> Iterator[list[int]]:
-    """Prompts that have nodes, those of like size together, within so many tokens; 0 gives them one by one."""
+def _tiles(prompts: Sequence[TokenIds], trie: Trie, budget: int, packable: set[int]) -> Iterator[list[int]]:
+    """The packable prompts, those of like size together, within so many tokens."""
     sizes = [len(ids) + len(span) for ids, span in zip(prompts, trie.spans, strict=True)]
     tile: list[int] = []
-    for prompt in sorted((p for p, span in enumerate(trie.spans) if len(span)), key=sizes.__getitem__):
+    for prompt in sorted(packable, key=sizes.__getitem__):
         # Sorted, so the newest is the longest of its tile.
         if tile and (len(tile) + 1) * sizes[prompt] > budget:
             yield tile

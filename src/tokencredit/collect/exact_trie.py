@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.errors import TokenCreditError
@@ -132,17 +132,25 @@ def check_accepted(
             seen.add(tuple(ids))
 
 
-def value_nodes(trie: Trie, token_logprobs: Float[Tensor, " node"], entropies: Float[Tensor, " node"]) -> NodeValues:
+def value_nodes(
+    trie: Trie,
+    token_logprobs: Float[Tensor, " node"],
+    entropies: Float[Tensor, " node"],
+    accepted: Bool[Tensor, " row"] | None = None,
+) -> NodeValues:
     """Values of all nodes of the accepted responses' trie.
 
     V(s) = Σ_{c through s} exp Σ_{k ≥ |s|} ln π(c_k | x, c_<k)          by log-sum-exp over the responses through s
+
+    `accepted` says which rows of the trie are accepted responses; None: all.
     """
-    reached = trie.paths[:, 1:]  # [row, length − 1]
+    paths = trie.paths if accepted is None else trie.paths[accepted]
+    reached = paths[:, 1:]  # [row, length − 1]
     own = torch.where(reached >= 0, token_logprobs[reached.clamp_min(0)], 0.0)
     # Σ_{k ≥ d} ln π for d = 0 … length; 0 behind the last token.
     tails = torch.cat((own.flip(1).cumsum(1).flip(1), own.new_zeros(len(own), 1)), dim=1)
-    through = trie.paths >= 0
-    log_values = _log_sum_exp(tails[through], trie.paths[through], trie.parent.numel())
+    through = paths >= 0
+    log_values = _log_sum_exp(tails[through], paths[through], trie.parent.numel())
     leaf = trie.is_leaf
     return NodeValues(
         log_values=log_values,

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.collect.head_frozen import FrozenHead
-from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn
+from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn, without_autocast
 from tokencredit.collect.head_tiles import (
     PLAIN,
     Readout,
@@ -30,6 +30,7 @@ from tokencredit.errors import TokenCreditError
 Engine = Literal["auto", "recompute", "frozen"]
 
 
+@without_autocast
 def head_logprobs(
     hidden: Float[Tensor, "token hidden"],
     weight: Float[Tensor, "vocab hidden"],
@@ -74,6 +75,7 @@ class RecomputedHead(torch.autograd.Function):
     """Forward keeps one number per token and tile; backward computes the logits again, for the tokens that need it."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None
     ) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,7 @@ class RecomputedHead(torch.autograd.Function):
         return found.logprobs.to(tile_lse.dtype), found.entropies.to(tile_lse.dtype)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, tile_lse, *found = ctx.saved_tensors
         on_logprob, on_entropy = grads

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.collect.head import empty_gradient, wide_tile
-from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn
+from tokencredit.collect.head_gemm import TILE, TOKENS, accumulate_tn, product_nn, without_autocast
 from tokencredit.collect.head_tiles import PLAIN, Readout, folded, slope, softmax_tile, spans, tile_logits
 
 
@@ -34,6 +34,7 @@ def head_divergence(
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, *args: Any) -> Tensor:
         hidden, weight, _, _, reverse, readouts, onednn = args
         tiles = -(-weight.shape[0] // TILE)
@@ -55,6 +56,7 @@ class _Divergence(torch.autograd.Function):
         return divergence.to(wide)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, teacher_hidden, teacher_weight, *stats = ctx.saved_tensors
         rows = (grads[0] != 0).nonzero()[:, 0]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencredit.collect.head_gemm import TILE, TOKENS, product_nn
+from tokencredit.collect.head_gemm import TILE, TOKENS, product_nn, without_autocast
 from tokencredit.collect.head_tiles import (
     OUT,
     Readout,
@@ -29,6 +29,7 @@ class FrozenHead(torch.autograd.Function):
     """Log-prob with gradient to the hidden states, entropy as a value."""
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None
     ) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,7 @@ class FrozenHead(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (directions,) = ctx.saved_tensors
         return (directions * grads[0][:, None]).to(ctx.dtype), None, None, None, None

@@ -5,7 +5,9 @@ true float32 both; on AVX2 they draw, and torch's is taken. The operator is priv
 if it does not do what it should. The choice depends on the machine alone, never on a timing: runs repeat bit for bit.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +15,30 @@ from torch import Tensor
 
 TILE = 2048  # vocabulary entries; with `TOKENS` rows a tile is 8 MiB and stays in the cache
 TOKENS = 1024
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a function of tensors with autocast switched off, on the device of the first tensor among its arguments.
+
+    A host's autocast would round the products of the head to 16 bits. For an autograd function decorate `forward` and
+    `backward`: the device of a backward is that of the first saved tensor.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+        tensors = tensors or [item for item in args[0].saved_tensors if item is not None]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@cache
+def fused_widening() -> bool:
+    """Whether torch multiplies 16-bit matrices on CUDA into a float32 result (torch 2.8 and later)."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (major, minor) >= (2, 8)
 
 
 @cache
@@ -34,7 +60,7 @@ def product_nt(
     """left · rightᵀ, in float32 or wider whatever the inputs are: 16-bit logits would cost up to |z|/256 nats."""
     if left.dtype in (torch.float32, torch.float64):
         return _product(left, right.to(left.dtype), onednn)
-    if left.is_cuda:
+    if left.is_cuda and left.dtype == right.dtype and fused_widening():
         return torch.mm(left, right.T, out_dtype=torch.float32)
     return _product(left.float(), right.float(), onednn)
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.collect.head_gemm import TILE, product_nn
+from tokencredit.collect.head_gemm import TILE, product_nn, without_autocast
 from tokencredit.collect.head_tiles import (
     PLAIN,
     Readout,
@@ -48,6 +48,7 @@ def head_objective(
 
 class _Objective(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss: TokenLoss, *options: Any) -> Any:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
@@ -65,6 +66,7 @@ class _Objective(torch.autograd.Function):
         return total.to(wide), logprobs, entropies
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], None, None, None, None

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.exact_score import evaluating
 from tokencredit.collect.exact_trie import TokenIds, build_trie
+from tokencredit.collect.models import eval_mode
 from tokencredit.errors import TokenCreditError
 
 # sample(contexts, limits, each): for every context, `each` continuations of at most so many tokens, EOS included.
@@ -90,11 +90,12 @@ def _prefix(trie: Any, node: int) -> tuple[int, list[int]]:
 
 
 def generating(model: Any, *, eos_token_id: int, seed: int, batch: int = 256, temperature: float = 1.0) -> Sampler:
-    """A `Sampler` through Hugging Face `generate`; torch's global generator is left as it was."""
+    """A `Sampler` through Hugging Face `generate`; torch's global generators are left as they were, on GPUs too."""
 
     def sample(contexts: Sequence[TokenIds], limits: Sequence[int], each: int) -> list[list[list[int]]]:
         found: list[list[list[int]]] = []
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # `manual_seed` seeds them all
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), eval_mode(model):
             torch.manual_seed(seed)
             for start in range(0, len(contexts), max(1, batch // each)):
                 part = slice(start, start + max(1, batch // each))

@@ -153,27 +153,51 @@ def build_teacher(config: Mapping[str, Any]) -> Teacher:
     return teacher_model.SelfTeacher(given)
 
 
-def resolve_teacher(config: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_teacher(config: Any) -> dict[str, Any]:
     """The config with defaults filled in; a key or value that cannot be is named with what can. Nothing is loaded."""
     if not isinstance(config, Mapping) or "kind" not in config:
         raise TokenCreditError(
             f"`teacher` is a mapping with `kind`, one of {sorted(KINDS)}, got {config!r}",
             hint="for example `teacher: {kind: model, model: path/to/checkpoint}`",
         )
-    if config["kind"] not in KINDS:
-        raise unknown("teacher kind", config["kind"], KINDS)
+    if not isinstance(config["kind"], str) or config["kind"] not in KINDS:
+        raise unknown("teacher kind", str(config["kind"]), KINDS)
     keys = KINDS[config["kind"]]
     for key, value in config.items():
         if key != "kind" and key not in keys:
-            raise unknown(f"key of teacher {config['kind']!r}", key, keys)
+            raise unknown(f"key of teacher {config['kind']!r}", str(key), keys)
         if key in CHOICES and value not in CHOICES[key]:
             raise TokenCreditError(f"`{key}` of the teacher must be one of {list(CHOICES[key])}, got {value!r}")
     given = keys | dict(config)
     missing = [key for key, value in given.items() if value is REQUIRED]
     if missing:
         raise TokenCreditError(f"teacher {config['kind']!r} needs `{missing[0]}`")
+    _check_kinds(given)
     _check_numbers(given)
     return given
+
+
+def _check_kinds(given: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong type: YAML reads `yes` and `3` as what they look like."""
+    for key in ("model", "tokenizer", "revision", "url", "template"):
+        value = given.get(key)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise TokenCreditError(f"`{key}` of the teacher must be a text, got {value!r}", hint="put it in quotes")
+    for key in ("columns", "chat_template_kwargs"):
+        value = given.get(key, {})
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise TokenCreditError(f"`{key}` of the teacher must be a mapping from names, got {value!r}")
+    if not all(isinstance(column, str) for column in given.get("columns", {}).values()):
+        raise TokenCreditError(f"`columns` of the teacher must name columns by texts, got {given['columns']!r}")
+    if not isinstance(given.get("trust_remote_code", False), bool):
+        raise TokenCreditError(
+            f"`trust_remote_code` of the teacher must be true or false, got {given['trust_remote_code']!r}"
+        )
+    limit = given["max_length"]
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise TokenCreditError(
+            f"`max_length` of the teacher must be a whole number of tokens of at least 1, got {limit!r}"
+        )
 
 
 def _check_numbers(given: Mapping[str, Any]) -> None:
@@ -182,8 +206,8 @@ def _check_numbers(given: Mapping[str, Any]) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise TokenCreditError(f"`{key}` of the teacher must be a whole number of at least 1, got {value!r}")
     rate = given.get("ema_rate", 0.05)
-    if not isinstance(rate, int | float) or not 0.0 < rate <= 1.0:
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0.0 < rate <= 1.0:
         raise TokenCreditError(f"`ema_rate` of the teacher must be in (0, 1], got {rate!r}")
     timeout = given.get("timeout", 1.0)
-    if not isinstance(timeout, int | float) or timeout <= 0:
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < float("inf"):
         raise TokenCreditError(f"`timeout` of the teacher must be a number of seconds above 0, got {timeout!r}")

@@ -70,9 +70,15 @@ def check_size(student: Any, rows: int, what: str = "teacher") -> None:
 
 
 def check_end(student_ends: Iterable[int], teacher_ends: Iterable[int], tokenizer: Any, policy: str = "refuse") -> None:
-    """A teacher that ends otherwise gives the student's end next to no probability, and responses grow."""
+    """Refuse a teacher that does not end where the student does: it gives the student's end next to no probability.
+
+    A student ends its responses with its tokenizer's EOS; generation settings may list further ids, which it rarely
+    samples. So it is the EOS that the teacher must know, not any id of the list. `tokenizer` is the student's.
+    """
     own, other = sorted(set(student_ends)), sorted(set(teacher_ends))
-    if policy == "allow" or not other or set(own) & set(other):
+    eos = getattr(tokenizer, "eos_token_id", None)
+    needed = {eos} if eos in own else set(own)
+    if policy == "allow" or not other or needed & set(other):
         return
     raise TokenCreditError(
         f"the student ends with {_named(own, tokenizer)}, the teacher with {_named(other, tokenizer)}: the teacher "

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.models import unwrapped
+from tokencredit.collect.models import is_peft_model, unwrapped
 from tokencredit.collect.teacher_checks import check_chat, check_end, check_size, check_tokenizers, end_ids
-from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
+from tokencredit.collect.teacher_probe import Batch, StartProbe
+from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits, first_rows
 from tokencredit.collect.teacher_score import Scores, score_entropies, used_widths
 from tokencredit.errors import TokenCreditError
 
@@ -20,6 +21,8 @@ class _Scoring(ABC):
     """Scores of a model that is at hand: `opened` gives it with the prompts that it sees."""
 
     given: Mapping[str, Any]
+    _student: Any = None  # the student's tokenizer
+    _start: StartProbe | None = None  # a teacher that is the policy itself has nothing to show
 
     @abstractmethod
     def opened(
@@ -54,7 +57,7 @@ class _Scoring(ABC):
     ) -> Scores:
         """The same with the entropy of the teacher in front of each chosen token, from the same pass."""
         with self.opened(prompt_ids, response_mask, rows, policy) as (model, prompts):
-            return score_entropies(
+            scores = score_entropies(
                 model,
                 prompts,
                 response_ids,
@@ -63,6 +66,10 @@ class _Scoring(ABC):
                 batch_size=self.given["batch_size"],
                 device=next(model.parameters()).device,
             )
+        if self._start is not None:
+            batch = Batch(prompt_ids, response_ids, response_mask, rows)
+            self._start(self.score, scores[0], batch, temperature, policy, self._student)
+        return scores
 
 
 class ModelTeacher(_Scoring):
@@ -73,6 +80,7 @@ class ModelTeacher(_Scoring):
         self.prompts = PromptRenderer(given)
         self.needs_attempts = self.prompts.needs_attempts
         self._student: Any = None
+        self._start = StartProbe()
 
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> "ModelTeacher":
@@ -102,7 +110,7 @@ class ModelTeacher(_Scoring):
         temperature: float = 1.0,
     ) -> None:
         """Refuse another vocabulary, another chat template, another EOS, and rows without what the template shows."""
-        rows = list(rows) if isinstance(rows, Iterator) else rows
+        rows = first_rows(rows)
         check_tokenizers(policy_tokenizer, self.tokenizer)
         check_size(policy_tokenizer, self.model.get_input_embeddings().weight.shape[0])
         ends = end_ids(policy_tokenizer, policy), end_ids(self.tokenizer, self.model)
@@ -204,7 +212,7 @@ class SelfTeacher(_Scoring):
         self._copy = {name: value.clone() for name, value in state.items()}
 
     def _check_policy(self, policy: Any) -> None:
-        if self.given["weights"] == "base" and not hasattr(unwrapped(policy), "disable_adapter"):
+        if self.given["weights"] == "base" and not is_peft_model(policy):
             raise TokenCreditError(
                 f"a base teacher is the policy with its LoRA adapter off, and {type(policy).__name__} has no adapter",
                 hint="train with `peft_config`, or use `kind: self` with `weights: frozen`",
@@ -239,15 +247,20 @@ class SelfTeacher(_Scoring):
 
 @contextmanager
 def _swapped(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The parameters hold `values` inside; their own storage comes back untouched."""
+    """The parameters hold `values` inside; their own storage comes back untouched.
+
+    A host's autocast keeps 16-bit copies of parameters, by object and not by value: they are dropped on both sides.
+    """
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             parameter.data = values[name].to(parameter.dtype)
+        torch.clear_autocast_cache()
         yield
     finally:
         for name, parameter in parameters.items():
             parameter.data = own[name]
+        torch.clear_autocast_cache()
 
 
 def _prompts(

@@ -53,10 +53,12 @@ def teacher_objective(
     own = parent_logprobs(model, prompt_ids, trie, prompt, temperature=temperature)
     with torch.no_grad():
         other = parent_logprobs(teacher, teacher_prompt_ids, trie, prompt, temperature=temperature).to(own)
-    token = trie.token[span.start : span.stop].to(own.device)
+    device = own.device
+    token = trie.token[span.start : span.stop].to(device)
     passed = _log_reach(trie, prompt, own.gather(-1, token[:, None]).squeeze(-1).double())
-    parents, place = trie.parent[span.start : span.stop].unique(return_inverse=True)
-    first = torch.full_like(parents, len(span)).scatter_reduce(0, place, torch.arange(len(span)), "amin")
+    parents, place = trie.parent[span.start : span.stop].to(device).unique(return_inverse=True)
+    order = torch.arange(len(span), device=device)
+    first = torch.full_like(parents, len(span)).scatter_reduce(0, place, order, "amin")
     divergence = (own[first].exp() * (own[first] - other[first])).sum(-1).double()  # one row a state
     at_root = parents == prompt
     probability = torch.where(at_root, 1.0, passed[(parents - span.start).clamp_min(0)].exp())
@@ -68,7 +70,7 @@ def teacher_objective(
 def _log_reach(trie: Trie, prompt: int, logprobs: Float[Tensor, " node"]) -> Float[Tensor, " node"]:
     """ln P of the nodes of one prompt, roots left out, with gradient."""
     span = trie.spans[prompt]
-    parent, depth = (item[span.start : span.stop] for item in (trie.parent, trie.depth))
+    parent, depth = (item[span.start : span.stop].to(logprobs.device) for item in (trie.parent, trie.depth))
     total = logprobs
     for level in range(2, int(depth.max()) + 1):
         at = (depth == level).nonzero()[:, 0]

@@ -2,6 +2,7 @@
 
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, takewhile
 from typing import Any
 
 from torch import Tensor
@@ -30,8 +31,14 @@ TEMPLATES: dict[str, str] = {
     "decoy": KNOWN,
 }
 DECOYS = 1000  # answers that are remembered
-RENDERED_AT_START = 8  # rows that `check` renders to ids; fields are checked in all
+RENDERED_AT_START = 8  # rows that `check` renders to ids; fields are checked in more
+CHECKED, STREAMED = 10_000, 256  # rows of the training data that are looked at before it starts
 Row = Mapping[str, Any]
+
+
+def first_rows(rows: Iterable[Row]) -> Sequence[Row]:
+    """The rows that checks before training look at: a stream may have no end, and a long set would take minutes."""
+    return list(islice(rows, CHECKED if hasattr(rows, "__len__") else STREAMED))
 
 
 class PromptRenderer:
@@ -60,11 +67,14 @@ class PromptRenderer:
         return "attempt" in self.fields and "attempt" not in self.columns
 
     def check(self, rows: Iterable[Row], tokenizer: Any) -> None:
-        """Refuse a row without what the template shows, and a prompt that ends otherwise than the student's."""
+        """Refuse a row without what the template shows, and a prompt that ends otherwise than the student's.
+
+        Looks at the first `CHECKED` rows, of a stream at the first `STREAMED`; later rows are looked at when they come.
+        """
         if self.text is None:
             return
         sample: list[Row] = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(first_rows(rows)):
             if not self.needs_attempts:
                 values = {field: self._value(row, field, number) for field in self._own_fields}
                 if self.decoy and len(self._answers) < DECOYS:
@@ -179,11 +189,14 @@ def render(prompt: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any],
                 hint="write a `template` with characters that it knows",
             ) from error
     else:
-        ids = list(
-            tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=generate, tokenize=True, return_dict=True, **chat_template_kwargs
-            )["input_ids"]
-        )
+        options = {"add_generation_prompt": generate, "tokenize": True, "return_dict": True}
+        try:
+            ids = list(tokenizer.apply_chat_template(list(prompt), **options, **chat_template_kwargs)["input_ids"])
+        except Exception as error:  # a template is a program: it may refuse roles, or fail on what it did not expect
+            raise TokenCreditError(
+                f"the chat template cannot render the prompt {prompt!r}: {error}",
+                hint="mend the conversation, or give the tokenizer another chat template",
+            ) from error
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise TokenCreditError(f"the student's tokenizer does not know a part of the prompt {prompt!r}")
     return ids
@@ -228,9 +241,17 @@ def _with_privilege(messages: Sequence[Mapping[str, Any]], text: str) -> list[di
 
 
 def _generation_suffix(prompt: Any, tokenizer: Any, renderer: PromptRenderer) -> int:
-    """Length of what the chat template puts behind the last user turn."""
+    """Length of what the chat template puts after the last user turn.
+
+    This is what the generation prompt adds, if the rendering without it is a prefix. Templates may also change what
+    comes before; then it is the common ending of two prompts that differ in the last user turn.
+    """
     with_it, without = (render(prompt, tokenizer, renderer.chat_template_kwargs, g) for g in (True, False))
-    return max(1, len(with_it) - len(without))
+    if with_it[: len(without)] == without:
+        return max(1, len(with_it) - len(without))
+    other = render(_with_privilege(prompt, _stand_in({"prompt": prompt})), tokenizer, renderer.chat_template_kwargs)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(with_it), reversed(other), strict=False))
+    return max(1, sum(1 for _ in same))
 
 
 def _same_prompt(student: list[int], rendered: list[int], tokenizer: Any) -> None:

@@ -71,7 +71,7 @@ def used_widths(response_mask: Bool[Tensor, "batch response"]) -> list[int]:
 def packed_rows(
     prompts: Sequence[Sequence[int]], responses: Tensor, widths: list[int], rows: list[int], width: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Prompts padded on the left, responses on the right, as the student's own pass has them."""
+    """Prompts padded on the left, responses on the right, as hosts have them; `token_logprobs` moves the padding."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(rows), longest + width, dtype=torch.long)
     attention = torch.zeros_like(ids)

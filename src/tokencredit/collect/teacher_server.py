@@ -9,7 +9,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.collect.teacher_checks import PROBES, SHARED, _encode, check_chat, check_end, check_tokenizers, end_ids
-from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits
+from tokencredit.collect.teacher_probe import Batch, StartProbe
+from tokencredit.collect.teacher_prompts import PromptRenderer, check_fits, first_rows
 from tokencredit.collect.teacher_score import used_widths
 from tokencredit.errors import TokenCreditError
 
@@ -26,6 +27,20 @@ ANSWER_BYTES = 1 << 30  # an answer larger than this is no list of log-probs
 TEMPERATURE_PROBE = 2.0
 BUSY = (502, 503, 504)
 RETRY_AFTER = (1.0, 4.0)  # seconds
+
+
+# What a request does not say, a server takes from the model's generation settings. Log-probs are those of the model
+# only where nothing filters or penalises tokens.
+PLAIN_SAMPLING: dict[str, Any] = {
+    "n": 1,
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+PLACEHOLDER = -1000.0  # servers write −inf as −9999 or another large number; no model means such a log-prob
 
 
 class ServerTeacher:
@@ -43,6 +58,7 @@ class ServerTeacher:
         self.limit: int | None = given["max_length"]
         self._name: str | None = given["model"]
         self._student: Any = None
+        self._probe = StartProbe()
         self._tempered: bool | None = None  # whether the server applies a temperature to what it returns
 
     def check(
@@ -54,7 +70,7 @@ class ServerTeacher:
         temperature: float = 1.0,
     ) -> None:
         """Refuse a server that is away, serves another vocabulary or EOS, or ignores the temperature that is needed."""
-        rows = list(rows) if isinstance(rows, Iterator) else rows
+        rows = first_rows(rows)
         self._find_model()
         if self.given["tokenizer"] is not None:
             self._check_named_tokenizer(policy_tokenizer, policy, rows)
@@ -90,7 +106,10 @@ class ServerTeacher:
             result[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
         result = result.to(response_ids.device)
         self._check_complete(result, response_mask)
-        return torch.where(response_mask, result, 0.0)
+        scores = torch.where(response_mask, result, 0.0)
+        batch = Batch(prompt_ids, response_ids, response_mask, rows)
+        self._probe(self.score, scores, batch, temperature, policy, self._student)
+        return scores
 
     def after_step(self, policy: Any) -> None:
         """A fixed teacher does not move."""
@@ -178,7 +197,8 @@ class ServerTeacher:
         return TokenCreditError(
             f"the student samples at temperature {temperature}, and the teacher's server is not known to apply one to "
             "the log-probs that it returns",
-            hint="start it with `--logprobs-mode processed_logprobs` and call `check`, or sample at temperature 1.0",
+            hint="sample at temperature 1.0, or load the teacher here (`kind: model`): vLLM takes log-probs of prompts "
+            "from raw logits, whatever its --logprobs-mode",
         )
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -200,6 +220,7 @@ class ServerTeacher:
             "max_tokens": 1,
             "temperature": temperature,
             "prompt_logprobs": 1,
+            **PLAIN_SAMPLING,
         }
         choices = self._post("/v1/completions", request).get("choices")
         if not isinstance(choices, list) or len(choices) != len(sequences):
@@ -240,7 +261,7 @@ class ServerTeacher:
         except (OSError, ValueError) as error:
             raise TokenCreditError(
                 f"no teacher at {request.full_url}: {error}",
-                hint="start one: `vllm serve MODEL --logprobs-mode processed_logprobs --max-logprobs -1`",
+                hint="start one: `vllm serve MODEL --max-logprobs -1`",
             ) from error
         if not isinstance(found, dict):
             raise TokenCreditError(f"the teacher's server must answer a JSON object, got {type(found).__name__}")
@@ -274,7 +295,21 @@ def sampled_logprobs(entries: Any, sequence: Sequence[int], prompt_length: int) 
         )
     values = []
     for position in range(prompt_length, min(len(entries), len(sequence))):
-        entry = (entries[position] or {}).get(str(sequence[position])) or {}
-        value = entry.get("logprob")
-        values.append(float(value) if isinstance(value, int | float) else math.nan)
+        shown = entries[position] if isinstance(entries[position], Mapping) else {}
+        entry = shown.get(str(sequence[position]))
+        entry = entry if isinstance(entry, Mapping) else {}
+        values.append(_logprob(entry.get("logprob"), sequence[position]))
     return values
+
+
+def _logprob(value: Any, token: int) -> float:
+    """The number as a log-prob; NaN where there is none. Placeholders and positive numbers are refused."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+        return math.nan
+    if value <= PLACEHOLDER or value > 1e-3:
+        raise TokenCreditError(
+            f"the teacher's server gives token {token} the log-prob {value:g}, which stands for something else",
+            hint="-9999 is vLLM's word for -inf: look for a top_k, a top_p or another filter in the server's settings "
+            "(`--generation-config vllm` leaves the model's out)",
+        )
+    return float(value)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencredit.collect.head_divergence import head_divergence
 from tokencredit.collect.head_tiles import Readout
-from tokencredit.collect.logprobs import model_inputs
+from tokencredit.collect.logprobs import check_media, pass_of
 from tokencredit.collect.models import backbone_of, eval_mode, head_of
 from tokencredit.collect.teacher_score import packed_rows, used_widths
 
@@ -58,7 +58,10 @@ def _states(
     model: Any, ids: Tensor, attention: Tensor, longest: int, temperature: float
 ) -> tuple[Float[Tensor, "token hidden"], Float[Tensor, "vocab hidden"], Readout]:
     """Hidden states in front of each response token, and the head that reads them."""
+    check_media(model, ids)
     weight, readout = head_of(model, temperature)
+    one = pass_of(ids, attention)
     with eval_mode(model):
-        hidden = backbone_of(model)(**model_inputs(ids, attention, None)).last_hidden_state
-    return hidden[:, longest - 1 : -1].flatten(0, 1), weight.detach(), readout
+        hidden = backbone_of(model)(**one.inputs).last_hidden_state
+    states = one.states_before(hidden, longest, ids.shape[1] - longest)
+    return states.flatten(0, 1), weight.detach(), readout

@@ -5,7 +5,7 @@ and a character of several tokens decodes to U+FFFD in each of them.
 """
 
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import pairwise, takewhile
 from typing import Any
 
 INCOMPLETE = "\ufffd"  # what `decode` gives for the first bytes of a character
@@ -49,7 +49,7 @@ def batch_token_texts(
     return found
 
 
-def _incremental(tokenizer: Any, ids: list[int], options: dict[str, bool]) -> list[str]:
+def _incremental(tokenizer: Any, ids: Sequence[int], options: dict[str, bool]) -> list[str]:
     """Pieces from a short window before each token: linear in the length of the response."""
     pieces: list[str] = []
     first = shown = 0  # the window starts at `first`; tokens before `shown` have their text already
@@ -65,11 +65,13 @@ def _incremental(tokenizer: Any, ids: list[int], options: dict[str, bool]) -> li
     return pieces
 
 
-def _by_prefix(tokenizer: Any, ids: list[int], text: str, options: dict[str, bool]) -> list[str]:
+def _by_prefix(tokenizer: Any, ids: Sequence[int], text: str, options: dict[str, bool]) -> list[str]:
     """Pieces from every prefix decoded: exact for any tokenizer, quadratic in the length of the response."""
     ends = [0]
     for stop in range(1, len(ids)):
-        known = commonprefix([tokenizer.decode(ids[:stop], **options), text])
-        ends.append(max(ends[-1], len(known)))
+        agree = takewhile(
+            lambda pair: pair[0] == pair[1], zip(tokenizer.decode(ids[:stop], **options), text, strict=False)
+        )
+        ends.append(max(ends[-1], sum(1 for _ in agree)))
     ends.append(len(text))
-    return [text[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+    return [text[start:stop] for start, stop in pairwise(ends)]

@@ -20,6 +20,7 @@ INK = "#010203"  # stand-in that becomes the page's text colour
 BLUE, RED, GREY = "#2a6f97", "#b23a48", "#8d99ae"
 UNBOUNDED = ("expected_direction", "teacher_expected")  # estimates of cosines that noise can push out of [−1, 1]
 CONTROLS = (" (shuffled)", " (reversed)", " (mean)")  # how the names of controls end
+NEGLIGIBLE = 5e-4  # share of the success that a bound on what is left out may have without being said
 ROUNDING = 1e-6  # an estimate that is this far above 1 is 1
 SHOWN = 3  # methods laid over the exact credit in the token view, the best ones and grpo
 
@@ -174,15 +175,14 @@ def _drawn(draw: Callable[["Axes"], None], figure: "Figure") -> str:
 
 
 def success_text(cell: Mapping[str, Any]) -> str:
-    """The exact and the sampled success of a cell; a lower bound where answers were spelled in tokens not listed."""
+    """The exact and the sampled success of a cell; a range where some spellings of accepted texts are not listed."""
     success = cell["success"]
-    other = success.get("other_spellings", 0.0)
-    if not other:
-        return f"success {success['exact']:.3f} exact, {success['sampled']:.3f} sampled"
-    return (
-        f"success at least {success['exact']:.3f} (exact for the listed tokens), {success['sampled']:.3f} sampled, and "
-        f"{other:.3f} of the responses say an accepted text in tokens that are not listed"
-    )
+    sampled, omitted, other = (success.get(name, 0.0) for name in ("sampled", "omitted", "other_spellings"))
+    if omitted <= NEGLIGIBLE * success["exact"] and not other:
+        return f"success {success['exact']:.3f} exact, {sampled:.3f} sampled"
+    most = f" and at most {success['exact'] + omitted:.3f}" if omitted > NEGLIGIBLE * success["exact"] else ""
+    text = f"success at least {success['exact']:.3f}{most} (exact for the listed spellings), {sampled:.3f} sampled"
+    return f"{text}, and {other:.3f} of the responses spell an accepted text in other tokens" if other else text
 
 
 def notes(cell: Mapping[str, Any]) -> list[str]:
@@ -192,8 +192,8 @@ def notes(cell: Mapping[str, Any]) -> list[str]:
         found.append(f"nothing can be compared: {cell['nothing']}; take more rollouts, other prompts, or another model")
     if cell["success"].get("other_spellings", 0.0):
         found.append(
-            "responses that say an accepted text in tokens that are not listed count as wrong, here and in the exact "
-            "values; list such spellings as token ids in the task's `accepted`"
+            "responses that spell an accepted text in tokens that are not listed count as wrong, here and in the exact "
+            "values; list such spellings as token ids, or the text itself, in the task's `accepted`"
         )
     if cell.get("controls"):
         found.append(f"added controls: {', '.join(cell['controls'])} (--no-controls leaves them out)")

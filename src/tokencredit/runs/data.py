@@ -70,7 +70,9 @@ def exact_values(task: Task) -> ExactValues:
         return Problem.from_json(columns["problem"])
 
     return ExactValues(
-        lambda columns: task.accepted(problem(columns)), lambda columns, text: task.verify(problem(columns), text)
+        lambda columns: task.accepted(problem(columns)),
+        lambda columns, text: task.verify(problem(columns), text),
+        max_tokens=task.max_response,
     )
 
 
