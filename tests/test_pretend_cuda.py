@@ -9,7 +9,7 @@ from batches import make_batch
 from support import fakecuda
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit import assign_credit, get_pipeline
+from tokencredit import TokenCreditError, assign_credit, get_pipeline
 from tokencredit.collect.attention import attention_entropies, tap_entropies
 from tokencredit.collect.exact import exact_credit
 from tokencredit.collect.head import head_logprobs
@@ -142,8 +142,8 @@ def test_a_batch_is_checked_where_it_lies() -> None:
     broken = torch.where(batch.response_mask, float("nan"), 0.0)
     with fakecuda.session():
         on_device = fakecuda.cuda(batch)
-        with pytest.raises(ValueError, match="entropies"):
-            replace(on_device, entropies=fakecuda.cuda(broken))
+        with pytest.raises(TokenCreditError, match="entropies"):
+            assign_credit("hapo", replace(on_device, entropies=fakecuda.cuda(broken)))
 
 
 PROMPTS, EOS = [[2, 3, 4], [5, 4, 3]], 1

@@ -253,7 +253,12 @@ def test_page_is_whole_offline_and_escaped(results: dict) -> None:
     evil = json.loads(json.dumps(results))
     example = evil["cells"][0]["examples"][0]
     example["prompt"], example["tokens"][0] = "<script>alert(1)</script>", '"><script>x</script>'
+    cell = evil["cells"][0]
+    cell["methods"][0]["name"], cell["task"] = "$x^{ \x1b[31m", "\x1b]0;title\x07"
+    cell["left_out"] = {"\x1b[2J": "\x1b[1m"}
     text = render_bench(evil)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", text)
+    assert "Content-Security-Policy" in text
     parser = Balanced()
     parser.feed(text)
     assert parser.open == []

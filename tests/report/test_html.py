@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import sample_runs
 
+import tokencredit
 from tokencredit.cli import report as cli
 from tokencredit.errors import TokenCreditError
-from tokencredit.report import write_report
+from tokencredit.report import plots, write_report
 from tokencredit.report.html import _title
+from tokencredit.report.results import Curve
 from tokencredit.report.runs import Run
 
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
@@ -200,3 +203,38 @@ def test_a_title_that_would_be_a_paragraph_counts_the_methods() -> None:
     runs = [Run(folder=Path(name), name=name, label=name, task="countdown") for name in names]
     assert _title(runs[:2]) == "grpo, hapo on countdown"
     assert _title(runs) == "3 methods on countdown"
+
+
+def test_every_page_forbids_loading_anything() -> None:
+    pages = sorted(Path(tokencredit.__file__).parent.rglob("templates/*.html"))
+    assert len(pages) >= 3
+    for path in pages:
+        assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in path.read_text(), path
+
+
+def test_axes_show_numbers_in_full() -> None:
+    curve = Curve("a", [0.0, 1.0, 2.0], [0.9996, 1.0, 1.0004], [math.nan] * 3, [math.nan] * 3)
+    svg = plots.curves("x", [curve], {"a": plots.style(0)})
+    numbers = re.findall(r">(\d[\d.]*)</text>", svg)
+    assert "1.0000" in numbers and "0.9996" in numbers
+    assert plots._tick(2.5e-7, step=5e-8, largest=3e-7) == "2.5e−07"
+    assert plots._tick(-0.25, step=0.25, largest=1.0) == "−0.25"
+    assert plots._tick(1500.0, step=500.0, largest=2000.0) == "1500"
+
+
+def test_an_evaluation_that_is_no_share_is_a_mean_reward(tmp_path: Path) -> None:
+    folder = tmp_path / "shaped"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"label": "shaped", "seed": 0}))
+    lines = [
+        {"step": step, "kind": "eval", "metrics": metrics}
+        for step, metrics in ((0, {"success": 0.1}), (5, {"success": 1.8, "per_problem": [1.0, 2.6]}))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(page(write_report([folder], tmp_path / "a.html")).text)
+    assert "Mean reward on held-out problems" in text and "1.8" in text
+    assert "180" not in text and "in %" not in text
+    said = {"reward": 0.5, "success": 1.0, "per_problem": [0.5, 0.5], "binary": False, "threshold": 0.2}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "kind": "eval", "metrics": said}) + "\n")
+    text = "".join(page(write_report([folder], tmp_path / "b.html")).text)
+    assert "Mean reward on held-out problems" in text and "above the reward threshold" in text

@@ -123,7 +123,7 @@ def _draw_ranking(
         axes.plot([value], [place], "o", color=colour, markersize=4)
         if crossed and method["figures"][crossed][0] is not None:
             axes.plot([method["figures"][crossed][0]], [place], "x", color=colour, markersize=4)
-    axes.set_yticks(range(len(ranked)), [method["name"] for method in reversed(ranked)])
+    axes.set_yticks(range(len(ranked)), [visible(method["name"], keep_lines=True) for method in reversed(ranked)])
     axes.axvline(0.0, color=INK, linewidth=0.5)
     axes.set_xlabel("cosine with the exact gradient, 95 % interval over prompts")
     axes.set_ylim(-0.6, len(ranked) - 0.4)

@@ -197,7 +197,7 @@ def _tick(value: float, place: int | None = None, *, step: float, largest: float
     """A tick with as many decimals as tell it from its neighbours; far from 1 as a power of ten."""
     if largest >= 1e6 or largest < 1e-4:
         digits = max(0, math.ceil(math.log10(largest / step)))
-        return f"{value:.{digits + 1}g}".replace("-", "−", 1 if value < 0 else 0)
+        return f"{value:.{digits + 1}g}".replace("-", "−")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     if decimals and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:  # steps of 0.25
         decimals += 1
