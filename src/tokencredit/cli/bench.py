@@ -174,6 +174,9 @@ def print_table(cell: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not cell["methods"]:
+        print(printable(title(cell)))
+        return
     table = Table(title=Text(printable(title(cell))))
     columns = TEACHER_NARROW if has_objective(cell) else NARROW
     names = header(columns)
