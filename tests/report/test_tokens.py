@@ -129,7 +129,9 @@ def test_one_colour_scale_for_the_whole_page(tmp_path: Path) -> None:
 
 def test_words_may_break_before_a_space_and_newlines_break_the_line() -> None:
     tokens = [["x", " word", "\n\n  if", "", "🍓"], *record().tokens[1:]]
-    batch = replace(record(entropies=False).batch, response_mask=torch.tensor([[True] * 5, [True] + [False] * 4, [False] * 5]))
+    batch = replace(
+        record(entropies=False).batch, response_mask=torch.tensor([[True] * 5, [True] + [False] * 4, [False] * 5])
+    )
     first, _ = response_views(replace(record(), tokens=tokens, batch=batch), [0, 1])
     assert [token.text for token in first.tokens] == ["x", "·word", "⏎\n⏎\n··if", "▁", "🍓"]
     assert [token.breaks for token in first.tokens] == [False, True, False, False, False]
