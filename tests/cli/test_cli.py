@@ -181,12 +181,12 @@ def test_doctor_finds_the_seams(capsys: pytest.CaptureFixture) -> None:
     code, out, _ = call(capsys, "doctor", "--json")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert code == 0
-    assert checks["seam GRPOTrainer._compute_loss"]["status"] == "ok"
+    assert checks["TRL's GRPOTrainer._compute_loss"]["status"] == "ok"
 
 
 def test_doctor_names_the_fix(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("tokencredit.adapters.doctor", fromlist=["x"]).TRL_SEAMS, "_gone", ("inputs",))
     code, out, _ = call(capsys, "doctor")
     assert code == 1
-    assert "FAIL  seam GRPOTrainer._gone: missing" in out
+    assert "FAIL  TRL's GRPOTrainer._gone: missing" in out
     assert "fix: " in out

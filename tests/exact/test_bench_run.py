@@ -206,7 +206,9 @@ def test_bad_configs_are_refused(given: dict, message: str) -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "bench.yaml"
     path.write_text("prompts: 5\nrollouts: 4\ntasks: carry\n")
-    arguments = build_parser().parse_args(["bench", str(path), "--prompts", "7", "--stage", "all", "--task", "all"])
+    arguments = build_parser("bench").parse_args(
+        ["bench", str(path), "--prompts", "7", "--stage", "all", "--task", "all"]
+    )
     config = config_of(arguments)
     assert (config.prompts, config.rollouts) == (7, 4)
     assert config.tasks == ("countdown", "carry", "chain")
@@ -251,7 +253,12 @@ def test_page_is_whole_offline_and_escaped(results: dict) -> None:
     evil = json.loads(json.dumps(results))
     example = evil["cells"][0]["examples"][0]
     example["prompt"], example["tokens"][0] = "<script>alert(1)</script>", '"><script>x</script>'
+    cell = evil["cells"][0]
+    cell["methods"][0]["name"], cell["task"] = "$x^{ \x1b[31m", "\x1b]0;title\x07"
+    cell["left_out"] = {"\x1b[2J": "\x1b[1m"}
     text = render_bench(evil)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", text)
+    assert "Content-Security-Policy" in text
     parser = Balanced()
     parser.feed(text)
     assert parser.open == []

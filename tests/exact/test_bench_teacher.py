@@ -170,7 +170,7 @@ def test_tables_and_page_show_the_objective(results: dict, capsys: pytest.Captur
     ],
 )
 def test_the_flag(flag: str, section: dict) -> None:
-    assert config_of(build_parser().parse_args(["bench", "--teacher", flag])).teacher == section
+    assert config_of(build_parser("bench").parse_args(["bench", "--teacher", flag])).teacher == section
 
 
 def test_teachers_that_cannot_be(config: BenchConfig, tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def with_teacher(batch: TokenBatch, step: int, seed: int) -> TokenBatch:
     rng = generator("teacher", step, seed)
     way = torch.arange(batch.response_mask.shape[1]) / batch.response_mask.shape[1]
     spread = (0.1 + way) * (0.2 + batch.entropies) * (1.0 - 0.006 * step)  # type: ignore[operator]
-    old = -torch.rand(batch.response_mask.shape, generator=rng)
+    noise = torch.rand(batch.response_mask.shape, generator=rng)
     gap = spread * (torch.randn(batch.response_mask.shape, generator=rng) - 0.3)
-    old = old - gap.clamp_min(0.0)  # neither is above 0
+    old = -noise - torch.nan_to_num(gap).clamp_min(0)  # neither log-prob is above 0
     return replace(batch, old_logprobs=old, teacher_logprobs=old + gap)
 
 

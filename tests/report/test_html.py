@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 import sample_runs
 
+import tokencredit
 from tokencredit.cli import report as cli
 from tokencredit.errors import TokenCreditError
-from tokencredit.report import write_report
+from tokencredit.report import plots, write_report
 from tokencredit.report.html import _title
+from tokencredit.report.results import Curve
 from tokencredit.report.runs import Run
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 # Each is one token, and the label, task, model, status and settings of its run.
 HOSTILE = ("<script>alert(1)</script>{{ 7*7 }}\ud83d", '"><img src=x onerror=alert(1)>\x00\x08\x1b\u202e')
 
@@ -140,7 +143,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     (folder / "run.json").write_text(json.dumps({"label": "bare", "status": "running"}))
     parsed = page(write_report([folder], tmp_path / "a.html"))
     assert [a.get("id") for a in parsed.of("section")] == ["results", "settings"]
-    assert "no evaluation" in "".join(parsed.text) and "is running" in "".join(parsed.text)
+    assert "Nothing was evaluated" in "".join(parsed.text) and "is running" in "".join(parsed.text)
     lines = [
         {"step": 3, "kind": "eval", "metrics": {"success": 0.5}},
         {"step": 3, "kind": "train", "metrics": {"loss": 1}},
@@ -188,7 +191,7 @@ def test_default_place_is_the_first_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_bad_places_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenCreditError, match=r"has neither run\.json nor compare\.json"):
+    with pytest.raises(TokenCreditError, match=r"holds none of run\.json, compare\.json"):
         run([str(tmp_path)])
     folder = sample_runs.write_run(tmp_path / "run", "grpo", 0, steps=0)
     with pytest.raises(TokenCreditError, match="is a folder"):
@@ -200,3 +203,38 @@ def test_a_title_that_would_be_a_paragraph_counts_the_methods() -> None:
     runs = [Run(folder=Path(name), name=name, label=name, task="countdown") for name in names]
     assert _title(runs[:2]) == "grpo, hapo on countdown"
     assert _title(runs) == "3 methods on countdown"
+
+
+def test_every_page_forbids_loading_anything() -> None:
+    pages = sorted(Path(tokencredit.__file__).parent.rglob("templates/*.html"))
+    assert len(pages) >= 3
+    for path in pages:
+        assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in path.read_text(), path
+
+
+def test_axes_show_numbers_in_full() -> None:
+    curve = Curve("a", [0.0, 1.0, 2.0], [0.9996, 1.0, 1.0004], [math.nan] * 3, [math.nan] * 3)
+    svg = plots.curves("x", [curve], {"a": plots.style(0)})
+    numbers = re.findall(r">(\d[\d.]*)</text>", svg)
+    assert "1.0000" in numbers and "0.9996" in numbers
+    assert plots._tick(2.5e-7, step=5e-8, largest=3e-7) == "2.5e−07"
+    assert plots._tick(-0.25, step=0.25, largest=1.0) == "−0.25"
+    assert plots._tick(1500.0, step=500.0, largest=2000.0) == "1500"
+
+
+def test_an_evaluation_that_is_no_share_is_a_mean_reward(tmp_path: Path) -> None:
+    folder = tmp_path / "shaped"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"label": "shaped", "seed": 0}))
+    lines = [
+        {"step": step, "kind": "eval", "metrics": metrics}
+        for step, metrics in ((0, {"success": 0.1}), (5, {"success": 1.8, "per_problem": [1.0, 2.6]}))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(page(write_report([folder], tmp_path / "a.html")).text)
+    assert "Mean reward on held-out problems" in text and "1.8" in text
+    assert "180" not in text and "in %" not in text
+    said = {"reward": 0.5, "success": 1.0, "per_problem": [0.5, 0.5], "binary": False, "threshold": 0.2}
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, "kind": "eval", "metrics": said}) + "\n")
+    text = "".join(page(write_report([folder], tmp_path / "b.html")).text)
+    assert "Mean reward on held-out problems" in text and "above the reward threshold" in text

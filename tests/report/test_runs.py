@@ -86,16 +86,18 @@ def test_same_label_and_seed_from_two_folders_are_told_apart(tmp_path: Path) -> 
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenCreditError, match=r"has neither run\.json nor compare\.json") as caught:
+    with pytest.raises(TokenCreditError, match=r"holds none of run\.json, compare\.json") as caught:
         load_runs([tmp_path])
     assert str(tmp_path) in str(caught.value) and caught.value.hint is not None
-    with pytest.raises(TokenCreditError, match="is no folder"):
+    with pytest.raises(TokenCreditError, match="is not a folder"):
         load_runs([tmp_path / "none"])
     with pytest.raises(TokenCreditError, match="no run to report"):
         load_runs([])
 
 
-@pytest.mark.parametrize(("text", "message"), [("[]", "must hold a JSON object, got list"), ("{", r"run\.json: ")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("[]", "must hold a JSON object, got list"), ("{", r"run\.json is not valid JSON: ")]
+)
 def test_a_broken_run_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(TokenCreditError, match=message):

@@ -8,6 +8,7 @@ import sample_runs
 import torch
 
 from tokencredit import CreditRecord, TokenBatch, assign_credit
+from tokencredit.report import write_report
 from tokencredit.report.runs import Run, load_runs
 from tokencredit.report.tokens import prompt_views, response_views, visible
 from tokencredit.store import RecordStore
@@ -117,3 +118,37 @@ def test_uniform_credit_of_a_real_pipeline_has_one_colour(tmp_path: Path) -> Non
     row = int(assign_credit("grpo", batch).abs().sum(1).argmax())
     (view,) = response_views(item, [row])
     assert len({token.strength for token in view.tokens if token.advantage is not None}) == 1
+
+
+def test_one_colour_scale_for_the_whole_page(tmp_path: Path) -> None:
+    pale = replace(record(), advantages=record().advantages / 10)
+    views = prompt_views([store(tmp_path, "a", [record()]), store(tmp_path, "b", [pale])])
+    strengths = {method.label: method.responses[0].tokens[0].strength for method in views[0].methods}
+    assert strengths == pytest.approx({"a": 1.0, "b": 0.1})
+
+
+def test_words_may_break_before_a_space_and_newlines_break_the_line() -> None:
+    tokens = [["x", " word", "\n\n  if", "", "🍓"], *record().tokens[1:]]
+    batch = replace(
+        record(entropies=False).batch, response_mask=torch.tensor([[True] * 5, [True] + [False] * 4, [False] * 5])
+    )
+    first, _ = response_views(replace(record(), tokens=tokens, batch=batch), [0, 1])
+    assert [token.text for token in first.tokens] == ["x", "·word", "⏎\n⏎\n··if", "▁", "🍓"]
+    assert [token.breaks for token in first.tokens] == [False, True, False, False, False]
+
+
+def test_weights_and_log_probs() -> None:
+    logprobs = torch.full((3, 5), -0.5)
+    item = record()
+    (view,) = response_views(replace(item, batch=replace(item.batch, old_logprobs=logprobs)), [0])
+    assert view.tokens[0].weight == pytest.approx(2.0) and view.tokens[0].logprob == pytest.approx(-0.5)
+    assert view.tokens[2].weight is None and view.tokens[2].logprob is None  # not chosen by the policy
+
+
+def test_a_response_that_nothing_scored_says_so(tmp_path: Path) -> None:
+    item = record()
+    batch = replace(item.batch, scored=torch.tensor([True, False, True]))
+    (view,) = prompt_views([store(tmp_path, "a", [replace(item, batch=batch)])])
+    assert [response.reward for response in view.methods[0].responses] == [1.0, None]
+    text = write_report([tmp_path / "a"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not scored: no reward function gave it a reward" in text

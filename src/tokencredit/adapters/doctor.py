@@ -1,9 +1,10 @@
 """What a user's machine has of what the adapters rely on; every check names what it found and the fix."""
 
+import ast
 import importlib.util
-import inspect
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
-from typing import Any
+from pathlib import Path
 
 from tokencredit.adapters import launchers, verl_doctor
 from tokencredit.adapters.launchers import Check, check
@@ -13,7 +14,7 @@ from tokencredit.adapters.trl_checks import SUPPORTED
 TRAINING = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 REPORTS = ("reasoning-gym", "matplotlib", "jinja2", "rich")
 
-# Methods of GRPOTrainer that CreditGRPOTrainer overrides, with the first arguments that it relies on.
+# Methods of TRL's GRPOTrainer that CreditGRPOTrainer overrides or calls, with the first arguments that it relies on.
 TRL_SEAMS: dict[str, tuple[str, ...]] = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
@@ -56,17 +57,34 @@ def _trl() -> list[Check]:
             "" if inside else "pip install 'trl>=1.5,<2'",
         )
     ]
-    from trl import GRPOTrainer
+    methods = _methods_of_trainer()
+    return checks + [_seam(methods, name, arguments) for name, arguments in TRL_SEAMS.items()]
 
-    return checks + [_seam(GRPOTrainer, name, arguments) for name, arguments in TRL_SEAMS.items()]
+
+def _methods_of_trainer() -> dict[str, tuple[str, ...]]:
+    """Arguments of the methods of GRPOTrainer, read from TRL's source: importing it takes ten seconds."""
+    found = importlib.util.find_spec("trl")
+    folders = () if found is None else found.submodule_search_locations or ()
+    for folder in folders:
+        path = Path(folder) / "trainer" / "grpo_trainer.py"
+        if path.is_file():
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GRPOTrainer")
+            return {
+                method.name: tuple(argument.arg for argument in (*method.args.posonlyargs, *method.args.args)[1:])
+                for node in classes
+                for method in node.body
+                if isinstance(method, ast.FunctionDef)
+            }
+    return {}
 
 
-def _seam(trainer: Any, name: str, arguments: tuple[str, ...]) -> Check:
-    fix = "this TRL moved a seam that CreditGRPOTrainer needs: pip install trl==1.16.0"
-    method = getattr(trainer, name, None)
-    if method is None:
-        return check(f"seam GRPOTrainer.{name}", "fail", "missing", fix)
-    found = tuple(inspect.signature(method).parameters)[1 : 1 + len(arguments)]
+def _seam(methods: Mapping[str, tuple[str, ...]], name: str, arguments: tuple[str, ...]) -> Check:
+    """Whether this TRL has a method that the credit trainer replaces, with the arguments that it passes."""
+    label, fix = f"TRL's GRPOTrainer.{name}", "pip install trl==1.16.0, which CreditGRPOTrainer was checked with"
+    if name not in methods:
+        return check(label, "fail", "missing in this version of TRL", fix)
+    found = methods[name][: len(arguments)]
     if found != arguments:
-        return check(f"seam GRPOTrainer.{name}", "fail", f"arguments {found}, expected {arguments}", fix)
-    return check(f"seam GRPOTrainer.{name}", "ok", "as expected")
+        return check(label, "fail", f"takes {', '.join(found)}; expected {', '.join(arguments)}", fix)
+    return check(label, "ok", "takes the arguments that CreditGRPOTrainer passes")

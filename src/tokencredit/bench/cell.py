@@ -1,6 +1,7 @@
 """One cell of the benchmark, a task at a stage: sampled, measured in parts that survive a kill, summarised."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -11,18 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from tokencredit.bench import figures, show
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
-from tokencredit.bench.pipelines import FIELD_COLLECTORS, Entry, FieldCollector, entries, fill
+from tokencredit.bench.pipelines import (
+    CONTROLS,
+    FIELD_COLLECTORS,
+    Entry,
+    FieldCollector,
+    entries,
+    fill,
+)
 from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
 from tokencredit.bench.world import Sampled, World, draw, load_world
 from tokencredit.collect.exact_gradient import trainable
-from tokencredit.credit import assign_credit
+from tokencredit.credit import Pipeline, assign_credit
 from tokencredit.diagnostics.stats import resample_weights
+from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.progress import bar
 from tokencredit.records import TokenBatch
@@ -47,29 +57,50 @@ def run_cell(
     `claim` is called once everything that can be refused was accepted, before anything is written.
     """
     start = time.monotonic()
-    entries(config.pipelines, controls=config.controls, collectors={})  # names, before a model is loaded
+    _check_names(config)
     world = load_world(config, task, stage)
     teacher = load_teacher(world, config, task)
     plain = FIELD_COLLECTORS | dict(collectors)
     taught = teacher_collectors(teacher) | dict(collectors)
     found, left_out = entries(config.pipelines, controls=config.controls, collectors=plain | taught)
     samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
-    advantages = [assign_all(found, sampled, config, plain, taught) for sampled in samples]
-    claim()
-    with bar(f"bench {task} {stage}", None) as advance:
-        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
-    return {
+    nothing = show.why_nothing_compares(samples, config.rollouts) if teacher is None else None
+    about = {
         "task": task,
         "stage": "given" if config.model else stage,
         "model": {"parameters": sum(item.numel() for item in trainable(world.model)), "dtype": config.dtype},
         **show.summary(world, samples, config),
-        "methods": _methods(samples, found, advantages, target, measured, steps, config),
         "left_out": left_out,
+        "no_baseline": config.baseline not in {entry.name for entry in found},
+        "controls": [entry.name for entry in found if entry.name in CONTROLS and not entry.matched],
+    }
+    if nothing is not None:
+        claim()
+        return about | {"nothing": nothing, "methods": [], "examples": [], "seconds": time.monotonic() - start}
+    advantages = [assign_all(found, sampled, config, plain, taught) for sampled in samples]
+    claim()
+    with bar(f"bench {task} {stage}", _units_of_work(world, found, config)) as advance:
+        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
+    return about | {
+        "methods": _methods(samples, found, advantages, target, measured, steps, config),
         **({} if teacher is None else {"teacher": described(teacher, world, config, target.objectives)}),
         "concentration_of_exact": _exact_concentration(samples, target, config),
         "examples": show.examples(world, samples[0], found, advantages[0]),
         "seconds": time.monotonic() - start,
     }
+
+
+def _check_names(config: BenchConfig) -> None:
+    """Refuse unknown methods before a model is loaded. The baseline may be missing among them, but it must exist."""
+    found, left_out = entries(config.pipelines, controls=config.controls, collectors={})
+    if config.baseline not in {entry.name for entry in found} | left_out.keys():
+        Pipeline.parse(config.baseline)
+
+
+def _units_of_work(world: World, found: Sequence[Entry], config: BenchConfig) -> int:
+    """Prompts whose gradients are computed: once for the exact target, and once per batch and part."""
+    parts = math.ceil(len(found) / pipelines_at_once(world, config))
+    return len(world.prompts) * (1 + parts * config.replicates)
 
 
 def assign_all(
@@ -123,7 +154,9 @@ def _measured(
         path = folder / f"part-{first:03d}.safetensors"
         names = json.dumps([[entry.name, entry.matched] for entry in chunk])
         part = _load_part(path, names)
-        if part is None:
+        if part is not None:
+            advance(len(samples) * len(world.prompts))
+        else:
             given = [item[first : first + at_once] for item in advantages]
             part = measure(world, samples, given, target, advance)
             _save_part(path, names, part)
@@ -138,18 +171,21 @@ def _measured(
 
 
 def _load_part(path: Path, names: str) -> Measured | None:
-    if not path.is_file() or path.with_suffix(".json").read_text() != names:
+    """A part that is kept; None where there is none, it is of other methods, or its file is damaged."""
+    beside = path.with_suffix(".json")
+    try:
+        if not path.is_file() or beside.read_text(encoding="utf-8") != names:
+            return None
+        return Measured(**load_file(path))
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return None
-    return Measured(**load_file(path))
 
 
 def _save_part(path: Path, names: str, part: Measured) -> None:
     """Names first, then the tensors by one rename: a part is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(names)
-    unfinished = path.with_suffix(".unfinished")
-    save_file({name: np.ascontiguousarray(getattr(part, name)) for name in FIELDS}, unfinished)
-    unfinished.replace(path)
+    make_folder(path.parent)
+    write_text(path.with_suffix(".json"), names)
+    write_bytes(path, save({name: np.ascontiguousarray(getattr(part, name)) for name in FIELDS}))
 
 
 def _methods(

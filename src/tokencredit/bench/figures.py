@@ -1,5 +1,6 @@
 """From what was measured to the figures of the table, each with its interval over prompts."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,15 +58,18 @@ GRADIENT_FIGURES = {
 def gradient_figures(found: Sequence[Resampled], baseline: Sequence[Resampled] | None, level: float) -> Estimates:
     """Figures of one pipeline from its products with each target; `baseline` are those of another."""
     success, standardized, *teacher = found
-    estimates = {name: _moved(figure, success, level) for name, figure in GRADIENT_FIGURES.items()}
-    estimates["direction_standardized"] = _moved(gradients.direction, standardized, level)
+    limits = dict.fromkeys(("direction", "average_direction"), 1.0)
+    estimates = {
+        name: _moved(figure, success, level, limits.get(name, math.inf)) for name, figure in GRADIENT_FIGURES.items()
+    }
+    estimates["direction_standardized"] = _moved(gradients.direction, standardized, level, 1.0)
     if baseline is not None:
         estimates["direction_over_baseline"] = _over(success, baseline[0], level)
     if teacher:
         states, sequence = teacher
-        estimates["teacher_direction"] = _moved(gradients.direction, states, level)
+        estimates["teacher_direction"] = _moved(gradients.direction, states, level, 1.0)
         estimates["teacher_expected"] = _moved(gradients.expected_direction, states, level)
-        estimates["teacher_sequence"] = _moved(gradients.direction, sequence, level)
+        estimates["teacher_sequence"] = _moved(gradients.direction, sequence, level, 1.0)
         if baseline is not None:
             estimates["teacher_over_baseline"] = _over(states, baseline[2], level)
     return estimates
@@ -76,15 +80,30 @@ def _over(own: Resampled, other: Resampled, level: float) -> Estimate:
     whole, approximate, draws = (
         gradients.direction(ours) - gradients.direction(theirs) for ours, theirs in zip(own, other, strict=True)
     )
-    return estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
+    return _around(whole, approximate, draws, level, 2.0)
 
 
 def _moved(
-    figure: Callable[[gradients.Products], Float[np.ndarray, " resample"]], found: Resampled, level: float
+    figure: Callable[[gradients.Products], Float[np.ndarray, " resample"]],
+    found: Resampled,
+    level: float,
+    limit: float = math.inf,
 ) -> Estimate:
     """The exact value, and the interval from the sketched units, moved to where the value is."""
     whole, approximate, draws = (figure(item) for item in found)
-    return estimate(float(whole[0]), draws + (whole[0] - approximate[0]), level)
+    return _around(whole, approximate, draws, level, limit)
+
+
+def _around(
+    whole: Float[np.ndarray, " one"],
+    approximate: Float[np.ndarray, " one"],
+    draws: Float[np.ndarray, " resample"],
+    level: float,
+    limit: float,
+) -> Estimate:
+    """An estimate whose interval ends at ±`limit`: moving an interval of cosines could push it past 1."""
+    value = float(np.clip(whole[0], -limit, limit))  # a rounding above 1 is 1
+    return estimate(value, np.clip(draws + (whole[0] - approximate[0]), -limit, limit), level)
 
 
 def token_figures(

@@ -1,6 +1,6 @@
 """Which pipelines a benchmark runs, what they need, and which are left out and why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tokencredit.bench import signals
 from tokencredit.bench.world import Sampled
-from tokencredit.credit import Pipeline, get_pipeline
+from tokencredit.credit import Pipeline
+from tokencredit.errors import TokenCreditError
+from tokencredit.labels import label_of
 from tokencredit.methods import presets
 from tokencredit.records import COLLECTORS, TokenBatch
 
@@ -48,24 +50,30 @@ class Entry:
 
 
 def entries(
-    names: tuple[str, ...], *, controls: bool, collectors: Mapping[str, FieldCollector]
+    credits: Sequence[Any], *, controls: bool, collectors: Mapping[str, FieldCollector]
 ) -> tuple[list[Entry], dict[str, str]]:
     """The pipelines to run, each followed by its mass-matched twin, and the presets left out with the reason.
 
-    Estimators alone have the mass of their estimator already, so they have no twin.
+    `credits` are what `credit:` of a run takes; without any, every preset. Estimators alone have the mass of their
+    estimator already, so they have no twin.
     """
-    chosen = {name: get_pipeline(name) for name in (names or tuple(presets()))}
+    chosen: dict[str, Pipeline] = {}
+    for credit in credits or tuple(presets()):
+        name = label_of(credit)
+        if name in chosen:
+            raise TokenCreditError(f"method {name!r} is named twice", hint="name each method once")
+        chosen[name] = replace(Pipeline.parse(credit), name=name)
     if controls:
-        chosen |= {name: replace(Pipeline.of(*steps), name=name) for name, steps in CONTROLS.items()}
+        added = {name: steps for name, steps in CONTROLS.items() if name not in chosen}
+        chosen |= {name: replace(Pipeline.of(*steps), name=name) for name, steps in added.items()}
     able = CARRIED | collectors.keys()
     found: list[Entry] = []
     left_out: dict[str, str] = {}
     for name, pipeline in chosen.items():
         missing = sorted(pipeline.requires - able)
         if missing:
-            left_out[name] = (
-                f"needs `{missing[0]}`, which no collector of the benchmark fills ({COLLECTORS[missing[0]]})"
-            )
+            source = COLLECTORS.get(missing[0], "a collector of your own")
+            left_out[name] = f"needs `{missing[0]}`, which no collector of the benchmark fills ({source})"
             continue
         found.append(Entry(name=name, pipeline=pipeline, matched=False))
         if any(len(chain.active) > 1 for chain in pipeline.chains):

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.pipelines import FieldCollector
 from tokencredit.bench.world import load_task
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.files import lock_folder, make_folder, read_json, write_text
 
 SCHEMA = 1
 
@@ -31,18 +33,24 @@ def run_bench(
     _check_names(config)
     torch.set_num_threads(config.threads)  # before a lab model is built: its weights depend on it
     cells = []
-    for task in config.tasks:
-        for stage in config.stages if config.model is None else ("given",):
-            path = folder / f"{task.replace(':', '.')}-{stage}"
-            done = path / "cell.json"
-            if not done.is_file():
-                claim = partial(_write, folder / "config.json", config.to_mapping())
-                cell = run_cell(config, task, stage, path, collectors or {}, claim)
-                _write(done, cell)
-            cells.append(json.loads(done.read_text()))
-    results = {"schema": SCHEMA, "config": config.to_mapping(), "cells": cells}
-    _write(folder / "results.json", results)
+    with ExitStack() as locked:
+        claim = cache(partial(_claim, folder, config, locked))
+        for task in config.tasks:
+            for stage in config.stages if config.model is None else ("given",):
+                path = folder / f"{task.replace(':', '.')}-{stage}"
+                done = path / "cell.json"
+                if not done.is_file():
+                    _write(done, run_cell(config, task, stage, path, collectors or {}, claim))
+                cells.append(_read_mapping(done))
+        results = {"schema": SCHEMA, "config": config.to_mapping(), "cells": cells}
+        _write(folder / "results.json", results)
     return results
+
+
+def _claim(folder: Path, config: BenchConfig, locked: ExitStack) -> None:
+    """Hold the folder for this process as long as `locked` is open, and note whose it is."""
+    locked.enter_context(lock_folder(folder))
+    _write(folder / "config.json", config.to_mapping())
 
 
 def _check_names(config: BenchConfig) -> None:
@@ -57,12 +65,14 @@ def _check_names(config: BenchConfig) -> None:
 
 
 def _check_folder(folder: Path, config: BenchConfig) -> None:
-    """A folder with results belongs to one config."""
+    """A folder with results belongs to one config; keys that an older config lacks count as their defaults."""
     path = folder / "config.json"
     if not path.is_file():
         return
     given = json.loads(json.dumps(config.to_mapping()))
-    kept = json.loads(path.read_text())
+    kept = _read_mapping(path)
+    if "chat" not in kept:  # written when prompts never went through a chat template; the lab's models have none
+        kept["chat"] = given["chat"] if kept.get("model") is None else False
     if kept != given:
         other = next(key for key in sorted(kept | given) if kept.get(key) != given.get(key))
         raise TokenCreditError(
@@ -71,9 +81,16 @@ def _check_folder(folder: Path, config: BenchConfig) -> None:
         )
 
 
+def _read_mapping(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise TokenCreditError(
+            f"{path} must hold a mapping, got {type(content).__name__}", hint="delete the file to measure it again"
+        )
+    return content
+
+
 def _write(path: Path, data: Any) -> None:
-    """JSON by one rename, so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(data, ensure_ascii=False, allow_nan=True, indent=1) + "\n")
-    unfinished.replace(path)
+    """JSON that is whole or absent, so that a kill leaves the old file or the new one."""
+    make_folder(path.parent)
+    write_text(path, json.dumps(data, indent=1) + "\n")

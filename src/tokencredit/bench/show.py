@@ -9,6 +9,7 @@ from torch import Tensor
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.pipelines import Entry
 from tokencredit.bench.world import Sampled, World
+from tokencredit.collect.token_texts import token_texts
 from tokencredit.diagnostics.capacity import information_bounds, quadrant_shares, token_shares
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.methods.outcome import group_normalized
@@ -36,6 +37,8 @@ def summary(world: World, samples: Sequence[Sampled], config: BenchConfig) -> di
             "exact": float(credit.prompt_values.mean()),
             "sampled": float(torch.stack([sampled.batch.rewards.mean() for sampled in samples]).mean()),
             "mixed_groups": float(((groups > 0) & (groups < 1)).double().mean()),
+            "omitted": float(credit.omitted.mean()) if credit.omitted.numel() else 0.0,
+            "other_spellings": float(torch.stack([item.respelled.double().mean() for item in samples]).mean()),
         },
         "sizes": {
             "prompts": len(world.prompts),
@@ -52,6 +55,18 @@ def summary(world: World, samples: Sequence[Sampled], config: BenchConfig) -> di
         },
         "states": _states(first),
     }
+
+
+def why_nothing_compares(samples: Sequence[Sampled], rollouts: int) -> str | None:
+    """Say why no method has a direction here; None where a group has both a right and a wrong response."""
+    rewards = torch.cat([sampled.batch.rewards.view(-1, rollouts) for sampled in samples])
+    if bool((rewards.amax(1) != rewards.amin(1)).any()):
+        return None
+    if not bool(rewards.any()):
+        return "no sampled response was right"
+    if bool(rewards.all()):
+        return "every sampled response was right"
+    return "in no group was one response right and another wrong"
 
 
 def _states(sampled: Sampled) -> dict[str, list[float]]:
@@ -82,9 +97,9 @@ def examples(
             at = batch.response_mask[row]
             shown.append(
                 {
-                    "prompt": world.problems[owner].prompt,
+                    "prompt": world.tokenizer.decode(world.prompts[owner]),
                     "reward": float(batch.rewards[row]),
-                    "tokens": [world.tokenizer.decode([token]) for token in batch.response_ids[row][at].tolist()],
+                    "tokens": token_texts(world.tokenizer, batch.response_ids[row][at].tolist()),
                     "entropy": _rounded(batch.require("entropies")[row][at]),
                     "exact": _rounded(exact[row][at]),
                     "methods": {

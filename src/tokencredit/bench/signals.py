@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.bench.world import Sampled, World, sample_responses, verdict
+from tokencredit.bench.world import Sampled, World, sample_responses, seeded, verdict
 from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, reference_logprobs
 from tokencredit.collect.answer import answer_importances, answer_mask
 from tokencredit.collect.attention import attention_entropies
@@ -104,8 +104,7 @@ def adapted(world: World) -> Any:
         return world.model
     from peft import LoraConfig, get_peft_model
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive("bench adapter"))
+    with seeded(world.model.device, derive("bench adapter")):
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         model = get_peft_model(copy.deepcopy(world.model), config).eval()
     parameters = [value for name, value in model.named_parameters() if "lora_B" in name]

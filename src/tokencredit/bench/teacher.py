@@ -60,7 +60,10 @@ def _row(world: World, problem: Any, number: int, config: BenchConfig) -> dict[s
     """
     listed = world.task.accepted(problem)
     draw = torch.randint(max(len(listed), 1), (), generator=generator("bench trace", config.seed, number))
-    known: dict[str, Any] = {"trace": listed[int(draw)]} if listed else {}
+    trace = listed[int(draw)] if listed else ""
+    if not isinstance(trace, str):
+        trace = world.tokenizer.decode([item for item in trace if item != world.tokenizer.eos_token_id])
+    known: dict[str, Any] = {"trace": trace} if listed else {}
     held = getattr(problem, "data", None)
     held = {name: str(value) for name, value in held.items()} if isinstance(held, Mapping) else {}
     answer = {"answer": known["trace"]} if listed else {}

@@ -1,15 +1,18 @@
 """A task, a model and sampled responses: what one cell of the benchmark measures."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.collect.exact import ExactCredit, PrefixCredit, encode_accepted, exact_credit
+from tokencredit.bench.texts import encode_listed, encode_prompt
+from tokencredit.collect.exact import ExactCredit, PrefixCredit, exact_credit
 from tokencredit.collect.exact_score import in_float64, score_trie
 from tokencredit.collect.exact_trie import Trie, build_trie
 from tokencredit.errors import TokenCreditError
@@ -20,7 +23,7 @@ from tokencredit.seeds import generator
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class World:
-    """The prompts of a task and a model on them, with exact credit."""
+    """The prompts of a task and a model on them, with exact credit; `listed` are the accepted texts of each prompt."""
 
     task: Any
     problems: Sequence[Any]
@@ -28,6 +31,7 @@ class World:
     model: Any
     tokenizer: Any
     credit: ExactCredit
+    listed: list[frozenset[str]]
 
     def padded_prompts(self) -> tuple[Tensor, Tensor]:
         """Ids and mask of the prompts, padded on the left."""
@@ -41,7 +45,8 @@ class World:
 class Sampled:
     """One replicate batch: responses on the left of the row, groups complete, their trie, exact credit.
 
-    `world` lets a collector ask the model for more.
+    `respelled` marks responses that say a listed text in tokens that are not listed; they count as wrong, as they do in
+    the exact success. `world` lets a collector ask the model for more.
     """
 
     world: World
@@ -49,6 +54,7 @@ class Sampled:
     trie: Trie
     prefixes: PrefixCredit
     replicate: int
+    respelled: Bool[Tensor, " batch"]
 
 
 def load_task(name: str) -> Any:
@@ -81,14 +87,20 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
 
         folder = warm_start(task_name, stage=stage)
     model, tokenizer = _load_policy(folder), load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise TokenCreditError(f"the tokenizer of {str(folder)!r} has no EOS token", hint="set its `eos_token`")
     model = in_float64(model) if config.dtype == "float64" else model
-    problems = task.problems(config.split, config.prompts, config.seed)
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    limit = task.max_response
-    accepted: list[list[list[int]]] = [encode_accepted(tokenizer, task.accepted(p), max_tokens=limit) for p in problems]
+    problems = list(task.problems(config.split, config.prompts, config.seed))
+    if not problems:
+        raise TokenCreditError(f"the task {task_name!r} has no problem in the split {config.split!r}")
+    prompts = [encode_prompt(tokenizer, problem.prompt, config.chat) for problem in problems]
+    accepted = [encode_listed(tokenizer, task.accepted(problem), task.max_response) for problem in problems]
     _check_lengths(accepted, task.max_response, tokenizer)
     credit = exact_credit(model, prompts, accepted, eos_token_id=tokenizer.eos_token_id, show=tokenizer.decode)
-    return World(task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit)
+    listed = [frozenset(tokenizer.decode(ids[:-1]) for ids in responses) for responses in accepted]
+    return World(
+        task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit, listed=listed
+    )
 
 
 def _load_policy(folder: str | Path) -> Any:
@@ -108,7 +120,7 @@ def _load_policy(folder: str | Path) -> Any:
     return PeftModel.from_pretrained(load_model(base), str(folder), is_trainable=True).eval()
 
 
-def _check_lengths(accepted: list[list[list[int]]], limit: int, tokenizer: Any) -> None:
+def _check_lengths(accepted: Sequence[Sequence[Sequence[int]]], limit: int, tokenizer: Any) -> None:
     for responses in accepted:
         for ids in responses:
             if len(ids) > limit:
@@ -124,10 +136,10 @@ def draw(world: World, config: BenchConfig, replicate: int) -> Sampled:
     ids, mask = sample_responses(world, config.rollouts, "bench", config.seed, replicate)
     owners = torch.arange(len(world.prompts)).repeat_interleave(config.rollouts)
     texts = [row[chosen].tolist() for row, chosen in zip(ids, mask, strict=True)]
-    rewards = torch.tensor(
-        [verdict(world, world.problems[owner], text) for owner, text in zip(owners.tolist(), texts, strict=True)],
-        dtype=torch.float64,
-    )
+    pairs = list(zip(owners.tolist(), texts, strict=True))
+    respelled = torch.tensor([_is_respelled(world, owner, text) for owner, text in pairs])
+    verdicts = [verdict(world, world.problems[owner], text) for owner, text in pairs]
+    rewards = torch.where(respelled, 0.0, torch.tensor(verdicts, dtype=torch.float64))
     groups = [texts[row : row + config.rollouts] for row in range(0, len(texts), config.rollouts)]
     trie = build_trie(groups)
     node_logprobs, node_entropies = score_trie(world.model, world.prompts, trie)
@@ -149,13 +161,21 @@ def draw(world: World, config: BenchConfig, replicate: int) -> Sampled:
         progress=0.0,
         step=0,
     )
-    return Sampled(world=world, batch=batch, trie=trie, prefixes=prefixes, replicate=replicate)
+    return Sampled(world=world, batch=batch, trie=trie, prefixes=prefixes, replicate=replicate, respelled=respelled)
 
 
 def verdict(world: World, problem: Any, ids: list[int]) -> float:
     """1 for a response that ended in EOS and that the verifier accepts."""
     finished = len(ids) > 0 and ids[-1] == world.tokenizer.eos_token_id
     return float(finished and bool(world.task.verify(problem, world.tokenizer.decode(ids[:-1]))))
+
+
+def _is_respelled(world: World, owner: int, ids: list[int]) -> bool:
+    """Whether a finished response says a listed text in other tokens than any that is listed."""
+    finished = len(ids) > 0 and ids[-1] == world.tokenizer.eos_token_id
+    if not finished or world.credit.trie.ends_at_leaf(owner, ids):
+        return False
+    return world.tokenizer.decode(ids[:-1]) in world.listed[owner]
 
 
 def sample_responses(world: World, each: int, *stream: str | int) -> tuple[Tensor, Tensor]:
@@ -180,22 +200,44 @@ def sample_responses(world: World, each: int, *stream: str | int) -> tuple[Tenso
 def _generated(
     world: World, prompt_ids: Tensor, prompt_mask: Tensor, each: int, stream: Sequence[str | int]
 ) -> tuple[Tensor, Tensor]:
-    """The same through Hugging Face `generate`, which draws from torch's global generator: it is put back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(*stream).initial_seed() % 2**63)
-        output = world.model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask.long(),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=world.task.max_response,
-            num_return_sequences=each,
-            eos_token_id=world.tokenizer.eos_token_id,
-            pad_token_id=world.tokenizer.eos_token_id,
-        )
-    ids = output[:, prompt_ids.shape[1] :]
-    ended = (ids == world.tokenizer.eos_token_id).long().cumsum(1)
-    first = (ids == world.tokenizer.eos_token_id) & (ended == 1)
-    return ids, (ended == 0) | first
+    """The same through Hugging Face `generate`, which draws from a global generator: it is put back.
+
+    The model's own generation settings, such as a repetition penalty, would change the distribution and are set aside.
+    """
+    from transformers import GenerationConfig
+
+    device, eos = world.model.device, world.tokenizer.eos_token_id
+    kept = world.model.generation_config
+    world.model.generation_config = GenerationConfig()
+    try:
+        with seeded(device, generator(*stream).initial_seed() % 2**63):
+            output = world.model.generate(
+                input_ids=prompt_ids.to(device),
+                attention_mask=prompt_mask.long().to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=world.task.max_response,
+                num_return_sequences=each,
+                eos_token_id=eos,
+                pad_token_id=eos,
+            )
+    finally:
+        world.model.generation_config = kept
+    ids = output[:, prompt_ids.shape[1] :].cpu()
+    ended = (ids == eos).long().cumsum(1)
+    return ids, (ended == 0) | ((ids == eos) & (ended == 1))
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of `device`; both, and those of no other device, are put back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every device of the machine
+        if devices:
+            state = torch.Generator(device=device)
+            state.manual_seed(seed)
+            torch.cuda.set_rng_state(state.get_state(), device)
+        yield

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokencredit import files
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import parse_yaml
+from tokencredit.progress import printable
 
 FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples", "threads")
 NARROW = ("direction", "direction_over_baseline", "expected_direction", "progress")
@@ -45,7 +48,26 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--task", nargs="+", metavar="TASK", help="lab tasks, `all`, or `module:attribute` of your own")
     parser.add_argument("--stage", nargs="+", metavar="STAGE", help="stages of the lab's model, or `all`")
     parser.add_argument("--model", metavar="FOLDER", help="a model of your own instead of the lab's")
-    parser.add_argument("--credit", nargs="+", metavar="METHOD", help="presets or expressions; default: every preset")
+    parser.add_argument(
+        "--credit",
+        nargs="+",
+        metavar="METHOD",
+        help="presets, expressions, or pipelines as inline YAML; default: every preset",
+    )
+    parser.add_argument(
+        "--controls",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="also measure six controls with shuffled, reversed and averaged credit; default: yes",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the config, such as gain=0.05 or teacher.kind=self; repeatable",
+    )
     parser.add_argument("--baseline", metavar="METHOD", help="what `over baseline` compares with; default grpo")
     parser.add_argument(
         "--teacher",
@@ -64,50 +86,71 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
     try:
+        from transformers.utils import logging
+
         from tokencredit.bench.run import run_bench
         from tokencredit.report.bench_page import write_bench_page
     except ImportError as error:
         raise TokenCreditError(f"the benchmark needs {error.name}", hint="pip install 'tokencredit[trl]'") from error
+    logging.disable_progress_bar()  # of weights that load
     results = run_bench(config_of(arguments), arguments.out)
     page = write_bench_page(results, arguments.out / "bench.html")
     if arguments.json:
-        print(json.dumps(results | {"report": str(page)}, ensure_ascii=False))
+        print(json.dumps(results | {"report": str(page)}))
         return 0
     for cell in results["cells"]:
         print_markdown(cell) if arguments.markdown else print_table(cell)
-    print(f"report: {page}")
+        print_notes(cell)
+    print(f"report: {printable(page)}")
     return 0
 
 
 def config_of(arguments: argparse.Namespace) -> Any:
-    """The config file, with what the flags say in its place."""
+    """The config file, then what `--set` says, then the flags."""
     from tokencredit.bench.config import BenchConfig
     from tokencredit.lab.model import STAGES
     from tokencredit.lab.tasks import TASKS
 
     given: dict[str, Any] = read_yaml(arguments.config) if arguments.config is not None else {}
+    for item in arguments.overrides:
+        _override(given, item)
+    credits = arguments.credit
     flags: dict[str, Any] = {
         "tasks": _expanded(arguments.task, TASKS),
         "stages": _expanded(arguments.stage, STAGES),
-        "pipelines": arguments.credit,
+        "pipelines": None if credits is None else [inline_yaml(text, "--credit") for text in credits],
         "teacher": None if arguments.teacher is None else teacher_section(arguments.teacher, STAGES),
-        **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", *FLAGS)},
+        **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", "controls", *FLAGS)},
     }
     return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
 
 
+def _override(given: dict[str, Any], item: str) -> None:
+    """Set one `key=value`, or `key.inner=value` of a section."""
+    path, equals, text = item.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise TokenCreditError(f"--set takes key=value, got {item!r}", hint="for example --set gain=0.05")
+    target = given
+    for key in keys[:-1]:
+        inner = target.get(key)
+        target[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        target = target[key]
+    target[keys[-1]] = parse_yaml(text, f"--set {item}")
+
+
+def inline_yaml(text: str, flag: str) -> Any:
+    """A name or expression as it is; text that starts with `{` or `[` is YAML."""
+    return parse_yaml(text, f"{flag} {text!r}") if text.lstrip().startswith(("{", "[")) else text
+
+
 def teacher_section(text: str, stages: Mapping[str, Any]) -> dict[str, Any]:
     """The `teacher:` section that `--teacher` stands for: a stage, a folder or name of a model, or YAML."""
-    import yaml
-
     if text in stages:
         return {"kind": "model", "model": "tiny", "stage": text}
-    if not text.lstrip().startswith("{"):
-        return {"kind": "model", "model": text}
-    try:
-        section = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise TokenCreditError(f"--teacher is no YAML: {' '.join(str(error).split())}") from error
+    section = inline_yaml(text, "--teacher")
+    if isinstance(section, str):
+        return {"kind": "model", "model": section}
     if not isinstance(section, dict):
         raise TokenCreditError(f"--teacher must be a stage, a folder or a YAML mapping, got {text!r}")
     return section
@@ -119,34 +162,29 @@ def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenCreditError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TokenCreditError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    content = files.read_yaml(path, "config file")
     if not isinstance(content, dict):
         raise TokenCreditError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
 
 
 def print_table(cell: Mapping[str, Any]) -> None:
-    """Methods from best to worst direction, and what was left out; the page and `--markdown` show more figures."""
+    """Methods from best to worst direction; the page and `--markdown` show more figures."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title(cell))
+    if not cell["methods"]:
+        print(printable(title(cell)))
+        return
+    table = Table(title=Text(printable(title(cell))))
     columns = TEACHER_NARROW if has_objective(cell) else NARROW
     names = header(columns)
     for number, name in enumerate(names):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # no name is cut
     for row in table_rows(cell, columns):
-        table.add_row(*row)
+        table.add_row(*(Text(printable(value)) for value in row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
-    if cell["left_out"]:
-        print(f"left out: {', '.join(sorted(cell['left_out']))} (reasons in results.json)")
 
 
 def print_markdown(cell: Mapping[str, Any]) -> None:
@@ -154,15 +192,25 @@ def print_markdown(cell: Mapping[str, Any]) -> None:
     columns = TEACHER_COLUMNS if has_objective(cell) else COLUMNS
     names = header(columns)
     rows = [names, ["---"] * len(names), *table_rows(cell, columns)]
-    print(f"\n### {title(cell)}\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    print(f"\n### {printable(title(cell))}\n")
+    print("\n".join(f"| {' | '.join(printable(value).replace('|', chr(92) + '|') for value in row)} |" for row in rows))
+
+
+def print_notes(cell: Mapping[str, Any]) -> None:
+    """What the table does not say by itself: why it is empty, whose rows were added or left out, what a star means."""
+    from tokencredit.report.bench_page import notes
+
+    for note in notes(cell):
+        print(printable(note))
 
 
 def title(cell: Mapping[str, Any]) -> str:
     """What the cell measured, in one line."""
-    success, sizes = cell["success"], cell["sizes"]
+    from tokencredit.report.bench_page import success_text
+
+    sizes = cell["sizes"]
     text = (
-        f"{cell['task']}, {cell['stage']}: success {success['exact']:.3f} exact, {success['sampled']:.3f} sampled; "
+        f"{cell['task']}, {cell['stage']}: {success_text(cell)}; "
         f"{sizes['prompts']} prompts, {sizes['accepted']} accepted responses"
     )
     if not has_objective(cell):
@@ -186,22 +234,16 @@ def header(columns: Sequence[str]) -> list[str]:
 
 def table_rows(cell: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
     """One row a method, best direction first; its mass-matched twin gives the last column."""
+    from tokencredit.report.bench_page import figure_text
+
     plain = [method for method in cell["methods"] if not method["matched"]]
     matched = {method["name"]: method["figures"]["direction"] for method in cell["methods"] if method["matched"]}
     ranked = sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
     return [
         [
             method["name"],
-            *(show(method["figures"].get(name)) for name in columns),
-            show(matched[method["name"]]) if method["name"] in matched else "same",
+            *(figure_text(method["figures"].get(name), name) for name in columns),
+            figure_text(matched[method["name"]]) if method["name"] in matched else "same",
         ]
         for method in ranked
     ]
-
-
-def show(estimate: Sequence[float | None] | None) -> str:
-    """`0.55 [0.51, 0.59]`."""
-    if estimate is None or estimate[0] is None:
-        return "–"
-    value, low, high = estimate
-    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"

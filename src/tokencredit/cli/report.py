@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.progress import printable
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,7 +17,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Write one HTML file that opens offline: results with intervals, learning curves, what the credit "
         "did in each quadrant, and responses as coloured tokens.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that `train` or `compare` wrote")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder that `train`, `compare` or a script with CreditGRPOTrainer wrote",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.set_defaults(handler=run)
@@ -26,14 +33,19 @@ def run(args: argparse.Namespace) -> int:
     """Write the page; its path goes to stdout."""
     try:
         from tokencredit.report import write_report
-        from tokencredit.report.results import as_json, results
+        from tokencredit.report.results import as_json, measure_of, summary
         from tokencredit.report.runs import load_runs
     except ImportError as error:
         raise TokenCreditError(f"the report needs {error.name}", hint="pip install 'tokencredit[trl]'") from error
     path = write_report(args.runs, args.out or args.runs[0] / "report.html")
     if not args.json:
-        print(path)
+        print(printable(path))
         return 0
-    content: dict[str, Any] = {"report": str(path), "results": as_json(results(load_runs(args.runs)))}
+    runs = load_runs(args.runs)
+    content: dict[str, Any] = {
+        "report": str(path),
+        "measure": measure_of(runs).name,
+        "results": as_json(summary(runs)),
+    }
     print(json.dumps(content))
     return 0

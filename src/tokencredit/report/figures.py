@@ -13,7 +13,7 @@ from tokencredit.progress import track
 from tokencredit.records import CreditRecord
 from tokencredit.report import plots
 from tokencredit.report.distillation import distillation_pictures
-from tokencredit.report.results import Curve, metric_curves, success_curves
+from tokencredit.report.results import Curve, measure_of, metric_curves, success_curves
 from tokencredit.report.runs import Run, by_label
 from tokencredit.report.signals import signal_pictures
 from tokencredit.report.tokens import polarity_of, visible
@@ -90,10 +90,15 @@ def last_records(runs: Sequence[Run]) -> list[CreditRecord]:
 
 def _training(runs: Sequence[Run], styles: Styles) -> list[Picture]:
     found = []
-    success = success_curves(runs)
-    if success:
-        svg = plots.curves("success", success, styles, percent=True)
-        found.append(Picture("training", "Success", "on held-out problems", svg))
+    evaluated, measure = success_curves(runs), measure_of(runs)
+    if evaluated:
+        svg = plots.curves("success", evaluated, styles, percent=measure.percent)
+        found.append(Picture("training", measure.name.capitalize(), "on held-out problems", svg))
+    if evaluated and not measure.percent:
+        shares = metric_curves(runs, lambda run: run.series("eval", "success") if run.has_threshold else {})
+        if shares:
+            svg = plots.curves("success-share", shares, styles, percent=True)
+            found.append(Picture("training", "Success", "share of held-out responses above the reward threshold", svg))
     for title, names, unit in TRAINING:
         lines = metric_curves(runs, lambda run, names=names: run.series("train", *names))
         if lines:

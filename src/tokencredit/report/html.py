@@ -5,19 +5,22 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokencredit.diagnostics.bootstrap import Interval
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import make_folder, write_bytes
 from tokencredit.methods.quadrants import QUADRANTS
 from tokencredit.report import plots
 from tokencredit.report.figures import last_records, pictures
-from tokencredit.report.results import Result, results
+from tokencredit.report.results import Result, interval_over, measure_of, summary
 from tokencredit.report.runs import NOT_STARTED, Run, by_label, load_runs
 from tokencredit.report.signals import concentration_table
-from tokencredit.report.tokens import COLOURS, carries, prompt_views, visible
+from tokencredit.report.tokens import COLOURS, PromptView, carries, prompt_views, visible
 
+LONG = 80  # tokens from which a response gets the whole width of the page
 TITLE = 60  # characters of method names that a title may hold
 
 
@@ -32,10 +35,8 @@ def write_report(run_paths: Iterable[str | os.PathLike[str]], out: str | os.Path
     if path.is_dir():
         raise TokenCreditError(f"{path} is a folder", hint="name a file, such as report.html")
     text = render(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate is no UTF-8
-    temporary.replace(path)
+    make_folder(path.parent)
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate is not UTF-8
     return path
 
 
@@ -65,7 +66,10 @@ def render(runs: Sequence[Run]) -> str:
         runs=runs,
         styles=styles,
         quadrants=QUADRANTS,
-        rows=results(runs),
+        rows=summary(runs),
+        measure=measure_of(runs),
+        over=interval_over(runs),
+        layout=_layout,
         verdict=_verdict,
         sections=sections,
         prompts=prompts,
@@ -77,6 +81,14 @@ def render(runs: Sequence[Run]) -> str:
         unfinished=[run for run in runs if run.status not in ("finished", NOT_STARTED)],
         waiting=sum(run.status == NOT_STARTED for run in runs),
     )
+
+
+def _layout(prompts: Sequence[PromptView]) -> str:
+    """How the prompts of a step stand on the page: methods side by side, or one method in columns unless it is long."""
+    if max(len(prompt.methods) for prompt in prompts) > 1:
+        return "several"
+    responses = (response for prompt in prompts for method in prompt.methods for response in method.responses)
+    return "wide" if max((len(response.tokens) for response in responses), default=0) > LONG else "single"
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -150,14 +162,15 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}".replace("-", "−")
 
 
-def _interval(value: Interval | None, signed: bool = False) -> str:
-    """Points with their interval: 41.2 [38.0, 44.5]."""
+def _interval(value: Interval | None, percent: bool = True, signed: bool = False) -> str:
+    """A value with its interval: 41.2 [38.0, 44.5]."""
     if value is None or math.isnan(value.mean):
         return "–"
+    write = _percent if percent else partial(_number, digits=4)
     plus = "+" if signed and value.mean > 0 else ""
     if math.isnan(value.low):
-        return f"{plus}{_percent(value.mean)}"
-    return f"{plus}{_percent(value.mean)} [{_percent(value.low)}, {_percent(value.high)}]"
+        return f"{plus}{write(value.mean)}"
+    return f"{plus}{write(value.mean)} [{write(value.low)}, {write(value.high)}]"
 
 
 def _verdict(row: Result) -> str:
@@ -165,4 +178,4 @@ def _verdict(row: Result) -> str:
         return ""
     if row.difference.excludes_zero:
         return "better" if row.difference.mean > 0 else "worse"
-    return "interval holds 0"
+    return "interval includes 0"

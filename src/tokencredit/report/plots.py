@@ -4,6 +4,8 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokencredit.report.results import Curve
@@ -23,6 +25,7 @@ VARIABLES |= {INK: "currentColor", GRID: "var(--muted)"}
 DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (5.0, 1.5, 1.5, 1.5))
 SIZE = (4.0, 2.7)  # inches: 288 units, about the width of a column of the page, so that text keeps its size
 STEP = "training step"
+CHARACTER = 0.0225  # width of a digit of a tick, as a share of the picture
 
 
 class Style(NamedTuple):
@@ -157,6 +160,8 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
         "axes.grid": True,
         "grid.color": GRID,
         "grid.alpha": 0.25,
+        "text.parse_math": False,  # a name may hold a `$`
+        "axes.formatter.useoffset": False,
     }
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with rc_context(settings):
@@ -164,6 +169,8 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
         # Fixed margins: a layout engine draws everything twice.
         axes = figure.add_axes((0.16, bottom, 0.81, 0.97 - bottom))
         draw(axes)
+        left = _write_whole_labels(axes)
+        axes.set_position((left, bottom, 0.97 - left, 0.97 - bottom))
         if axes.get_xlabel() == STEP:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
         file = io.StringIO()
@@ -171,6 +178,30 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     return _for_page(file.getvalue(), name)
+
+
+def _write_whole_labels(axes: "Axes") -> float:
+    """Write the numbers of the vertical axis in full instead of an offset; return the margin that they need."""
+    from matplotlib.ticker import ScalarFormatter
+
+    low, high = sorted(axes.get_ylim())
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    step = min((b - a for a, b in pairwise(ticks)), default=0.0)
+    if isinstance(axes.yaxis.get_major_formatter(), ScalarFormatter) and step > 0:
+        axes.yaxis.set_major_formatter(partial(_tick, step=step, largest=max(map(abs, ticks))))
+    labels = axes.yaxis.get_major_formatter().format_ticks(ticks)
+    return max(0.16, 0.055 + CHARACTER * max(map(len, labels), default=0))
+
+
+def _tick(value: float, place: int | None = None, *, step: float, largest: float) -> str:
+    """A tick with as many decimals as tell it from its neighbours; far from 1 as a power of ten."""
+    if largest >= 1e6 or largest < 1e-4:
+        digits = max(0, math.ceil(math.log10(largest / step)))
+        return f"{value:.{digits + 1}g}".replace("-", "−")
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if decimals and abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:  # steps of 0.25
+        decimals += 1
+    return f"{value:.{decimals}f}".replace("-", "−")
 
 
 def _for_page(text: str, name: str) -> str:

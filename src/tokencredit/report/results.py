@@ -9,6 +9,7 @@ import numpy as np
 from tokencredit.diagnostics.bootstrap import Interval, interval, paired_bootstrap
 from tokencredit.report.runs import Run, by_label
 
+EDGE = 10  # logged steps at the start and at the end whose reward stands in where nothing was evaluated
 POINTS = 60  # points of a training curve; steps between are averaged
 
 
@@ -33,6 +34,72 @@ class Curve(NamedTuple):
     mean: list[float]
     low: list[float]
     high: list[float]
+
+
+class Measure(NamedTuple):
+    """What the results of a page are: how they are named, whether they are shares, and where they come from."""
+
+    name: str
+    percent: bool
+    evaluated: bool
+
+
+def measure_of(runs: Sequence[Run]) -> Measure:
+    """Success where all evaluations are shares of right answers, else mean reward; training reward without any."""
+    evaluated = [run for run in runs if run.evaluations]
+    if not evaluated:
+        return Measure("training reward", percent=False, evaluated=False)
+    if all(run.measures_success for run in evaluated):
+        return Measure("success", percent=True, evaluated=True)
+    return Measure("mean reward", percent=False, evaluated=True)
+
+
+def summary(runs: Sequence[Run]) -> list[Result]:
+    """The rows of the results table: evaluations, or rewards of training where nothing was evaluated."""
+    return results(runs) if measure_of(runs).evaluated else training_results(runs)
+
+
+def training_results(runs: Sequence[Run]) -> list[Result]:
+    """Mean reward of the sampled responses over the first and the last logged steps of training, over seeds.
+
+    The difference is to the first method, on shared seeds, at the end.
+    """
+    found: list[Result] = []
+    reference: dict[int | None, float] | None = None
+    for label, group in by_label(runs).items():
+        rewards = {run.seed: run.series("train", "reward", "rewards/mean") for run in group}
+        rewards = {seed: series for seed, series in rewards.items() if series}
+        edges = {seed: [series[step] for step in sorted(series)] for seed, series in rewards.items()}
+        end = {seed: float(np.mean(values[-EDGE:])) for seed, values in edges.items()}
+        steps = [step for series in rewards.values() for step in series]
+        shared = [] if reference is None else [seed for seed in end if seed in reference]
+        found.append(
+            Result(
+                label=label,
+                seeds=len(end),
+                first_step=min(steps, default=0),
+                last_step=max(steps, default=0),
+                start=interval([float(np.mean(values[:EDGE])) for values in edges.values()]) if end else None,
+                end=interval(list(end.values())) if end else None,
+                difference=paired_bootstrap([reference[seed] for seed in shared], [end[seed] for seed in shared])
+                if shared and reference is not None
+                else None,
+                paired_seeds=len(shared),
+            )
+        )
+        reference = end if reference is None else reference
+    return found
+
+
+def interval_over(runs: Sequence[Run]) -> str:
+    """What the intervals of the results resample, in words."""
+    if not measure_of(runs).evaluated:
+        return "seeds"
+    seeds = max(len([run for run in group if run.evaluations]) for group in by_label(runs).values())
+    single = all(len(values) == 1 for run in runs for values in run.evaluations.values())
+    if single:
+        return "seeds"
+    return "problems (there is one seed: another one may differ by more)" if seeds == 1 else "seeds and problems"
 
 
 def results(runs: Sequence[Run]) -> list[Result]:
@@ -76,15 +143,16 @@ def as_json(found: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def scores(runs: Sequence[Run], step: int) -> np.ndarray:
-    """[seed, problem] at `step`; the mean of each seed alone where seeds were not given equally many problems."""
+    """[seed, problem] at `step`; the mean of each seed alone where seeds do not share all problems."""
     rows = [run.evaluations[step] for run in runs]
-    if len({len(row) for row in rows}) > 1:
+    problems = [run.problems_at(step) for run in runs]
+    if len({len(row) for row in rows}) > 1 or any(item != problems[0] for item in problems):
         rows = [[float(np.mean(row))] for row in rows]
     return np.array(rows, dtype=np.float64)
 
 
 def success_curves(runs: Sequence[Run]) -> list[Curve]:
-    """Success at every evaluation, intervals over seeds × problems."""
+    """The values of every evaluation, intervals over seeds × problems."""
     found = []
     for label, group in by_label(runs).items():
         steps = sorted({step for run in group for step in run.evaluations})
@@ -141,6 +209,7 @@ def _difference(reference: Sequence[Run], group: Sequence[Run]) -> tuple[Interva
     if not steps:
         return None, 0
     one, two = (scores(side, max(steps)) for side in zip(*pairs, strict=True))
-    if one.shape != two.shape:
+    at = max(steps)
+    if one.shape != two.shape or pairs[0][0].problems_at(at) != pairs[0][1].problems_at(at):
         one, two = one.mean(1, keepdims=True), two.mean(1, keepdims=True)
     return paired_bootstrap(one, two), len(pairs)

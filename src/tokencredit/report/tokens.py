@@ -18,6 +18,7 @@ PROMPTS = 4  # prompts a step
 RESPONSES = 2  # responses a prompt and method: the best and the worst reward
 TOKENS = 60_000  # tokens in the whole page
 LONGEST = 2_000  # tokens of one response
+PART = "▁"  # a token without text of its own: a part of the character that a later token completes
 
 
 # Fields besides the advantage that can colour the tokens: name on the page, and the letter of its data attribute.
@@ -33,9 +34,13 @@ class Signal(NamedTuple):
 
 
 class TokenView(NamedTuple):
-    """One token. `strength` is |Â| over the largest |Â| in view, in [0, 1]; `lines` tells whether a line ends here.
+    """One token.
 
-    `signals` are the fields of `COLOURS` that the record has, by letter.
+    * `strength`: |Â| over the largest |Â| of the page, in [0, 1].
+    * `weight`: Â over the advantage that the estimator gave the response; None where that is 0 or not recorded.
+    * `logprob`: of the policy that sampled, where the record has it.
+    * `breaks`: a line may break before the token, because it starts with a space. `lines`: a line ends after it.
+    * `signals`: the fields of `COLOURS` that the record has, by letter.
     """
 
     text: str
@@ -45,12 +50,15 @@ class TokenView(NamedTuple):
     strength: float
     lines: bool
     signals: dict[str, Signal]
+    weight: float | None = None
+    logprob: float | None = None
+    breaks: bool = False
 
 
 class ResponseView(NamedTuple):
-    """One response; `left_out` counts the tokens behind those shown."""
+    """One response; `left_out` counts the tokens behind those shown. `reward` is None where nothing scored it."""
 
-    reward: float
+    reward: float | None
     net: float
     tokens: list[TokenView]
     left_out: int
@@ -101,6 +109,7 @@ def prompt_views(runs: Sequence[Run]) -> list[PromptView]:
         step: {label: _record_at(run, step) for label, run in present.items() if step in run.records.steps}
         for step in _steps(list(present.values()))
     }
+    largest = max((_largest(record) for of_step in records.values() for record in of_step.values()), default=0.0)
     picked = [(step, *item) for step, of_step in records.items() for item in _choose(of_step)]
     count = sum(len(rows) for _, _, rows_of in picked for rows in rows_of.values())
     limit = max(50, min(LONGEST, TOKENS // max(count, 1)))
@@ -109,7 +118,9 @@ def prompt_views(runs: Sequence[Run]) -> list[PromptView]:
             step,
             visible(prompt, keep_lines=True),
             [
-                MethodView(visible(label), present[label].seed, response_views(records[step][label], rows, limit))
+                MethodView(
+                    visible(label), present[label].seed, response_views(records[step][label], rows, limit, largest)
+                )
                 for label, rows in rows_of.items()
             ],
         )
@@ -147,7 +158,7 @@ def _record_at(run: Run, step: int) -> CreditRecord:
 
 
 def _rows_by_prompt(record: CreditRecord) -> dict[str, list[int]]:
-    """The best and the worst response of every prompt; prompts without text go by their group."""
+    """The best and the worst response of every prompt, and one without a score; prompts without text go by group."""
     rewards = record.batch.rewards.tolist()
     filled = record.batch.response_mask.any(1).tolist()
     found: dict[str, list[int]] = {}
@@ -156,17 +167,30 @@ def _rows_by_prompt(record: CreditRecord) -> dict[str, list[int]]:
         if filled[row]:
             found.setdefault(text, []).append(row)
     for text, rows in found.items():
-        ordered = sorted(rows, key=lambda row: (-rewards[row], row))
-        same = rewards[ordered[0]] == rewards[ordered[-1]]
-        found[text] = ordered[:1] if same else [*ordered[: RESPONSES - 1], ordered[-1]]
+        ordered = sorted((row for row in rows if _is_scored(record, row)), key=lambda row: (-rewards[row], row))
+        unscored = [row for row in rows if not _is_scored(record, row)]
+        same = bool(ordered) and rewards[ordered[0]] == rewards[ordered[-1]]
+        extremes = ordered[:1] if same or not ordered else [*ordered[: RESPONSES - 1], ordered[-1]]
+        found[text] = [*extremes, *unscored[:1]]
     return found
 
 
-def response_views(record: CreditRecord, rows: Sequence[int], limit: int = LONGEST) -> list[ResponseView]:
-    """The tokens of some responses; colours share one scale, the largest |Â| of the record."""
-    batch = record.batch
-    credit = chosen(record.advantages, batch.response_mask)
-    largest = float(credit.abs().max()) if credit.numel() else 0.0
+def _is_scored(record: CreditRecord, row: int) -> bool:
+    return record.batch.scored is None or bool(record.batch.scored[row])
+
+
+def _largest(record: CreditRecord) -> float:
+    """The largest |Â| of a record."""
+    credit = chosen(record.advantages, record.batch.response_mask)
+    return float(credit.abs().max()) if credit.numel() else 0.0
+
+
+def response_views(
+    record: CreditRecord, rows: Sequence[int], limit: int = LONGEST, largest: float | None = None
+) -> list[ResponseView]:
+    """The tokens of some responses; colours are relative to `largest`, or to the largest |Â| of the record."""
+    credit = chosen(record.advantages, record.batch.response_mask)
+    largest = _largest(record) if largest is None else largest
     quadrants = _quadrant_names(record)
     return [_response_view(record, credit[row], largest, quadrants[row], row, limit) for row in rows]
 
@@ -190,24 +214,41 @@ def _response_view(
     mask = batch.response_mask[row]
     length = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 0
     texts = record.tokens[row] if row < len(record.tokens) else []
-    entropies = batch.entropies[row].tolist() if batch.entropies is not None else [None] * length
+    entropies, logprobs = (_listed(values, row, length) for values in (batch.entropies, batch.old_logprobs))
+    host = None if batch.host_advantages is None else float(batch.host_advantages[row])
     signals = {COLOURS[name]: _signals(record, name, row) for name in COLOURS if _field(record, name) is not None}
     views = []
     for column in range(min(length, limit)):
         raw = texts[column] if column < len(texts) else f"⟨{int(batch.response_ids[row, column])}⟩"
-        advantage = float(credit[column])
+        is_chosen = bool(mask[column])
+        advantage = float(credit[column]) if is_chosen else None
         views.append(
             TokenView(
-                text=visible(raw) or "∅",
-                advantage=advantage if bool(mask[column]) else None,
-                entropy=entropies[column] if bool(mask[column]) else None,
+                text=_token_text(raw, is_last=column + 1 == length),
+                advantage=advantage,
+                entropy=entropies[column] if is_chosen else None,
                 quadrant=quadrants[column],
-                strength=abs(advantage) / largest if largest else 0.0,
+                strength=abs(advantage) / largest if advantage is not None and largest else 0.0,
                 lines=raw.endswith("\n"),
-                signals={key: values[column] for key, values in signals.items()} if bool(mask[column]) else {},
+                signals={key: values[column] for key, values in signals.items()} if is_chosen else {},
+                weight=advantage / host if advantage is not None and host else None,
+                logprob=logprobs[column] if is_chosen else None,
+                breaks=raw.startswith(" "),
             )
         )
-    return ResponseView(float(batch.rewards[row]), float(credit.sum()), views, length - len(views))
+    reward = float(batch.rewards[row]) if _is_scored(record, row) else None
+    return ResponseView(reward, float(credit.sum()), views, length - len(views))
+
+
+def _listed(values: Tensor | None, row: int, length: int) -> list[float | None]:
+    return [None] * length if values is None else values[row].tolist()
+
+
+def _token_text(raw: str, *, is_last: bool) -> str:
+    """The token as text: each ⏎ breaks the line, one at the end outside the token."""
+    if not raw:
+        return "∅" if is_last else PART
+    return visible(raw).replace("⏎", "⏎\n").removesuffix("\n")
 
 
 def carries(name: str, prompt: PromptView) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokencredit import files
 from tokencredit.errors import TokenCreditError, shown
+from tokencredit.labels import label_of
 from tokencredit.runs.config_types import is_whole, plain_value
 from tokencredit.store import RecordStore
 
@@ -127,30 +128,6 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "settings": plain(config),
     }
-
-
-def label_of(credit: Any) -> str:
-    """How tables and plots name a credit: a preset by its name, a pipeline by its steps and what they set.
-
-    `group_normalized → attention_schedule(direction=high_to_low)`; defaults are left out, and so is a weight of 1.
-    """
-    from tokencredit.credit import Pipeline
-
-    if isinstance(credit, Mapping) and len(credit) == 1 and "weighted_sum" not in credit:
-        (name, given), *_ = credit.items()
-        return _with_settings(name, given or {})
-    if isinstance(credit, str):
-        return credit
-    labels = []
-    for chain in Pipeline.parse(credit).chains:
-        steps = (chain.estimator, *chain.transforms)
-        label = " → ".join(_with_settings(step.name, step.changed) for step in steps)
-        labels.append(label if chain.weight == 1 else f"{chain.weight:g} ({label})")
-    return " + ".join(labels)
-
-
-def _with_settings(name: str, given: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name
 
 
 def last_checkpoint(folder: Path) -> Path | None:

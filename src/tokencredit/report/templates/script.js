@@ -3,10 +3,12 @@
 (() => {
   const tip = document.getElementById("tip");
   const show = (token) => {
-    const { h, a, q } = token.dataset;
-    const lines = ["token     " + token.textContent.trimEnd()];
+    const { h, a, q, w, l } = token.dataset;
+    const lines = ["token     " + token.textContent.replaceAll("\n", "")];
     if (a === undefined) lines.push("not chosen by the policy");
     else lines.push("advantage " + a);
+    if (w !== undefined) lines.push("weight    " + w);
+    if (l !== undefined) lines.push("log-prob  " + l);
     if (h !== undefined) lines.push("entropy   " + h + " nats");
     if (q) lines.push("quadrant  " + q);
     if (token.dataset.e !== undefined) lines.push("attention " + token.dataset.e);
@@ -31,8 +33,9 @@
     if (event.key === "Escape") hide();
     if (!token) return;
     const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const next = step && token[step];
-    if (!next || !next.classList.contains("t")) return;
+    let next = step && token[step];
+    while (next && !next.classList.contains("t")) next = next[step]; // a <wbr>
+    if (!next) return;
     event.preventDefault();
     token.tabIndex = -1;
     next.tabIndex = 0;
