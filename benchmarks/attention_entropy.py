@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit.collect.attention import probe_attention
-from tokencredit.collect.attention_rows import Visibility, head_entropies, row_statistics
+from tokencredit.collect.attention.entropies import probe_attention
+from tokencredit.collect.attention.rows import Visibility, head_entropies, row_statistics
 from tokencredit.progress import track
 
 Layers = range | tuple[int, ...]

@@ -31,11 +31,11 @@ from head import clock, peak
 from overhead import StepClock, measure, report, show
 from torch import Tensor
 
-from tokencredit.adapters.trl_taps import PassTaps
-from tokencredit.collect import attention
-from tokencredit.collect.adapter import adapter_residuals, capture_states, reference_pass
-from tokencredit.collect.attention import attention_entropies, middle_layer, probe_attention
-from tokencredit.collect.attention_rows import row_statistics
+from tokencredit.adapters.trl.taps import PassTaps
+from tokencredit.collect.adapter_residual import adapter_residuals, capture_states, reference_pass
+from tokencredit.collect.attention import entropies as attention
+from tokencredit.collect.attention.entropies import attention_entropies, middle_layer, probe_attention
+from tokencredit.collect.attention.rows import row_statistics
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import eval_mode
 from tokencredit.lab.model import build_model, build_tokenizer

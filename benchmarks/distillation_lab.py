@@ -34,10 +34,10 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as hf_logging
 from trl import GRPOConfig
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.collect.exact import encode_accepted, exact_credit
-from tokencredit.collect.teacher_score import score_rows
-from tokencredit.collect.teacher_states import state_divergences
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.collect.exact.values import encode_accepted, exact_credit
+from tokencredit.collect.teacher.score import score_rows
+from tokencredit.collect.teacher.states import state_divergences
 from tokencredit.diagnostics.bootstrap import paired_bootstrap
 from tokencredit.diagnostics.position import position_profile
 from tokencredit.lab import supervised

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tokencredit.collect.exact import encode_accepted, exact_credit
-from tokencredit.collect.exact_gradient import advantage_weights, score_gradients
-from tokencredit.collect.exact_trie import build_trie
+from tokencredit.collect.exact.gradient import advantage_weights, score_gradients
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.exact.values import encode_accepted, exact_credit
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import chain_task, get_task
 from tokencredit.lab.tasks.chain import problem_of

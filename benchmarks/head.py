@@ -31,10 +31,10 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from tokencredit.collect.head import head_logprobs
-from tokencredit.collect.head_divergence import head_divergence
-from tokencredit.collect.head_gemm import onednn_available
-from tokencredit.collect.head_objective import head_objective
+from tokencredit.collect.head.divergence import head_divergence
+from tokencredit.collect.head.gemm import onednn_available
+from tokencredit.collect.head.logprobs import head_logprobs
+from tokencredit.collect.head.objective import head_objective
 from tokencredit.progress import track
 
 try:

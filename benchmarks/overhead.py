@@ -25,7 +25,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.lab import data
 from tokencredit.lab.model import warm_start
 from tokencredit.lab.rollout import rollout_func

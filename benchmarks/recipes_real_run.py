@@ -18,17 +18,17 @@ import numpy as np
 import reasoning_gym
 
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.config import SearchConfig, make_config
 from tokencredit.recipes.confirm import Arm, Confirmation, confirm_arms, mean_interval, save_summary
-from tokencredit.recipes.evaluate import make_evaluator
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.pool import load_pool
-from tokencredit.recipes.recipe import make_recipe
+from tokencredit.recipes.evaluate.evaluators import make_evaluator
+from tokencredit.recipes.evaluate.sft import SftSettings, fine_tune
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.samples import load_pool
+from tokencredit.recipes.pool.store import load_materials
+from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.report import confirm_lines
-from tokencredit.recipes.search import Search
-from tokencredit.recipes.sft import SftSettings, fine_tune
-from tokencredit.recipes.signals import Sources, compute
-from tokencredit.recipes.store import load_materials
+from tokencredit.recipes.search.config import SearchConfig, make_config
+from tokencredit.recipes.search.loop import Search
+from tokencredit.recipes.signals.compute import Sources, compute
 from tokencredit.seeds import derive
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))

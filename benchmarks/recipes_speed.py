@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from tokencredit.recipes import selectors
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.materials import Materials
-from tokencredit.recipes.minhash import shingle
-from tokencredit.recipes.neardup import build_graph
-from tokencredit.recipes.pool import make_pool, splitmix64
-from tokencredit.recipes.propose import make_space, random_program
-from tokencredit.recipes.recipe import make_recipe
-from tokencredit.recipes.state import StateReader
+from tokencredit.recipes.pool.materials import Materials
+from tokencredit.recipes.pool.samples import make_pool, splitmix64
+from tokencredit.recipes.program import selectors
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.program.recipe import make_recipe
+from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.search.propose import make_space, random_program
+from tokencredit.recipes.signals.minhash import shingle
+from tokencredit.recipes.signals.neardup import build_graph
 from tokencredit.seeds import derive
 
 TASKS = ("rel.a", "rel.b", "rel.c", "rel.d")

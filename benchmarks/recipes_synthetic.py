@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tokencredit.recipes.config import make_config
 from tokencredit.recipes.confirm import Arm, confirm_arms, differences, shrunken
-from tokencredit.recipes.evaluate import SyntheticEvaluator
-from tokencredit.recipes.search import Search
-from tokencredit.recipes.synthetic import SyntheticPool, surface, synthetic_pool
+from tokencredit.recipes.evaluate.evaluators import SyntheticEvaluator
+from tokencredit.recipes.evaluate.synthetic import SyntheticPool, surface, synthetic_pool
+from tokencredit.recipes.search.config import make_config
+from tokencredit.recipes.search.loop import Search
 
 NOISE = 0.5
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from tokencredit import PRESETS, assign_credit, get_pipeline
+from tokencredit.batch.records import OPTIONAL_FIELDS, TokenBatch
+from tokencredit.batch.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.progress import track
-from tokencredit.records import OPTIONAL_FIELDS, TokenBatch
-from tokencredit.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.seeds import generator
 
 RESPONSE, GROUP, MILLION = 1024, 8, 1 << 20

@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit import TokenBatch, assign_credit
-from tokencredit.collect.head import head_logprobs
-from tokencredit.collect.teacher_score import score_rows
+from tokencredit.collect.head.logprobs import head_logprobs
+from tokencredit.collect.teacher.score import score_rows
 from tokencredit.progress import track
 
 VOCAB = 151_936
@@ -234,7 +234,7 @@ def step(rounds: int) -> dict[str, Any]:
     """`CreditGRPOTrainer` with IW-OPD and a teacher, against TRL's trainer and the teacher's bare forward."""
     from trl import GRPOTrainer
 
-    from tokencredit.adapters.trl import CreditGRPOTrainer
+    from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

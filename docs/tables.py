@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from tokencredit.methods import ESTIMATORS, TRANSFORMS
 from tokencredit.methods.spec import Endpoints
+from tokencredit.methods.table import ESTIMATORS, TRANSFORMS
 
 METHODS = ESTIMATORS | TRANSFORMS
 BLOCK = re.compile(r"(<!-- hyperparameters: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)

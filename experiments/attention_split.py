@@ -21,18 +21,18 @@ import torch
 from concentration import GROUP, Responses, rollouts
 from torch import Tensor
 
-from tokencredit.collect.attention import attention_entropies, attention_layers, middle_layer, probe_attention
-from tokencredit.collect.attention_rows import row_statistics
-from tokencredit.collect.head import head_logprobs
+from tokencredit.batch.masked import positions, response_lengths
+from tokencredit.batch.records import TokenBatch
+from tokencredit.collect.attention.entropies import attention_entropies, attention_layers, middle_layer, probe_attention
+from tokencredit.collect.attention.rows import row_statistics
+from tokencredit.collect.head.logprobs import head_logprobs
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import backbone_of
-from tokencredit.credit import assign_credit, get_pipeline
 from tokencredit.lab import data
 from tokencredit.lab.model import warm_start
-from tokencredit.masked import positions, response_lengths
-from tokencredit.methods.attention import lowest_or_highest, position_matched_shuffle
+from tokencredit.methods.attention.weights import lowest_or_highest, position_matched_shuffle
+from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
 from tokencredit.progress import track
-from tokencredit.records import TokenBatch
 from tokencredit.seeds import generator
 
 SUBSETS = {

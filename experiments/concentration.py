@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, policy_residuals
+from tokencredit.collect.adapter_residual import adapter_residuals, doubling_ratio, policy_residuals
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
 from tokencredit.lab import data

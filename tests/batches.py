@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from tokencredit.masked import response_lengths
-from tokencredit.methods import estimators, transforms
+from tokencredit.batch.masked import response_lengths
+from tokencredit.batch.records import OPTIONAL_FIELDS, TOKEN_FIELDS, TokenBatch
 from tokencredit.methods.spec import MethodSpec
-from tokencredit.records import OPTIONAL_FIELDS, TOKEN_FIELDS, TokenBatch
+from tokencredit.methods.table import estimators, transforms
 from tokencredit.seeds import generator
 
 GROUP_SIZES = (4, 3, 1, 3)

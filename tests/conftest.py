@@ -5,7 +5,7 @@ from collections.abc import Callable
 import batches
 import pytest
 
-from tokencredit.records import TokenBatch
+from tokencredit.batch.records import TokenBatch
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from batches import (
 )
 from torch import Tensor
 
-from tokencredit.credit import Pipeline, assign_credit, get_pipeline
+from tokencredit.batch.records import OPTIONAL_FIELDS, RUN_FIELDS, TOKEN_FIELDS, TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods import presets
 from tokencredit.methods.spec import SCOPES
-from tokencredit.records import OPTIONAL_FIELDS, RUN_FIELDS, TOKEN_FIELDS, TokenBatch
+from tokencredit.methods.table import presets
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
 from tokencredit.seeds import generator
 
 CASES = all_cases()

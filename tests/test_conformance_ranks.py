@@ -9,9 +9,9 @@ import pytest
 import torch
 from batches import Case, all_cases, make_batch, permuted, token_advantages, widened
 
-from tokencredit.credit import Pipeline, assign_credit
-from tokencredit.records import TokenBatch
-from tokencredit.reduce import ProcessGroupReducer
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import ProcessGroupReducer
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit
 from tokencredit.seeds import generator
 
 CASES = all_cases()

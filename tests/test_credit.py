@@ -149,7 +149,7 @@ def test_an_override_goes_to_the_step_that_takes_it() -> None:
 @pytest.fixture
 def two_alphas(monkeypatch: pytest.MonkeyPatch) -> None:
     with_two = PRESETS | {"two": ["group_normalized", "entropy_bonus", {"entropy_capacity": {"phi": 3.0}}]}
-    monkeypatch.setattr("tokencredit.credit.presets", lambda: with_two)
+    monkeypatch.setattr("tokencredit.pipeline.pipeline.presets", lambda: with_two)
 
 
 def test_an_ambiguous_override_asks_which(two_alphas: None) -> None:
@@ -506,7 +506,11 @@ def test_a_preset_can_start_a_list_of_steps(config: Any, same: Any) -> None:
             "test_credit:outcome",
         ),
         (["grpo", "math:pi"], "the step must be a function, but 'math:pi' is a float", None),
-        (["tokencredit.credit:Pipeline"], "a step is a function, but tokencredit.credit:Pipeline is a class", None),
+        (
+            ["tokencredit.pipeline.pipeline:Pipeline"],
+            "a step is a function, but tokencredit.pipeline.pipeline:Pipeline is a class",
+            None,
+        ),
         ([()], r"a step is \(function, hyperparameters\), got \(\)", None),
         ([int], "a step is a function, but builtins:int is a class", None),
         (b"grpo", "a credit pipeline is a name", None),

@@ -6,12 +6,14 @@ import pytest
 import torch
 from batches import Case, all_cases, make_batch
 
-from tokencredit import assign_credit, credit, tiles
-from tokencredit.credit import Pipeline
-from tokencredit.methods import distillation
-from tokencredit.methods.distillation import teacher_confidence
-from tokencredit.records import TokenBatch
-from tokencredit.reduce import LocalReducer
+from tokencredit import assign_credit
+from tokencredit.batch import row_ranges as tiles
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import LocalReducer
+from tokencredit.methods.distillation import log_ratio as distillation
+from tokencredit.methods.distillation.log_ratio import teacher_confidence
+from tokencredit.pipeline import pipeline as credit
+from tokencredit.pipeline.pipeline import Pipeline
 
 GROUPED = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) == "group"]
 CASES = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) in ("token", "response")]

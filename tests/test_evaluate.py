@@ -5,8 +5,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from tokencredit.diagnostics.success_rates import avg_at_k, evaluate, pass_at_k, pass_at_k_from_counts
 from tokencredit.errors import TokenCreditError
-from tokencredit.evaluate import avg_at_k, evaluate, pass_at_k, pass_at_k_from_counts
 
 
 def test_golden() -> None:

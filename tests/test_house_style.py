@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokencredit.methods import ESTIMATORS, TRANSFORMS
+from tokencredit.methods.table import ESTIMATORS, TRANSFORMS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = {path: path.read_text() for path in sorted((ROOT / "src").rglob("*.py"))}

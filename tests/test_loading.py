@@ -7,9 +7,9 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-from tokencredit import loading
 from tokencredit.errors import TokenCreditError
-from tokencredit.loading import add_search_folder, load_attribute, load_function
+from tokencredit.pipeline import plugins as loading
+from tokencredit.pipeline.plugins import add_search_folder, load_attribute, load_function
 
 
 @pytest.fixture(autouse=True)

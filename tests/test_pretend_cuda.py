@@ -10,13 +10,13 @@ from support import fakecuda
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit import TokenCreditError, assign_credit, get_pipeline
-from tokencredit.collect.attention import attention_entropies, tap_entropies
-from tokencredit.collect.exact import exact_credit
-from tokencredit.collect.head import head_logprobs
+from tokencredit.collect.attention.entropies import attention_entropies, tap_entropies
+from tokencredit.collect.exact.values import exact_credit
+from tokencredit.collect.head.logprobs import head_logprobs
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.lab import sampler
-from tokencredit.methods import PRESETS
+from tokencredit.methods.table import PRESETS
 from tokencredit.seeds import generator
 
 

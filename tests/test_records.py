@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit
+from tokencredit.batch.masked import compact, positions, row_quantile, spread, unit_moments, unit_sums
+from tokencredit.batch.records import COLLECTORS, OPTIONAL_FIELDS, CreditRecord, TokenBatch, with_a_column
 from tokencredit.errors import TokenCreditError
-from tokencredit.masked import compact, positions, row_quantile, spread, unit_moments, unit_sums
-from tokencredit.records import COLLECTORS, OPTIONAL_FIELDS, CreditRecord, TokenBatch, with_a_column
+from tokencredit.pipeline.pipeline import assign_credit
 
 NAN = math.nan
 

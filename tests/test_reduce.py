@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokencredit.reduce import LOCAL, LocalReducer, extrema, group_totals, kth_smallest, quantile
+from tokencredit.batch.reduce import LOCAL, LocalReducer, extrema, group_totals, kth_smallest, quantile
 from tokencredit.seeds import generator
 
 EXTREMES = [0.0, -0.0, 1e-45, -1e-45, 1.1754944e-38, -1.1754944e-38, 3.4e38, -3.4e38, 1.0, 1.0000001, -1.0, -1.0000001]

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tokencredit.batch.records import CreditRecord, TokenBatch
+from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError
-from tokencredit.records import CreditRecord, TokenBatch
-from tokencredit.store import RecordStore
 
 
 def make_record(

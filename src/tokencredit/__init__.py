@@ -1,13 +1,15 @@
 """Credit assignment in LLM post-training: which tokens deserve the gradient?"""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokencredit import moved
+from tokencredit.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from tokencredit.credit import Pipeline, assign_credit, get_pipeline
+    from tokencredit.batch.records import CreditRecord, TokenBatch
     from tokencredit.errors import TokenCreditError
-    from tokencredit.methods import ESTIMATORS, PRESETS, TRANSFORMS
-    from tokencredit.records import CreditRecord, TokenBatch
+    from tokencredit.methods.table import ESTIMATORS, PRESETS, TRANSFORMS
+    from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,19 +25,16 @@ __all__ = [
 ]
 
 # Imported at first use, so that the command line answers without importing torch.
-_HOMES = {
-    "credit": ("Pipeline", "assign_credit", "get_pipeline"),
-    "errors": ("TokenCreditError",),
-    "methods": ("ESTIMATORS", "PRESETS", "TRANSFORMS"),
-    "records": ("CreditRecord", "TokenBatch"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"tokencredit.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "pipeline.pipeline": ("Pipeline", "assign_credit", "get_pipeline"),
+        "errors": ("TokenCreditError",),
+        "methods.table": ("ESTIMATORS", "PRESETS", "TRANSFORMS"),
+        "batch.records": ("CreditRecord", "TokenBatch"),
+    },
+)
+moved.install()
 
 
 def __dir__() -> list[str]:

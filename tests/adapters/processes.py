@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tokencredit.adapters.trl", "tokencredit.lab.model", "trl_setup"])
+CONTEXT.set_forkserver_preload(["tokencredit.adapters.trl.trainer", "tokencredit.lab.model", "trl_setup"])
 
 
 def run_ranks(

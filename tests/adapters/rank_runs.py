@@ -11,11 +11,11 @@ from peft import LoraConfig
 from trl_setup import ALPHABET, config, trainer
 
 from tokencredit import seeds
-from tokencredit.adapters import trl_checks
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.credit import get_pipeline
+from tokencredit.adapters.trl import checks as trl_checks
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.methods import PRESETS
+from tokencredit.methods.table import PRESETS
+from tokencredit.pipeline.pipeline import get_pipeline
 
 ROWS, GROUP = 24, 8  # three groups: over two ranks one is cut, over four all are
 SHAPES: dict[str, dict[str, Any]] = {

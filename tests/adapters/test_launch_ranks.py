@@ -14,11 +14,11 @@ from rank_faults import command, train_without_tokens, write_config
 from safetensors.torch import load_file
 from test_trl_ranks import differences
 
+from tokencredit.batch.store import RecordStore
 from tokencredit.cli.main import main
 from tokencredit.runs import folders
-from tokencredit.runs.config import load_config
+from tokencredit.runs.config.load import load_config
 from tokencredit.runs.train import train_run
-from tokencredit.store import RecordStore
 
 HERE = str(Path(__file__).parent)
 NUMBERS = ("loss", "grad_norm", "reward", "credit/abs_mean", "credit/gini", "entropy")

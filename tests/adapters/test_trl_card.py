@@ -13,9 +13,9 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 from trl_setup import ALPHABET, config, saved_model, trainer
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_card import is_hub_id
-from tokencredit.adapters.trl_sampling import plain_sampling, shipped_settings
+from tokencredit.adapters.trl.card import is_hub_id
+from tokencredit.adapters.trl.sampling import plain_sampling, shipped_settings
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.lab.model import build_model, build_tokenizer
 
 

@@ -9,11 +9,11 @@ from peft import LoraConfig
 from trl_setup import ALPHABET, config, saved_model, trainer
 
 from tokencredit import TokenCreditError, assign_credit
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_batch import Rollout
-from tokencredit.adapters.trl_collectors import attempts
+from tokencredit.adapters.trl.batch import Rollout
+from tokencredit.adapters.trl.collectors import attempts
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.store import RecordStore
 from tokencredit.lab.model import build_tokenizer
-from tokencredit.store import RecordStore
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 

@@ -12,11 +12,11 @@ from trl import GRPOTrainer
 from trl_setup import ALPHABET, config, saved_model, trainer
 
 from tokencredit import TokenCreditError, assign_credit, get_pipeline
-from tokencredit.adapters import trl_checks
-from tokencredit.adapters.trl import CreditGRPOTrainer
+from tokencredit.adapters.trl import checks as trl_checks
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.store import RecordStore
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.rollout import rollout_func
-from tokencredit.store import RecordStore
 
 
 def records(folder: Path, credit: Any, timing: str = "auto", **changes: Any) -> list:

@@ -6,7 +6,7 @@ import pytest
 from trl import GRPOTrainer
 from trl_setup import config, train
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo"]
 

@@ -12,16 +12,16 @@ from trl_setup import ALPHABET, config, trainer
 from vision_setup import vision_model, vision_processor, vision_rows
 
 from tokencredit import TokenCreditError
-from tokencredit.adapters.collector_options import resolve_options
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_batch import Rollout
-from tokencredit.adapters.trl_collectors import built_in
-from tokencredit.adapters.trl_passes import Positioned, is_sharded, pad_left
-from tokencredit.collect.adapter import reference_logprobs
+from tokencredit.adapters.trl.batch import Rollout
+from tokencredit.adapters.trl.collectors import built_in
+from tokencredit.adapters.trl.passes import Positioned, is_sharded, pad_left
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.store import RecordStore
+from tokencredit.collect.adapter_residual import reference_logprobs
 from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import backbone_of
+from tokencredit.collect.options import resolve_options
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.store import RecordStore
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 MICRO = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

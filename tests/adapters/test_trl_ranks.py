@@ -9,10 +9,10 @@ from processes import printed, run_ranks
 from rank_runs import FREE, GROUP, LORA, REFERENCE, ROWS, SHAPES, TOURED, save_reference, train_all
 
 from tokencredit import assign_credit, get_pipeline
-from tokencredit.credit import Pipeline
-from tokencredit.methods import PRESETS
-from tokencredit.records import CreditRecord
-from tokencredit.store import RecordStore
+from tokencredit.batch.records import CreditRecord
+from tokencredit.batch.store import RecordStore
+from tokencredit.methods.table import PRESETS
+from tokencredit.pipeline.pipeline import Pipeline
 
 WORLDS = (1, 2, 4)
 RUNS = {**dict.fromkeys(SHAPES, TOURED), "lora": [*LORA, *LORA], "reference": [*REFERENCE] * 2}

@@ -12,8 +12,8 @@ from trl import GRPOTrainer
 from trl_setup import ALPHABET, config, reward, trainer
 
 from tokencredit import TokenCreditError
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_rewards import check_models, guard_rewards
+from tokencredit.adapters.trl.rewards import check_models, guard_rewards
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.lab.model import build_model, build_tokenizer
 
 

@@ -10,14 +10,14 @@ from trl import GRPOTrainer
 from trl_setup import ALPHABET, config, trainer
 
 from tokencredit import TokenCreditError
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_batch import Rollout
-from tokencredit.adapters.trl_taps import draws_dropout
-from tokencredit.collect.adapter import adapter_residuals
-from tokencredit.collect.attention import attention_entropies
+from tokencredit.adapters.trl.batch import Rollout
+from tokencredit.adapters.trl.taps import draws_dropout
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.store import RecordStore
+from tokencredit.collect.adapter_residual import adapter_residuals
+from tokencredit.collect.attention.entropies import attention_entropies
 from tokencredit.collect.models import backbone_of
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.store import RecordStore
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
 BOTH = "0.5 * arca + 0.5 * attention"

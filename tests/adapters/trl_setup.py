@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
-from tokencredit.adapters.trl_checks import checkpointing_field
+from tokencredit.adapters.trl.checks import checkpointing_field
 from tokencredit.lab.model import build_model, build_tokenizer
 
 ALPHABET = "0123456789+=,"

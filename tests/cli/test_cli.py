@@ -11,7 +11,7 @@ from tokencredit.cli.main import VERBS, main
 from tokencredit.files import parse_yaml
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import get_task
-from tokencredit.methods import estimators, presets, transforms
+from tokencredit.methods.table import estimators, presets, transforms
 from tokencredit.progress import printable
 from tokencredit.runs.stop import Stopped
 
@@ -185,7 +185,7 @@ def test_doctor_finds_the_seams(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_doctor_names_the_fix(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("tokencredit.adapters.doctor", fromlist=["x"]).TRL_SEAMS, "_gone", ("inputs",))
+    monkeypatch.setitem(__import__("tokencredit.doctor.hosts", fromlist=["x"]).TRL_SEAMS, "_gone", ("inputs",))
     code, out, _ = call(capsys, "doctor")
     assert code == 1
     assert "FAIL  TRL's GRPOTrainer._gone: missing" in out

@@ -8,8 +8,8 @@ import pytest
 from trl import GRPOTrainer
 
 from tokencredit import __version__
-from tokencredit.adapters.doctor import TRL_SEAMS, _methods_of_trainer
 from tokencredit.cli.main import main
+from tokencredit.doctor.hosts import TRL_SEAMS, _methods_of_trainer
 
 
 def test_what_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

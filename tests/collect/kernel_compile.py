@@ -7,8 +7,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokencredit.collect import attention_kernels
-from tokencredit.collect.attention_fused import constants_of, tile_of
+from tokencredit.collect.attention import kernels as attention_kernels
+from tokencredit.collect.attention.fused import constants_of, tile_of
 
 KERNELS = ("head_moments", "mean_rows", "head_influences")
 FLOATS = ("log_sums", "entropies", "reaches", "distances", "sinks", "dropped", "influences")

@@ -4,9 +4,9 @@ import sys
 
 import torch
 
-from tokencredit.collect import attention_fused as fused
-from tokencredit.collect.attention_maps import head_maps
-from tokencredit.collect.attention_rows import Visibility, head_entropies, row_statistics
+from tokencredit.collect.attention import fused
+from tokencredit.collect.attention.rhythms import head_maps
+from tokencredit.collect.attention.rows import Visibility, head_entropies, row_statistics
 
 T, ROWS = 70, slice(11, 68)
 CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()

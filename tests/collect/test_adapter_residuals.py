@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from tokencredit.collect.adapter import (
+from tokencredit.collect.adapter_residual import (
     adapter_residuals,
     capture_states,
     doubling_ratio,

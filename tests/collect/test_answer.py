@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokencredit.collect.answer import answer_importances, answer_mask
+from tokencredit.collect.attention.answer import answer_importances, answer_mask
 from tokencredit.lab.model import build_model, build_tokenizer
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from tokencredit.collect.attention import attention_entropies, tap_entropies, tap_spans, visibility_of
+from tokencredit.collect.attention.entropies import attention_entropies, tap_entropies, tap_spans, visibility_of
 
 ROWS = (9, 14, 5)
 

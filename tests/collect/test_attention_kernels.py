@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokencredit.collect import attention_fused
-from tokencredit.collect.attention_parts import Visibility
+from tokencredit.collect.attention import fused as attention_fused
+from tokencredit.collect.attention.parts import Visibility
 
 HERE = Path(__file__).parent
 SHARED_MEMORY = 99 * 1024  # bytes that one block may use on a consumer card; data-centre cards allow 163 KiB and more

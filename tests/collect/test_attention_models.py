@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from tokencredit.collect.attention import (
+from tokencredit.collect.attention.entropies import (
     attention_entropies,
     attention_layers,
     middle_layer,
@@ -17,7 +17,7 @@ from tokencredit.collect.attention import (
     tap_spans,
     visibility_of,
 )
-from tokencredit.collect.attention_maps import attention_rhythms
+from tokencredit.collect.attention.rhythms import attention_rhythms
 from tokencredit.errors import TokenCreditError
 
 BATCH, TOTAL, PROMPT = 3, 40, 14

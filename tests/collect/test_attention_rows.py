@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from tokencredit.collect import attention_rows, attention_short
-from tokencredit.collect.attention_maps import head_maps
-from tokencredit.collect.attention_rows import Visibility, head_entropies, row_statistics
+from tokencredit.collect.attention import rows as attention_rows
+from tokencredit.collect.attention import short as attention_short
+from tokencredit.collect.attention.rhythms import head_maps
+from tokencredit.collect.attention.rows import Visibility, head_entropies, row_statistics
 
 # Two heads, four tokens, two dimensions, scale 1/√2.
 QUERY = torch.tensor([[[[1, 0], [0, 1], [1, 1], [2, 0]], [[0, 1], [1, 0], [1, -1], [-1, 2]]]], dtype=torch.float32)

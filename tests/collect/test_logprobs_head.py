@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tokencredit.collect import head as head_module
-from tokencredit.collect import head_gemm
-from tokencredit.collect.head import head_logprobs
-from tokencredit.collect.head_divergence import head_divergence
-from tokencredit.collect.head_objective import head_objective
-from tokencredit.collect.head_tiles import PLAIN, Readout
+from tokencredit.collect.head import gemm as head_gemm
+from tokencredit.collect.head import logprobs as head_module
+from tokencredit.collect.head.divergence import head_divergence
+from tokencredit.collect.head.logprobs import head_logprobs
+from tokencredit.collect.head.objective import head_objective
+from tokencredit.collect.head.tiles import PLAIN, Readout
 from tokencredit.errors import TokenCreditError
 
 TOKENS, WIDTH, VOCAB = 37, 48, 4999  # three tiles, the last one short
@@ -86,7 +86,7 @@ def test_frozen_head_equals_float64(readout: Readout) -> None:
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("entropy", [False, True])
 def test_objective_in_forward_equals_float64(readout: Readout, entropy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokencredit.collect.head_objective.BLOCK", 16)
+    monkeypatch.setattr("tokencredit.collect.head.objective.BLOCK", 16)
     data = inputs(2)
     a, b = data["a"], data["b"] * (data["a"] != 0) * entropy
     hidden, weight = (data[name].clone().requires_grad_() for name in ("hidden", "weight"))

@@ -9,17 +9,17 @@ import torch
 import transformers as T
 from torch import nn
 
-from tokencredit.collect.adapter import policy_and_reference
-from tokencredit.collect.attention import attention_entropies, attention_layers, full_layers, middle_layer
-from tokencredit.collect.attention_maps import attention_rhythms
-from tokencredit.collect.head import head_logprobs
-from tokencredit.collect.head_divergence import head_divergence
-from tokencredit.collect.head_objective import head_objective
+from tokencredit.collect.adapter_residual import policy_and_reference
+from tokencredit.collect.attention.entropies import attention_entropies, attention_layers, full_layers, middle_layer
+from tokencredit.collect.attention.rhythms import attention_rhythms
+from tokencredit.collect.head.divergence import head_divergence
+from tokencredit.collect.head.logprobs import head_logprobs
+from tokencredit.collect.head.objective import head_objective
 from tokencredit.collect.logprobs import rows_of, token_logprobs
 from tokencredit.collect.models import head_of, is_peft_model
-from tokencredit.collect.teacher_model import _swapped
-from tokencredit.collect.teacher_score import score_rows
-from tokencredit.collect.teacher_states import state_divergences
+from tokencredit.collect.teacher.model import _swapped
+from tokencredit.collect.teacher.score import score_rows
+from tokencredit.collect.teacher.states import state_divergences
 from tokencredit.errors import TokenCreditError
 
 VOCAB = 48

@@ -8,9 +8,9 @@ import torch
 from loopback_vllm import CHAT
 from torch import Tensor
 
-from tokencredit.collect.teacher import Teacher, build_teacher
-from tokencredit.collect.teacher_checks import check_shift, end_warning, probe
-from tokencredit.collect.teacher_prompts import TEMPLATES
+from tokencredit.collect.teacher.build import Teacher, build_teacher
+from tokencredit.collect.teacher.checks import check_shift, end_warning, probe
+from tokencredit.collect.teacher.prompts import TEMPLATES
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 
@@ -194,8 +194,8 @@ def test_configs_that_cannot_be(config: dict[str, Any], message: str) -> None:
 
 
 def model_teacher(model: Any, tokenizer: Any, **given: Any) -> Any:
-    from tokencredit.collect.teacher import resolve_teacher
-    from tokencredit.collect.teacher_model import ModelTeacher
+    from tokencredit.collect.teacher.build import resolve_teacher
+    from tokencredit.collect.teacher.model import ModelTeacher
 
     return ModelTeacher(model, tokenizer, resolve_teacher(CONFIG | given))
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit.collect.exact_gradient import score_gradients, trainable
-from tokencredit.collect.exact_score import in_float64, node_logprobs
-from tokencredit.collect.exact_trie import build_trie
-from tokencredit.collect.teacher_objective import teacher_objective
-from tokencredit.collect.teacher_states import state_divergences
+from tokencredit.collect.exact.gradient import score_gradients, trainable
+from tokencredit.collect.exact.score import in_float64, node_logprobs
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.teacher.objective import teacher_objective
+from tokencredit.collect.teacher.states import state_divergences
 
 PROMPT, OTHER_PROMPT = [0, 1, 0], [1, 1]
 # Token 1 ends a response, three tokens at most: these are all.

@@ -12,9 +12,9 @@ import torch
 from loopback_vllm import CHAT, Loopback, serving
 from test_teacher_model import ALPHABET, PROMPTS, RESPONSES, ROWS, plain, rollouts
 
-from tokencredit.collect import teacher_server
-from tokencredit.collect.teacher import Teacher, build_teacher
-from tokencredit.collect.teacher_server import sampled_logprobs
+from tokencredit.collect.teacher import server as teacher_server
+from tokencredit.collect.teacher.build import Teacher, build_teacher
+from tokencredit.collect.teacher.server import sampled_logprobs
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 
@@ -238,4 +238,4 @@ def test_answers_are_read_by_token() -> None:
 
 
 def test_the_client_needs_no_trl() -> None:
-    assert "trl" not in vars(sys.modules["tokencredit.collect.teacher_server"])
+    assert "trl" not in vars(sys.modules["tokencredit.collect.teacher.server"])

@@ -11,9 +11,9 @@ import torch
 from loopback_vllm import CHAT, Loopback, serving
 from test_teacher_model import ALPHABET, PROMPTS, RESPONSES, rollouts
 
-from tokencredit.collect.teacher import build_teacher, resolve_teacher
-from tokencredit.collect.teacher_checks import check_end
-from tokencredit.collect.teacher_prompts import (
+from tokencredit.collect.teacher.build import build_teacher, resolve_teacher
+from tokencredit.collect.teacher.checks import check_end
+from tokencredit.collect.teacher.prompts import (
     CHECKED,
     STREAMED,
     PromptRenderer,
@@ -21,7 +21,7 @@ from tokencredit.collect.teacher_prompts import (
     first_rows,
     render,
 )
-from tokencredit.collect.teacher_server import sampled_logprobs
+from tokencredit.collect.teacher.server import sampled_logprobs
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.teachers import with_lab_model

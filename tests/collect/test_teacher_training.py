@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.collect.teacher import build_teacher
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.collect.teacher.build import build_teacher
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.rollout import rollout_func

@@ -9,10 +9,11 @@ from seams import expect, moved
 from trl import GRPOTrainer
 from trl_setup import config, train, trainer
 
-from tokencredit.adapters import doctor, trl_checks
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_batch import RowKeys
-from tokencredit.store import RecordStore
+from tokencredit.adapters.trl import checks as trl_checks
+from tokencredit.adapters.trl.batch import RowKeys
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.store import RecordStore
+from tokencredit.doctor import hosts as doctor
 
 # What the rollout's dictionary holds, by number of axes.
 ROLLOUT = {"prompt_ids": 2, "prompt_mask": 2, "completion_ids": 2, "completion_mask": 2, "advantages": 1}

@@ -8,8 +8,9 @@ import pytest
 from seams import expect, moved
 from verl_setup import GRPO, compose
 
-from tokencredit.adapters import verl_checks, verl_doctor
-from tokencredit.adapters.verl_settings import read_settings
+from tokencredit.adapters.verl import checks as verl_checks
+from tokencredit.adapters.verl import doctor as verl_doctor
+from tokencredit.adapters.verl.settings import read_settings
 
 BUILT_IN = ("sync", "colocate_async", "separate_async")
 # Options of verl that the adapter reads or names in a remedy.

@@ -11,6 +11,7 @@ import torch
 from batches import make_batch
 
 from tokencredit import TokenBatch, assign_credit
+from tokencredit.batch.records import TOKEN_FIELDS
 from tokencredit.diagnostics.quadrants import (
     ENTROPY_EDGES,
     entropy_histograms,
@@ -19,7 +20,6 @@ from tokencredit.diagnostics.quadrants import (
     weight_statistics,
 )
 from tokencredit.diagnostics.summary import credit_metrics
-from tokencredit.records import TOKEN_FIELDS
 
 # One group of four, two tokens each, r = (1, −1, −1, −1): Â = (1.5, −.5, −.5, −.5); mean entropy 4/8 = .5.
 ENTROPIES = torch.tensor([[0.0, 3.0, torch.nan], [0.0, 1.0, torch.nan], [0.0, 0.0, torch.nan], [0.0, 0.0, torch.nan]])

@@ -6,8 +6,8 @@ from itertools import product
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit.collect.exact import ExactCredit, exact_credit
-from tokencredit.collect.exact_score import in_float64
+from tokencredit.collect.exact.score import in_float64
+from tokencredit.collect.exact.values import ExactCredit, exact_credit
 from tokencredit.seeds import derive
 
 VOCABULARY, EOS = 6, 1  # id 0 is padding; 2 … 5 are letters

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokencredit import TokenBatch, TokenCreditError
-from tokencredit.bench import pipelines
+from tokencredit.bench import entries as pipelines
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.figures import _around
+from tokencredit.bench.problem import draw, load_world, sample_responses, seeded
 from tokencredit.bench.run import run_bench
 from tokencredit.bench.texts import encode_listed, encode_prompt
-from tokencredit.bench.world import draw, load_world, sample_responses, seeded
 from tokencredit.cli.bench import config_of, print_notes, print_table
 from tokencredit.cli.main import build_parser, main
 from tokencredit.report.bench_page import figure_text, notes, render_bench

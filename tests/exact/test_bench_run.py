@@ -11,10 +11,11 @@ import torch
 from bench_world import Letters, model_folder
 
 from tokencredit import TokenCreditError
-from tokencredit.bench import cell, pipelines
+from tokencredit.bench import cell
+from tokencredit.bench import entries as pipelines
 from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.problem import draw, load_task, load_world, sample_responses
 from tokencredit.bench.run import run_bench
-from tokencredit.bench.world import draw, load_task, load_world, sample_responses
 from tokencredit.cli.bench import config_of, print_markdown, print_table, read_yaml
 from tokencredit.cli.main import build_parser
 from tokencredit.report.bench_page import render_bench

@@ -9,13 +9,14 @@ import pytest
 import torch
 from bench_world import model_folder
 
-from tokencredit.bench import cell, pipelines, signals
+from tokencredit.bench import cell, signals
+from tokencredit.bench import entries as pipelines
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.world import draw, load_world
-from tokencredit.collect.adapter import adapter_residuals
+from tokencredit.bench.problem import draw, load_world
+from tokencredit.collect.adapter_residual import adapter_residuals
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model
-from tokencredit.methods import PRESETS
+from tokencredit.methods.table import PRESETS
 
 TASK = "bench_world:letters"
 

@@ -11,15 +11,15 @@ from bench_world import ALPHABET, model_folder
 from tokencredit import TokenCreditError
 from tokencredit.bench.cell import assign_all
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.pipelines import FIELD_COLLECTORS, entries
+from tokencredit.bench.entries import FIELD_COLLECTORS, entries
+from tokencredit.bench.problem import draw, load_world
 from tokencredit.bench.run import run_bench
 from tokencredit.bench.teacher import load_teacher, objective_of, teacher_collectors, teacher_success
-from tokencredit.bench.world import draw, load_world
 from tokencredit.cli.bench import config_of, print_markdown, print_table
 from tokencredit.cli.main import build_parser
-from tokencredit.collect.teacher_prompts import better_attempts
+from tokencredit.collect.teacher.prompts import better_attempts
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.methods.distillation_table import DISTILLATION_PRESETS
+from tokencredit.methods.distillation.table import DISTILLATION_PRESETS
 from tokencredit.report.bench_page import render_bench
 
 TASK = "bench_world:letters"

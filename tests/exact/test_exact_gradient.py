@@ -7,16 +7,16 @@ import torch
 from exact_setup import ACCEPTED, EOS, PROMPTS, sampled, tiny_credit, tiny_model
 from torch import Tensor
 
-from tokencredit.collect import exact_score
-from tokencredit.collect.exact import exact_credit
-from tokencredit.collect.exact_gradient import (
+from tokencredit.collect.exact import score as exact_score
+from tokencredit.collect.exact.gradient import (
     advantage_weights,
     exact_weights,
     score_gradients,
     span_of,
     trainable,
 )
-from tokencredit.collect.exact_trie import build_trie
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.exact.values import exact_credit
 
 
 def flat(parts: tuple[Tensor, ...]) -> Tensor:
@@ -100,7 +100,7 @@ def test_mean_estimate_of_exact_advantages_is_the_exact_gradient() -> None:
     credit = tiny_credit()
     prompt = 0
     total = torch.zeros_like(exact_gradient(prompt))
-    from tokencredit.collect.exact_trie import reach
+    from tokencredit.collect.exact.trie import reach
 
     passing = reach(credit.trie, credit.nodes.token_logprobs).exp()
     for node in [prompt, *credit.trie.spans[prompt]]:

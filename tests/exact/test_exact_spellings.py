@@ -11,9 +11,10 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tokencredit.collect import exact_search, exact_spellings
-from tokencredit.collect.exact import ExactValues, exact_credit
-from tokencredit.collect.exact_spellings import encode_accepted, lattice_of
+from tokencredit.collect.exact import search as exact_search
+from tokencredit.collect.exact import spellings as exact_spellings
+from tokencredit.collect.exact.spellings import encode_accepted, lattice_of
+from tokencredit.collect.exact.values import ExactValues, exact_credit
 from tokencredit.errors import TokenCreditError
 
 PROMPT = [2, 3]

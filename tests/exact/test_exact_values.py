@@ -17,9 +17,9 @@ from exact_setup import (
 )
 
 from tokencredit import TokenBatch, TokenCreditError
-from tokencredit.collect import exact_score
-from tokencredit.collect.exact import ExactValues, exact_credit
-from tokencredit.collect.exact_trie import build_trie
+from tokencredit.collect.exact import score as exact_score
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.exact.values import ExactValues, exact_credit
 from tokencredit.methods.exact import (
     binary_entropy,
     exact_advantage,
@@ -207,7 +207,7 @@ def test_every_bound_holds_at_every_state() -> None:
 
 def test_information_and_squares_add_up_over_a_response() -> None:
     """T10: Σ_t E[I_t] = h_b(V(x)) and Σ_t E[A_t²] = V(x)(1−V(x)), by summing over the states of the trie."""
-    from tokencredit.collect.exact_trie import reach
+    from tokencredit.collect.exact.trie import reach
 
     credit = tiny_credit()
     trie, nodes = credit.trie, credit.nodes

@@ -8,11 +8,11 @@ import torch
 import transformers as T
 from exact_setup import EOS
 
-from tokencredit.collect.exact import exact_credit
-from tokencredit.collect.exact_gradient import score_gradients, trainable
-from tokencredit.collect.exact_packing import within_windows
-from tokencredit.collect.exact_score import can_pack, fits_packed
-from tokencredit.collect.exact_trie import build_trie
+from tokencredit.collect.exact.gradient import score_gradients, trainable
+from tokencredit.collect.exact.packing import within_windows
+from tokencredit.collect.exact.score import can_pack, fits_packed
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.exact.values import exact_credit
 
 SHAPE = {
     "vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,

@@ -7,7 +7,7 @@ import torch
 from exact_setup import ACCEPTED, EOS, PROMPTS, next_probs, sampled, tiny_credit, tiny_model
 
 from tokencredit import TokenCreditError
-from tokencredit.collect.monte_carlo import MonteCarloValues, Sampler, generating, monte_carlo_values
+from tokencredit.collect.exact.monte_carlo import MonteCarloValues, Sampler, generating, monte_carlo_values
 from tokencredit.seeds import generator
 
 LIMIT = 4  # the longest accepted response

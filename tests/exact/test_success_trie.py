@@ -9,10 +9,10 @@ import torch
 from exact_setup import ACCEPTED, EOS, PROMPTS, probability, tiny_credit, tiny_model
 
 from tokencredit import TokenBatch, assign_credit, get_pipeline
-from tokencredit.collect.exact_gradient import advantage_weights, exact_weights
-from tokencredit.collect.exact_trie import build_trie
+from tokencredit.batch.reduce import LOCAL
+from tokencredit.collect.exact.gradient import advantage_weights, exact_weights
+from tokencredit.collect.exact.trie import build_trie
 from tokencredit.methods.success_trie import success_trie
-from tokencredit.reduce import LOCAL
 
 
 def batch_of(rows: list[list[int]], probs: list[list[float]], rewards: list[float], groups: list[int]) -> TokenBatch:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit, get_pipeline
+from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.attention import (
+from tokencredit.methods.attention.rhythm import answer_attention, attention_rhythm
+from tokencredit.methods.attention.weights import (
     attention_gate,
     attention_schedule,
     attention_tilt,
@@ -17,8 +18,7 @@ from tokencredit.methods.attention import (
     position_matched_shuffle,
     rank_quantiles,
 )
-from tokencredit.methods.rhythm import answer_attention, attention_rhythm
-from tokencredit.records import TokenBatch
+from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
 
 ENTROPIES = [0.30, 0.85, 0.10, 0.55, 0.55, 0.95, 0.40, 0.20, 0.70, 0.60]
 # ranks 3, 9, 1, 5.5, 5.5, 10, 4, 2, 8, 7

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tokencredit.credit import Pipeline, assign_credit, get_pipeline
+from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.attention import attention_blend, keep_positions
-from tokencredit.records import TokenBatch
+from tokencredit.methods.attention.weights import attention_blend, keep_positions
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
 from tokencredit.seeds import generator
 
 NAN = math.nan

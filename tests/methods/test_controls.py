@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokencredit.credit import Pipeline, assign_credit
-from tokencredit.masked import response_lengths
+from tokencredit.batch.masked import response_lengths
+from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.controls import (
     constant_scale,
     match_mass,
@@ -18,7 +18,7 @@ from tokencredit.methods.controls import (
     shuffle_within_response,
     token_uniforms,
 )
-from tokencredit.records import TokenBatch
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit
 from tokencredit.seeds import generator
 
 NAN = math.nan

@@ -10,7 +10,7 @@ import torch
 
 from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.distillation import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.distillation.log_ratio import discrepancy_weights, mass_multiplier, teacher_gap
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer, _jsd_divergence

@@ -7,8 +7,8 @@ import torch
 
 from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.distillation import teacher_gap
-from tokencredit.methods.self_distillation import bonus_direction, scaled_gap
+from tokencredit.methods.distillation.log_ratio import teacher_gap
+from tokencredit.methods.distillation.self_distillation import bonus_direction, scaled_gap
 
 NAN = math.nan
 ENTROPIES = [0.0, 0.1, 0.2, 1.0, 2.0]

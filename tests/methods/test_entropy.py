@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit, get_pipeline
-from tokencredit.methods.entropy import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
-from tokencredit.records import TokenBatch
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.entropy.rules import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
+from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
 
 NAN = math.nan
 ADVANTAGES = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tokencredit.credit import Pipeline, assign_credit, get_pipeline
+from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.quadrants import QUADRANTS, high_entropy, keep_quadrants, quadrant_masks
-from tokencredit.records import TokenBatch
+from tokencredit.methods.entropy.quadrants import QUADRANTS, high_entropy, keep_quadrants, quadrant_masks
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
 
 
 def batch_of(entropies: list[list[float]], rewards: list[float], group_ids: list[int] | None = None) -> TokenBatch:

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit, get_pipeline
+from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods import TRANSFORMS
 from tokencredit.methods.likelihood import entropy_drops, score_weights, surprisal
-from tokencredit.records import TokenBatch
+from tokencredit.methods.table import TRANSFORMS
+from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
 
 LOGPROBS = torch.tensor([[-0.1, -2.3, -0.5, -1.1]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-0.2, -2.0, -0.5, -1.9]], dtype=torch.float64)

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit, get_pipeline
+from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.outcome import correct_rows, group_centered, group_normalized, leave_one_out, signed_outcome
-from tokencredit.records import TokenBatch
+from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
 
 
 def outcomes(rewards: list[float], group_ids: list[int] | None = None) -> TokenBatch:

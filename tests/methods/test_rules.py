@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokencredit.credit import assign_credit
-from tokencredit.methods.rules import (
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.probability import (
     a3po,
     clip_cov,
     future_ratio,
@@ -15,7 +15,7 @@ from tokencredit.methods.rules import (
     probability_scaled,
     steer,
 )
-from tokencredit.records import TokenBatch
+from tokencredit.pipeline.pipeline import assign_credit
 from tokencredit.seeds import generator
 
 NAN = math.nan

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from tokencredit.masked import row_quantile
-from tokencredit.methods.attention import keep_attention
+from tokencredit.batch.masked import row_quantile
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.attention.weights import keep_attention
 from tokencredit.methods.controls import random_mask, share_of
-from tokencredit.methods.distillation import _wanted
+from tokencredit.methods.distillation.log_ratio import _wanted
 from tokencredit.methods.position import middle_mask, prefix_boost, prefix_mask, suffix_mask
-from tokencredit.methods.rules import clip_cov
-from tokencredit.records import TokenBatch
+from tokencredit.methods.probability import clip_cov
 from tokencredit.seeds import generator
 
 LENGTHS = torch.arange(1, 4097)

@@ -12,7 +12,7 @@ from support.properties import explore, few_or_many
 from support.strategies import NAMES, batch_fields, credit_configs, hyperparameters
 
 from tokencredit import Pipeline, TokenBatch, TokenCreditError, assign_credit, get_pipeline
-from tokencredit.methods import presets
+from tokencredit.methods.table import presets
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,11 +9,11 @@ import trl
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.encode import Unread, bos_of, encode, encode_all, encode_prompt
-from tokencredit.recipes.forward import Scorer, score_samples
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.signals import Sources, compute
-from tokencredit.recipes.store import load_materials
+from tokencredit.recipes.pool.encode import Unread, bos_of, encode, encode_all, encode_prompt
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.store import load_materials
+from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.signals.forward import Scorer, score_samples
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 

@@ -12,14 +12,14 @@ import pytest
 from tokencredit.cli import recipes as cli
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.config import LLMSettings, make_config
-from tokencredit.recipes.evaluate import SyntheticEvaluator, make_evaluator, seconds
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.llm import Adviser, _json_in
-from tokencredit.recipes.objective import EvaluationFailed, Request, metrics_from_json
-from tokencredit.recipes.pool import Pool
-from tokencredit.recipes.search import Search
-from tokencredit.recipes.synthetic import surface, synthetic_pool
+from tokencredit.recipes.evaluate.evaluators import SyntheticEvaluator, make_evaluator, seconds
+from tokencredit.recipes.evaluate.synthetic import surface, synthetic_pool
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.samples import Pool
+from tokencredit.recipes.search.config import LLMSettings, make_config
+from tokencredit.recipes.search.llm import Adviser, _json_in
+from tokencredit.recipes.search.loop import Search
+from tokencredit.recipes.search.objective import EvaluationFailed, Request, metrics_from_json
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega"]
 
@@ -61,7 +61,7 @@ items = [{"task": "t", "item": i, "score": score} for i in range(2)]
 
 
 def shell(folder: Path, mode: str, timeout: str = "30s"):
-    from tokencredit.recipes.pool import load_pool
+    from tokencredit.recipes.pool.samples import load_pool
 
     (folder / "train.py").write_text(SCRIPT)
     command = [sys.executable, str(folder / "train.py"), "{train_file}", "{out_dir}", "{seed}", mode]
@@ -98,7 +98,7 @@ def test_a_shell_run_fails_with_its_reason(folder: Path, mode: str, reason: str)
 
 
 def test_evaluator_files_are_checked(folder: Path) -> None:
-    from tokencredit.recipes.pool import load_pool
+    from tokencredit.recipes.pool.samples import load_pool
 
     pool = load_pool(folder / "pool")
     cases = [
@@ -119,7 +119,7 @@ def test_evaluator_files_are_checked(folder: Path) -> None:
 
 
 def test_ngram_prefers_data_like_its_queries(folder: Path) -> None:
-    from tokencredit.recipes.pool import load_pool
+    from tokencredit.recipes.pool.samples import load_pool
 
     (folder / "q.jsonl").write_text(json.dumps({"text": "alpha beta gamma delta omega"}) + "\n")
     queries = {split: {"words": str(folder / "q.jsonl")} for split in ("search", "confirm")}
@@ -133,7 +133,7 @@ def test_ngram_prefers_data_like_its_queries(folder: Path) -> None:
 
 
 def test_sft_really_trains(folder: Path) -> None:
-    from tokencredit.recipes.pool import load_pool
+    from tokencredit.recipes.pool.samples import load_pool
 
     tokenizer = build_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 ")
     build_model(tokenizer, layers=1, width=32, heads=2, seed=0).save_pretrained(folder / "model")

@@ -15,15 +15,15 @@ from test_recipe_evaluators import run_cli
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import lock_folder
-from tokencredit.recipes.commands import RUNNING, run_command
-from tokencredit.recipes.config import make_config
-from tokencredit.recipes.history import append, lines, load_history
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.objective import EvaluationFailed, make_objective, metrics_from_json
-from tokencredit.recipes.pool import Pool, make_pool
-from tokencredit.recipes.recipe import load_recipe, make_recipe
-from tokencredit.recipes.signals import Sources, compute
-from tokencredit.recipes.store import SIGNALS, features_key, load_materials
+from tokencredit.recipes.evaluate.commands import RUNNING, run_command
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.samples import Pool, make_pool
+from tokencredit.recipes.pool.store import SIGNALS, features_key, load_materials
+from tokencredit.recipes.program.recipe import load_recipe, make_recipe
+from tokencredit.recipes.search.config import make_config
+from tokencredit.recipes.search.history import append, lines, load_history
+from tokencredit.recipes.search.objective import EvaluationFailed, make_objective, metrics_from_json
+from tokencredit.recipes.signals.compute import Sources, compute
 
 # writes a line ten times a second, and so does the worker that it starts
 BUSY = """
@@ -38,7 +38,7 @@ for _ in range(600):
 """
 SEARCH = """
 import pathlib, sys
-from tokencredit.recipes.commands import run_command
+from tokencredit.recipes.evaluate.commands import run_command
 folder = pathlib.Path(sys.argv[1])
 run_command([sys.executable, str(folder / "busy.py"), str(folder / "beat")], folder, folder / "log.txt", 60.0)
 """
@@ -127,8 +127,8 @@ def test_a_refused_search_blocks_nothing(folder: Path) -> None:
 
 
 def test_a_configuration_without_evaluations_is_replaced(folder: Path) -> None:
-    from tokencredit.recipes.config import load_config
-    from tokencredit.recipes.runs import save_config
+    from tokencredit.recipes.search.config import load_config
+    from tokencredit.recipes.search.runs import save_config
 
     first = load_config(search_file(folder))
     save_config(first, folder / "run")
@@ -165,7 +165,7 @@ def test_a_reader_does_not_cut_the_log_of_a_writer(tmp_path: Path) -> None:
 
 
 def test_inputs_are_checked_before_the_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencredit.recipes import signals
+    from tokencredit.recipes.signals import compute as signals
 
     def passed(*arguments, **options):
         raise AssertionError("the model was loaded first")
@@ -296,7 +296,7 @@ def test_a_dollar_in_a_name_is_text_in_the_pictures() -> None:
 
 
 def test_a_pool_of_no_folder_has_no_model() -> None:
-    from tokencredit.recipes.store import model_of
+    from tokencredit.recipes.pool.store import model_of
 
     pool: Pool = make_pool([1], ["s"], [1])
     assert model_of(pool.folder) is None

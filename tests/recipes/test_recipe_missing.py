@@ -5,14 +5,14 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes import selectors
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.materials import Materials
-from tokencredit.recipes.operators import exact_ceil
-from tokencredit.recipes.pool import make_pool
-from tokencredit.recipes.recipe import canonical, make_recipe, make_step
-from tokencredit.recipes.relevance import max_cosine
-from tokencredit.recipes.state import StateReader
+from tokencredit.recipes.pool.materials import Materials
+from tokencredit.recipes.pool.samples import make_pool
+from tokencredit.recipes.program import selectors
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.program.operators import exact_ceil
+from tokencredit.recipes.program.recipe import canonical, make_recipe, make_step
+from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.signals.relevance import max_cosine
 
 N, GONE = 40, (0, 7, 39)
 ROWS = np.random.default_rng(5).standard_normal((N, 6)).astype(np.float32)

@@ -13,13 +13,13 @@ import transformers
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.encode import encode
-from tokencredit.recipes.export import export_subset
-from tokencredit.recipes.forward import Scorer, score_samples
-from tokencredit.recipes.gradients import gradient_features
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.logits import hidden_states, reader_of
-from tokencredit.recipes.sft import SftSettings, generate, make_sft_evaluator
+from tokencredit.recipes.evaluate.sft import SftSettings, generate, make_sft_evaluator
+from tokencredit.recipes.pool.encode import encode
+from tokencredit.recipes.pool.export import export_subset
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.signals.forward import Scorer, score_samples
+from tokencredit.recipes.signals.gradients import gradient_features
+from tokencredit.recipes.signals.logits import hidden_states, reader_of
 
 TOKENIZER = build_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 +=?")
 TALK = [{"role": "user", "content": "what is 2+2?"}, {"role": "assistant", "content": "it is four"}]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tokencredit.recipes.confirm import shrunken
-from tokencredit.recipes.history import Evaluation
-from tokencredit.recipes.synthetic import synthetic_pool
+from tokencredit.recipes.evaluate.synthetic import synthetic_pool
+from tokencredit.recipes.search.history import Evaluation
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import recipes_synthetic as bench

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.materials import Materials
-from tokencredit.recipes.minhash import shingle
-from tokencredit.recipes.neardup import build_graph, greedy_keep
-from tokencredit.recipes.operators import OPERATORS, exact_ceil
-from tokencredit.recipes.pool import make_pool
-from tokencredit.recipes.recipe import make_recipe
+from tokencredit.recipes.pool.materials import Materials
+from tokencredit.recipes.pool.samples import make_pool
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.program.operators import OPERATORS, exact_ceil
+from tokencredit.recipes.program.recipe import make_recipe
+from tokencredit.recipes.signals.minhash import shingle
+from tokencredit.recipes.signals.neardup import build_graph, greedy_keep
 
 
 def materials(n: int = 4, *, texts: list[str] | None = None, vectors: np.ndarray | None = None, **signals) -> Materials:

@@ -7,8 +7,8 @@ import pyarrow.parquet
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.ingest import canonicalise, normalise, text_hash, to_sample
-from tokencredit.recipes.pool import hash_priority, load_pool, make_pool, splitmix64
+from tokencredit.recipes.pool.ingest import canonicalise, normalise, text_hash, to_sample
+from tokencredit.recipes.pool.samples import hash_priority, load_pool, make_pool, splitmix64
 
 
 def write_jsonl(path: Path, records: list) -> Path:
@@ -27,7 +27,7 @@ def test_id_golden() -> None:
 
 def test_subset_hash_golden_ignores_order() -> None:
     # sha256("a\nb\nc") starts with ea7fb08b7a2d; the ids of a pool are hex, so the hash is fed directly
-    from tokencredit.recipes.pool import _hash_of_ids
+    from tokencredit.recipes.pool.samples import _hash_of_ids
 
     assert _hash_of_ids(np.array([b"a", b"b", b"c"])).startswith("ea7fb08b7a2d")
     pool = make_pool([3, 1, 2], ["x"] * 3, [1, 1, 1])

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.propose import Space, credits, edit, operator_vector, random_program, retune
-from tokencredit.recipes.recipe import canonical, diff, dump_recipe, load_recipe, make_recipe, make_step, program_hash
-from tokencredit.recipes.state import StateReader
-from tokencredit.recipes.synthetic import synthetic_pool
+from tokencredit.recipes.evaluate.synthetic import synthetic_pool
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.program.recipe import (
+    canonical,
+    diff,
+    dump_recipe,
+    load_recipe,
+    make_recipe,
+    make_step,
+    program_hash,
+)
+from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.search.propose import Space, credits, edit, operator_vector, random_program, retune
 
 
 def test_program_hash_golden() -> None:
@@ -127,9 +135,9 @@ def test_retune_direction() -> None:
 
 
 SCRIPT = """
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.propose import make_space, random_program
-from tokencredit.recipes.synthetic import synthetic_pool
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.search.propose import make_space, random_program
+from tokencredit.recipes.evaluate.synthetic import synthetic_pool
 import numpy as np
 materials = synthetic_pool(800).materials
 space = make_space(materials, ("top", "top_union", "semdedup", "random_k"), 3, 1000, 5)
@@ -181,6 +189,6 @@ def test_prefix_cache_gives_the_same_subset() -> None:
 
 
 def space_of(pool) -> Space:
-    from tokencredit.recipes.propose import make_space
+    from tokencredit.recipes.search.propose import make_space
 
     return make_space(pool.materials, ("top", "top_union", "semdedup", "random_k"), 3, 1000, 5)

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.export import FORMATS, export_subset
-from tokencredit.recipes.formats import Refusal, is_trained, to_sample
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.pool import INDEX, POOL, load_pool
-from tokencredit.recipes.relevance import read_queries
+from tokencredit.recipes.pool.export import FORMATS, export_subset
+from tokencredit.recipes.pool.formats import Refusal, is_trained, to_sample
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.samples import INDEX, POOL, load_pool
+from tokencredit.recipes.signals.relevance import read_queries
 
 FIRST = np.array([0], np.int32)
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

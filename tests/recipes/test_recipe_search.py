@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.config import make_config
 from tokencredit.recipes.confirm import (
     Arm,
     confirm_arms,
@@ -20,15 +19,16 @@ from tokencredit.recipes.confirm import (
     shrunken,
     standard_arms,
 )
-from tokencredit.recipes.evaluate import ReplayEvaluator, SyntheticEvaluator, replay_of
-from tokencredit.recipes.history import HISTORY, Evaluation, load_history
-from tokencredit.recipes.objective import EvaluationFailed, Metrics, Request, TaskScore, make_objective
-from tokencredit.recipes.paper import stagnated
-from tokencredit.recipes.policies import reseed_due
+from tokencredit.recipes.evaluate.evaluators import ReplayEvaluator, SyntheticEvaluator, replay_of
+from tokencredit.recipes.evaluate.synthetic import SURFACES, surface, synthetic_pool
 from tokencredit.recipes.report import build_report, report_lines
-from tokencredit.recipes.search import Search
-from tokencredit.recipes.surrogate import fit, log_expected_improvement, standardise
-from tokencredit.recipes.synthetic import SURFACES, surface, synthetic_pool
+from tokencredit.recipes.search.config import make_config
+from tokencredit.recipes.search.history import HISTORY, Evaluation, load_history
+from tokencredit.recipes.search.loop import Search
+from tokencredit.recipes.search.objective import EvaluationFailed, Metrics, Request, TaskScore, make_objective
+from tokencredit.recipes.search.paper import stagnated
+from tokencredit.recipes.search.policies import reseed_due
+from tokencredit.recipes.search.surrogate import fit, log_expected_improvement, standardise
 
 POOL = synthetic_pool(600)
 
@@ -328,7 +328,7 @@ def test_confirmation_resumes_and_finds_a_planted_gap(tmp_path: Path) -> None:
 
 
 def _recipe(*steps: dict):
-    from tokencredit.recipes.recipe import make_recipe
+    from tokencredit.recipes.program.recipe import make_recipe
 
     return make_recipe(steps)
 

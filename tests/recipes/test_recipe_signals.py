@@ -8,19 +8,20 @@ from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes import forward, selectors
-from tokencredit.recipes.execute import Executor
-from tokencredit.recipes.forward import Scorer, pool_features, score_samples, token_statistics
-from tokencredit.recipes.gradients import Moments, gradient_features, project_gradient
-from tokencredit.recipes.ingest import canonicalise
-from tokencredit.recipes.materials import Materials
-from tokencredit.recipes.pool import make_pool
-from tokencredit.recipes.recipe import make_recipe
-from tokencredit.recipes.relevance import max_cosine, overlap
-from tokencredit.recipes.signals import Sources, add_column, compute
-from tokencredit.recipes.state import StateReader
-from tokencredit.recipes.store import load_materials
-from tokencredit.recipes.textsignals import unigram_entropy
+from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.materials import Materials
+from tokencredit.recipes.pool.samples import make_pool
+from tokencredit.recipes.pool.store import load_materials
+from tokencredit.recipes.program import selectors
+from tokencredit.recipes.program.execute import Executor
+from tokencredit.recipes.program.recipe import make_recipe
+from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.signals import forward
+from tokencredit.recipes.signals.compute import Sources, add_column, compute
+from tokencredit.recipes.signals.forward import Scorer, pool_features, score_samples, token_statistics
+from tokencredit.recipes.signals.gradients import Moments, gradient_features, project_gradient
+from tokencredit.recipes.signals.relevance import max_cosine, overlap
+from tokencredit.recipes.signals.text import unigram_entropy
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +=-?"
 TOKENIZER = build_tokenizer(ALPHABET)

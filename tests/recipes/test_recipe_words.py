@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tokencredit.recipes.minhash import keep_distinct, shingle
-from tokencredit.recipes.ngram import hash_tokens
-from tokencredit.recipes.textsignals import _log_counts, unigram_entropy
-from tokencredit.recipes.words import count_words, split_tokens, split_words
+from tokencredit.recipes.evaluate.ngram import hash_tokens
+from tokencredit.recipes.pool.words import count_words, split_tokens, split_words
+from tokencredit.recipes.signals.minhash import keep_distinct, shingle
+from tokencredit.recipes.signals.text import _log_counts, unigram_entropy
 
 CLAUSES = {
     "chinese": "人工智能正在改变教育的方式，老师和学生都需要学习新的工具，而这件事并不容易，需要很长的时间和许多耐心",

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from tokencredit import CreditRecord, TokenBatch, assign_credit, get_pipeline
+from tokencredit.batch.store import RecordStore
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.methods.outcome import group_normalized
 from tokencredit.seeds import derive, generator
-from tokencredit.store import RecordStore
 
 GROUP = 4
 GAIN = {"grpo": 0.30, "hapo": 0.38, "forking_tokens": 0.22}

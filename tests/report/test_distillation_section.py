@@ -8,9 +8,9 @@ import pytest
 import sample_runs
 
 from tokencredit.report import plots, write_report
-from tokencredit.report.distillation import _profiles, adds_bonus, distillation_pictures
-from tokencredit.report.figures import credit_series
-from tokencredit.report.runs import Run, load_runs
+from tokencredit.report.run_page.distillation import _profiles, adds_bonus, distillation_pictures
+from tokencredit.report.run_page.figures import credit_series
+from tokencredit.report.run_page.folders import Run, load_runs
 
 
 @pytest.fixture(scope="module")

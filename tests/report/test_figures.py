@@ -8,8 +8,8 @@ import pytest
 import sample_runs
 
 from tokencredit.diagnostics.position import position_profile
-from tokencredit.report.figures import _pooled, credit_series
-from tokencredit.report.runs import Line, load_runs
+from tokencredit.report.run_page.figures import _pooled, credit_series
+from tokencredit.report.run_page.folders import Line, load_runs
 
 
 def test_logged_numbers_win_over_those_of_the_records(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import tokencredit
 from tokencredit.cli import report as cli
 from tokencredit.errors import TokenCreditError
 from tokencredit.report import plots, write_report
-from tokencredit.report.html import _title
-from tokencredit.report.results import Curve
-from tokencredit.report.runs import Run
+from tokencredit.report.page import _title
+from tokencredit.report.run_page.folders import Run
+from tokencredit.report.run_page.results import Curve
 
 VOID = {"meta", "wbr", "br", "link", "img", "input", "hr"}
 # Each is one token, and the label, task, model, status and settings of its run.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tokencredit.report.results import as_json, metric_curves, results, success_curves
-from tokencredit.report.runs import Line, Run
+from tokencredit.report.run_page.folders import Line, Run
+from tokencredit.report.run_page.results import as_json, metric_curves, results, success_curves
 
 
 def make(label: str, seed: int, evaluations: dict[int, list[float]], train: dict[int, float] | None = None) -> Run:

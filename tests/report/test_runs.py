@@ -7,7 +7,7 @@ import pytest
 import sample_runs
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.report.runs import NOT_STARTED, by_label, load_runs
+from tokencredit.report.run_page.folders import NOT_STARTED, by_label, load_runs
 
 
 def write(folder: Path, lines: list[dict] | bytes = b"", **content: object) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import sample_runs
 
+from tokencredit.batch.store import RecordStore
 from tokencredit.cli.main import main
 from tokencredit.errors import TokenCreditError
 from tokencredit.report import write_report
-from tokencredit.report.results import measure_of, summary
-from tokencredit.report.runs import load_runs
-from tokencredit.store import RecordStore
+from tokencredit.report.run_page.folders import load_runs
+from tokencredit.report.run_page.results import measure_of, summary
 
 HISTORY = [
     {"step": step, "loss": 0.1, "reward": step / 100, "entropy": 1.0, "credit/gini": 0.3, "epoch": 0.1}

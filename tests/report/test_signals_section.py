@@ -9,13 +9,13 @@ import torch
 from sample_runs import sample_batch, write_run
 
 from tokencredit import CreditRecord, assign_credit
-from tokencredit.credit import get_pipeline
+from tokencredit.batch.store import RecordStore
 from tokencredit.methods.outcome import group_normalized
-from tokencredit.report.html import render
-from tokencredit.report.results import metric_curves
-from tokencredit.report.runs import Run, load_runs
-from tokencredit.report.signals import concentration_table, signals_of
-from tokencredit.store import RecordStore
+from tokencredit.pipeline.pipeline import get_pipeline
+from tokencredit.report.page import render
+from tokencredit.report.run_page.folders import Run, load_runs
+from tokencredit.report.run_page.results import metric_curves
+from tokencredit.report.run_page.signals import concentration_table, signals_of
 
 
 def signal_run(folder: Path, label: str, seed: int = 0) -> Path:
@@ -99,7 +99,7 @@ def test_the_page_shows_signals_where_they_are_recorded(tmp_path: Path) -> None:
 
 
 def test_curves_read_the_records_over_training(tmp_path: Path) -> None:
-    from tokencredit.report.signals import _over_training
+    from tokencredit.report.run_page.signals import _over_training
 
     runs, _ = loaded(tmp_path)
     found = _over_training(runs[0])

@@ -8,10 +8,10 @@ import sample_runs
 import torch
 
 from tokencredit import CreditRecord, TokenBatch, assign_credit
+from tokencredit.batch.store import RecordStore
 from tokencredit.report import write_report
-from tokencredit.report.runs import Run, load_runs
-from tokencredit.report.tokens import prompt_views, response_views, visible
-from tokencredit.store import RecordStore
+from tokencredit.report.run_page.folders import Run, load_runs
+from tokencredit.report.run_page.tokens import prompt_views, response_views, visible
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
 from tokencredit.runs import folders, workers
 from tokencredit.runs.compare import check_first, compare_runs, headroom, plan_runs, results
-from tokencredit.runs.config import load_config
+from tokencredit.runs.config.load import load_config
 from tokencredit.runs.evaluation import summarise
 from tokencredit.runs.folders import label_of
 

@@ -7,8 +7,8 @@ import pytest
 from trl import GRPOConfig
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.runs.config import load_config, resolve_config, reward_list
-from tokencredit.runs.defaults import LORA_LEARNING_RATE
+from tokencredit.runs.config.defaults import LORA_LEARNING_RATE
+from tokencredit.runs.config.load import load_config, resolve_config, reward_list
 
 REAL = {"dataset": {"path": "x.jsonl"}, "reward": "a:b", "model": "org/model"}
 

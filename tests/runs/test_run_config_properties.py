@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import dump_yaml, parse_yaml
-from tokencredit.runs.arguments import grpo_config, lora_config
-from tokencredit.runs.config import DEFAULTS, load_config, resolve_config
+from tokencredit.runs.config.arguments import grpo_config, lora_config
+from tokencredit.runs.config.load import DEFAULTS, load_config, resolve_config
 
 EVERYDAY, MANY = 100, 20_000
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]

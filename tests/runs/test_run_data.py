@@ -14,10 +14,10 @@ from run_setup import model_folder  # noqa: F401
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model, load_tokenizer
-from tokencredit.runs.data import load_material
-from tokencredit.runs.datasets import load_dataset_section, load_evaluation, rows_to_dataset, without_overlap
-from tokencredit.runs.prompts import check_kinds, check_lengths, choose_wrapping, wrap
-from tokencredit.runs.rewards import check_columns, load_rewards, on_plain_text
+from tokencredit.runs.data.datasets import load_dataset_section, load_evaluation, rows_to_dataset, without_overlap
+from tokencredit.runs.data.material import load_material
+from tokencredit.runs.data.prompts import check_kinds, check_lengths, choose_wrapping, wrap
+from tokencredit.runs.data.rewards import check_columns, load_rewards, on_plain_text
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
@@ -361,7 +361,7 @@ def test_wrapped_data_give_their_rewards_plain_texts() -> None:
 
 
 def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None:  # noqa: F811
-    from tokencredit.runs.config import load_config
+    from tokencredit.runs.config.load import load_config
 
     train = write(reward_file.parent / "train.jsonl", lines(*({"prompt": f"{n}+1="} for n in range(40))))
     held_out = write(reward_file.parent / "held_out.jsonl", lines(*({"prompt": f"{n}-1="} for n in range(30))))

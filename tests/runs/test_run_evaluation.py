@@ -17,10 +17,10 @@ from transformers import Trainer
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.runs import evaluation, folders, sampling, world
-from tokencredit.runs.config import load_config
+from tokencredit.runs import evaluation, folders, processes, sampling
+from tokencredit.runs.config.load import load_config
+from tokencredit.runs.data.rewards import is_async, score
 from tokencredit.runs.evaluation import evaluator, summarise
-from tokencredit.runs.rewards import is_async, score
 from tokencredit.runs.train import train_run
 
 DIGITS = "0123456789+=,"
@@ -289,16 +289,16 @@ def test_processes_share_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
     given = material(evaluation=rows("1=", "2=", "3="))
     trainer = SimpleNamespace()
     monkeypatch.setattr(evaluation, "_logged", lambda evaluate, trainer: evaluate)
-    monkeypatch.setattr(world, "size", lambda: 2)
+    monkeypatch.setattr(processes, "size", lambda: 2)
     taken: dict[int, list] = {}
 
     def scored(model: Any, material: Any, problems: list, samples: int, trainer: Any) -> Any:
-        taken[world.rank()] = [problem["prompt"] for problem in problems]
+        taken[processes.rank()] = [problem["prompt"] for problem in problems]
         return [[float(problem["prompt"][0])] * samples for problem in problems], {}
 
     monkeypatch.setattr(evaluation, "_rewards", scored)
     for rank in (0, 1):
-        monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(evaluation, "_gather", lambda values, size: [[[1.0], [3.0]], [[2.0], [1.0]]])
         found = evaluator(config(), given, trainer)(None)
         assert found["per_problem"] == [1.0, 2.0, 3.0]

@@ -17,9 +17,9 @@ from test_run_train import Killed, numbers, run
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import lock_folder, write_yaml
 from tokencredit.runs import folders
-from tokencredit.runs.arguments import split_of
 from tokencredit.runs.callback import RunCallback
-from tokencredit.runs.config import load_config, resolve_config
+from tokencredit.runs.config.arguments import split_of
+from tokencredit.runs.config.load import load_config, resolve_config
 from tokencredit.runs.stop import Stop, Stopped
 from tokencredit.runs.train import plan_run, train_run
 

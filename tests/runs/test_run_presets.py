@@ -7,14 +7,14 @@ import torch
 from run_setup import model_folder, small_config, write_yaml  # noqa: F401
 
 from tokencredit import assign_credit
+from tokencredit.batch.store import RecordStore
 from tokencredit.cli.main import main
-from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
-from tokencredit.methods import PRESETS
-from tokencredit.runs.config import load_config
+from tokencredit.methods.table import PRESETS
+from tokencredit.pipeline.pipeline import Pipeline
+from tokencredit.runs.config.load import load_config
 from tokencredit.runs.train import train_run
-from tokencredit.store import RecordStore
 
 LORA = {"r": 2, "target_modules": "all-linear"}
 NEEDS_LORA = {"adapter_residuals", "doubling_ratios", "ref_logprobs"}

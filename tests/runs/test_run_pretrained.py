@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokencredit.files import read_yaml
-from tokencredit.runs.config import load_config
+from tokencredit.runs.config.load import load_config
 from tokencredit.runs.train import train_run
 
 MODEL = Path(os.environ.get("TOKENCREDIT_PRETRAINED", "~/.cache/tokencredit/smollm2-135m-instruct")).expanduser()

@@ -10,11 +10,11 @@ from run_setup import model_folder, small_config  # noqa: F401
 from safetensors.torch import load_file
 
 from tokencredit import assign_credit
+from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError
 from tokencredit.runs import folders
-from tokencredit.runs.config import load_config
+from tokencredit.runs.config.load import load_config
 from tokencredit.runs.train import train_run
-from tokencredit.store import RecordStore
 
 TIMES = ("step_time", "train_runtime")
 

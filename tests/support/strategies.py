@@ -10,15 +10,26 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokencredit.methods import estimators, presets, transforms
-from tokencredit.records import OPTIONAL_FIELDS, TOKEN_FIELDS
+from tokencredit.batch.records import OPTIONAL_FIELDS, TOKEN_FIELDS
+from tokencredit.methods.table import estimators, presets, transforms
 
 NAMES = sorted({*presets(), *estimators(), *transforms()})
 PARAMETERS = sorted(
     {name for table in (estimators(), transforms()) for spec in table.values() for name in spec.defaults}
 )
 MODULES = [
-    *("math:pi", "math:sqrt", ":x", ".x:y", "a:", ":", "a:b:c", "tokencredit.credit:Pipeline", "os.path:join", "..:f"),
+    *(
+        "math:pi",
+        "math:sqrt",
+        ":x",
+        ".x:y",
+        "a:",
+        ":",
+        "a:b:c",
+        "tokencredit.pipeline.pipeline:Pipeline",
+        "os.path:join",
+        "..:f",
+    ),
     *(
         "builtins:int",
         "builtins:print",

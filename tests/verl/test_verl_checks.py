@@ -9,10 +9,10 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl_setup import GRPO, build_trainer, compose, credit_config
 
 from tokencredit import get_pipeline
-from tokencredit.adapters import verl_checks
-from tokencredit.adapters.verl_settings import read_settings
-from tokencredit.credit import Pipeline
+from tokencredit.adapters.verl import checks as verl_checks
+from tokencredit.adapters.verl.settings import read_settings
 from tokencredit.errors import TokenCreditError
+from tokencredit.pipeline.pipeline import Pipeline
 
 ACTOR = "actor_rollout_ref.actor"
 TEACHER = ("distillation.enabled=True", "distillation.distillation_loss.distillation_loss_coef=0.0")

@@ -13,9 +13,9 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl_setup import as_rows, build_trainer, credit_config, nested, put, rows_of, sampled, store_batch, stored, widths
 
 from tokencredit import assign_credit
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError
-from tokencredit.records import TokenBatch
-from tokencredit.store import RecordStore
 
 pytestmark = pytest.mark.usefixtures("store")
 

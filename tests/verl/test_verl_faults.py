@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from tokencredit.store import RecordStore
+from tokencredit.batch.store import RecordStore
 
 pytestmark = pytest.mark.usefixtures("store")
 

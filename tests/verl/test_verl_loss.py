@@ -14,9 +14,9 @@ from verl.workers.utils.losses import ppo_loss
 from verl_setup import build_trainer, credit_config, nested, rows_of, sampled, widths
 
 from tokencredit import assign_credit
-from tokencredit.adapters.verl_loss import credit_loss
+from tokencredit.adapters.verl.loss import credit_loss
+from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.records import TokenBatch
 
 NAMES = {"old_logprobs": "old_log_probs"}
 

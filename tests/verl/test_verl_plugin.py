@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from tokencredit.adapters import verl_doctor
+from tokencredit.adapters.verl import doctor as verl_doctor
 
 REGISTERED = """
 import verl
@@ -19,10 +19,10 @@ print(sorted(name for name in TRAINER_REGISTRY if name.startswith("tokencredit_"
 # The trainer's module cannot be imported, as with a moved seam.
 BROKEN = """
 import sys
-sys.modules["tokencredit.adapters.verl_loss"] = None
+sys.modules["tokencredit.adapters.verl.loss"] = None
 import verl
 from verl.trainer.ppo.v1 import get_trainer_cls
-from tokencredit.adapters.verl_doctor import diagnose
+from tokencredit.adapters.verl.doctor import diagnose
 print([check["found"] for check in diagnose(ray_worker=False) if check["status"] == "fail"])
 try:
     get_trainer_cls("tokencredit_separate_async")({})
@@ -31,7 +31,7 @@ except ValueError as error:
 """
 
 
-STATE = "from tokencredit.adapters.verl_doctor import plugin_state; print(plugin_state())"
+STATE = "from tokencredit.adapters.verl.doctor import plugin_state; print(plugin_state())"
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:

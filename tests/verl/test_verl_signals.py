@@ -20,10 +20,10 @@ from verl_models import collected, tiny
 from verl_setup import PARTITION, as_rows, build_trainer, credit_config, sampled, store_batch, stored, widths
 
 from tokencredit import assign_credit
-from tokencredit.adapters import verl_signals
-from tokencredit.adapters.collector_options import OPTIONS
-from tokencredit.collect.adapter import adapter_residuals
-from tokencredit.collect.attention import attention_entropies
+from tokencredit.adapters.verl import signals as verl_signals
+from tokencredit.collect.adapter_residual import adapter_residuals
+from tokencredit.collect.attention.entropies import attention_entropies
+from tokencredit.collect.options import OPTIONS
 from tokencredit.errors import TokenCreditError
 
 LENGTHS = ((3, 5), (2, 7), (4, 1))  # prompt and response of each row

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from tokencredit.adapters.trl import CreditGRPOTrainer
-from tokencredit.adapters.trl_batch import RowKeys
-from tokencredit.credit import Pipeline
-from tokencredit.records import TokenBatch
+from tokencredit.adapters.trl.batch import RowKeys
+from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.batch.records import TokenBatch
+from tokencredit.pipeline.pipeline import Pipeline
 
 
 def trl_advantages(method: str, batch: TokenBatch) -> Tensor:

@@ -7,8 +7,8 @@ import peft
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit.collect.adapter import adapter_residuals
-from tokencredit.collect.attention import attention_entropies
+from tokencredit.collect.adapter_residual import adapter_residuals
+from tokencredit.collect.attention.entropies import attention_entropies
 
 
 def tiny(seed: int = 0, folder: Path | None = None, **changes: Any) -> Any:

@@ -14,7 +14,7 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import get_trainer_cls
 
-from tokencredit.records import TokenBatch
+from tokencredit.batch.records import TokenBatch
 
 PARTITION = "train"
 GROUPS = (4, 3, 3)

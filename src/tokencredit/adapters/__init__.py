@@ -1,0 +1,1 @@
+"""Hosts: what TRL and verl need to train with a credit pipeline."""

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
+from tokencredit.batch.records import TokenBatch
 from tokencredit.bench import figures, show
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
-from tokencredit.bench.pipelines import (
+from tokencredit.bench.entries import (
     CONTROLS,
     FIELD_COLLECTORS,
     Entry,
@@ -27,15 +27,15 @@ from tokencredit.bench.pipelines import (
     entries,
     fill,
 )
+from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
+from tokencredit.bench.problem import Sampled, World, draw, load_world
 from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
-from tokencredit.bench.world import Sampled, World, draw, load_world
-from tokencredit.collect.exact_gradient import trainable
-from tokencredit.credit import Pipeline, assign_credit
+from tokencredit.collect.exact.gradient import trainable
 from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.methods.exact import exact_advantage
+from tokencredit.pipeline.pipeline import Pipeline, assign_credit
 from tokencredit.progress import bar
-from tokencredit.records import TokenBatch
 from tokencredit.seeds import generator
 
 FIELDS = tuple(item.name for item in fields(Measured))

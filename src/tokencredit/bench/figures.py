@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.bench.measure import Measured, Target
-from tokencredit.bench.world import Sampled
+from tokencredit.bench.problem import Sampled
 from tokencredit.diagnostics import fidelity, gradients
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
 from tokencredit.diagnostics.stats import Estimate, bootstrap, estimate, ratio_of_sums

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
+from tokencredit.bench.problem import Sampled, World
 from tokencredit.bench.teacher import BenchTeacher, objective_of
-from tokencredit.bench.world import Sampled, World
-from tokencredit.collect.exact_gradient import (
+from tokencredit.collect.exact.gradient import (
     advantage_weights,
     basis_gradients,
     exact_weights,
@@ -23,9 +23,9 @@ from tokencredit.collect.exact_gradient import (
     span_of,
     trainable,
 )
-from tokencredit.collect.exact_score import trie_scorer
-from tokencredit.collect.exact_trie import build_trie
-from tokencredit.collect.teacher_objective import TeacherObjective
+from tokencredit.collect.exact.score import trie_scorer
+from tokencredit.collect.exact.trie import build_trie
+from tokencredit.collect.teacher.objective import TeacherObjective
 from tokencredit.seeds import generator
 
 AHEAD = 2  # prompts whose gradients are computed at a time

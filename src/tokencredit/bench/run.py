@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.pipelines import FieldCollector
-from tokencredit.bench.world import load_task
+from tokencredit.bench.entries import FieldCollector
+from tokencredit.bench.problem import load_task
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.files import lock_folder, make_folder, read_json, write_text
 

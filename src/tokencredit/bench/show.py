@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.pipelines import Entry
-from tokencredit.bench.world import Sampled, World
+from tokencredit.bench.entries import Entry
+from tokencredit.bench.problem import Sampled, World
 from tokencredit.collect.token_texts import token_texts
 from tokencredit.diagnostics.capacity import information_bounds, quadrant_shares, token_shares
 from tokencredit.methods.exact import exact_advantage

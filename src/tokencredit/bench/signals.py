@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.bench.world import Sampled, World, sample_responses, seeded, verdict
-from tokencredit.collect.adapter import adapter_residuals, doubling_ratio, reference_logprobs
-from tokencredit.collect.answer import answer_importances, answer_mask
-from tokencredit.collect.attention import attention_entropies
-from tokencredit.collect.attention_maps import attention_rhythms
+from tokencredit.bench.problem import Sampled, World, sample_responses, seeded, verdict
+from tokencredit.collect.adapter_residual import adapter_residuals, doubling_ratio, reference_logprobs
+from tokencredit.collect.attention.answer import answer_importances, answer_mask
+from tokencredit.collect.attention.entropies import attention_entropies
+from tokencredit.collect.attention.rhythms import attention_rhythms
 from tokencredit.seeds import derive
 
 RANK, STEP = 16, 3e-4  # of the adapter that a model without one is given, and the first step of Adam that it takes

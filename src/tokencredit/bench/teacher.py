@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.pipelines import FieldCollector
-from tokencredit.bench.world import Sampled, World, sample_responses
-from tokencredit.collect.exact_score import score_trie
-from tokencredit.collect.exact_trie import Trie, build_trie
-from tokencredit.collect.teacher import LocalTeacher, Teacher, build_teacher
-from tokencredit.collect.teacher_objective import TeacherObjective, teacher_objective
-from tokencredit.collect.teacher_prompts import better_attempts, response_texts
+from tokencredit.bench.entries import FieldCollector
+from tokencredit.bench.problem import Sampled, World, sample_responses
+from tokencredit.collect.exact.score import score_trie
+from tokencredit.collect.exact.trie import Trie, build_trie
+from tokencredit.collect.teacher.build import LocalTeacher, Teacher, build_teacher
+from tokencredit.collect.teacher.objective import TeacherObjective, teacher_objective
+from tokencredit.collect.teacher.prompts import better_attempts, response_texts
 from tokencredit.seeds import generator
 
 Row = Mapping[str, Any]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokencredit.collect.exact_spellings import Accepted, encode_accepted
+from tokencredit.collect.exact.spellings import Accepted, encode_accepted
 from tokencredit.errors import TokenCreditError
 
 

@@ -39,9 +39,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from tokencredit.report.html import write_report
+    from tokencredit.report.page import write_report
     from tokencredit.runs.compare import compare_runs, plan_runs
-    from tokencredit.runs.config import load_config
+    from tokencredit.runs.config.load import load_config
     from tokencredit.runs.stop import Stop
 
     for name, value in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):

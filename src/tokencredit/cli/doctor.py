@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb; 1 when something must be fixed."""
-    from tokencredit.adapters.doctor import diagnose, has_verl
+    from tokencredit.doctor.hosts import diagnose, has_verl
 
     ray_worker = has_verl() and not arguments.no_ray
     if ray_worker:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.progress import printable
-from tokencredit.runs import world
+from tokencredit.runs import processes
 from tokencredit.runs.stop import Stopped
 
 VERBS = {
@@ -64,18 +64,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((item for item in given if not item.startswith("-")), None)
     try:
         arguments = build_parser(verb).parse_args(given)
-        world.check()
-        if world.size() > 1 and arguments.verb not in TOGETHER:
-            raise TokenCreditError(f"`tokencredit {arguments.verb}` runs in one process, WORLD_SIZE is {world.size()}")
-        return world.leave(int(arguments.handler(arguments)))
+        processes.check()
+        if processes.size() > 1 and arguments.verb not in TOGETHER:
+            raise TokenCreditError(
+                f"`tokencredit {arguments.verb}` runs in one process, WORLD_SIZE is {processes.size()}"
+            )
+        return processes.leave(int(arguments.handler(arguments)))
     except TokenCreditError as error:
         return _refuse(error.message, error.hint)
     except KeyboardInterrupt:
         _tell(f"interrupted; {RESUME}" if verb in ("train", "compare") else "interrupted")
-        return world.leave(130)
+        return processes.leave(130)
     except Stopped as stopped:
         _tell(f"{stopped.message}; {RESUME}")
-        return world.leave(stopped.code)
+        return processes.leave(stopped.code)
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -91,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain_host_error(error: Exception) -> int:
     """Tell faults of the machine, which libraries raise in their own ways, in one line; anything else is a bug."""
     text = " ".join(str(error).split())
-    if world.lost_another(error):
-        world.leave_reason("another process of the run has gone", lost=True)
-        _tell(f"error: {world.name()}another process of the run has gone")
-        return world.leave(1)
+    if processes.lost_another(error):
+        processes.leave_reason("another process of the run has gone", lost=True)
+        _tell(f"error: {processes.name()}another process of the run has gone")
+        return processes.leave(1)
     if any(words in text for words in WRITE_FAILURES):
         return _refuse(f"a file could not be written: {text[:300]}", "free some space; the same command goes on")
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
@@ -103,14 +105,14 @@ def _explain_host_error(error: Exception) -> int:
 
 
 def _refuse(message: str, hint: str | None) -> int:
-    world.leave_reason(message, hint)
-    _tell(f"error: {world.name()}{message}", *([f"hint: {hint}"] if hint else []))
-    return world.leave(2)
+    processes.leave_reason(message, hint)
+    _tell(f"error: {processes.name()}{message}", *([f"hint: {hint}"] if hint else []))
+    return processes.leave(2)
 
 
 def _tell(*lines: str) -> None:
     """To stderr; with several processes, once."""
-    if world.speaks():
+    if processes.speaks():
         print(*(printable(line) for line in lines), sep="\n", file=sys.stderr, flush=True)
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokencredit.credit import get_pipeline
 from tokencredit.errors import unknown
-from tokencredit.methods import estimators, presets, transforms
 from tokencredit.methods.spec import MethodSpec
+from tokencredit.methods.table import estimators, presets, transforms
+from tokencredit.pipeline.pipeline import get_pipeline
 
 
 def add_parser(subparsers: Any) -> None:

@@ -11,7 +11,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.progress import printable
 
 if TYPE_CHECKING:
-    from tokencredit.recipes.search import Search
+    from tokencredit.recipes.search.loop import Search
 
 DESCRIPTION = """Search over short programs of filters, dedups and sampling on one fixed pool.
 
@@ -118,7 +118,7 @@ def _pairs(items: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def _show(args: argparse.Namespace, content: Any, lines: Sequence[str]) -> int:
-    from tokencredit.recipes.pool import json_line
+    from tokencredit.recipes.pool.samples import json_line
 
     if args.json:
         print(json_line(content).decode().rstrip())
@@ -135,9 +135,9 @@ def _signals(args: argparse.Namespace) -> int:
 
 
 def _signals_in(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.ingest import canonicalise
-    from tokencredit.recipes.pool import INDEX, load_pool
-    from tokencredit.recipes.signals import Sources, add_column, compute, write_unread
+    from tokencredit.recipes.pool.ingest import canonicalise
+    from tokencredit.recipes.pool.samples import INDEX, load_pool
+    from tokencredit.recipes.signals.compute import Sources, add_column, compute, write_unread
 
     rejected: list[Any] = []
     if len(args.pool) == 1 and (args.pool[0] / INDEX).is_file():
@@ -172,11 +172,11 @@ def _signals_in(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.execute import Executor
-    from tokencredit.recipes.export import export_subset
-    from tokencredit.recipes.recipe import load_recipe
-    from tokencredit.recipes.state import StateReader
-    from tokencredit.recipes.store import load_materials
+    from tokencredit.recipes.pool.export import export_subset
+    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.program.execute import Executor
+    from tokencredit.recipes.program.recipe import load_recipe
+    from tokencredit.recipes.program.state import StateReader
 
     recipe, written_for = load_recipe(args.recipe)
     materials = load_materials(args.pool)
@@ -201,15 +201,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _open(folder: Path, overrides: dict[str, Any] | None = None) -> "Search":
-    from tokencredit.recipes.runs import open_run
+    from tokencredit.recipes.search.runs import open_run
 
     return open_run(folder, overrides)
 
 
 def _search(args: argparse.Namespace) -> int:
     from tokencredit.files import lock_folder
-    from tokencredit.recipes.config import load_config
-    from tokencredit.recipes.runs import CONFIG, dry_run, make_search, save_config
+    from tokencredit.recipes.search.config import load_config
+    from tokencredit.recipes.search.runs import CONFIG, dry_run, make_search, save_config
 
     folder = args.out or Path("runs") / args.config.stem
     overrides = {"budget": args.budget, "policy": args.policy, "seed": args.seed}
@@ -275,10 +275,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.execute import Executor
-    from tokencredit.recipes.export import PLACEHOLDER, export_subset
-    from tokencredit.recipes.recipe import load_recipe
-    from tokencredit.recipes.store import load_materials
+    from tokencredit.recipes.pool.export import PLACEHOLDER, export_subset
+    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.program.execute import Executor
+    from tokencredit.recipes.program.recipe import load_recipe
 
     if args.source.is_dir():
         search = _open(args.source)

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the page; its path goes to stdout."""
     try:
         from tokencredit.report import write_report
-        from tokencredit.report.results import as_json, measure_of, summary
-        from tokencredit.report.runs import load_runs
+        from tokencredit.report.run_page.folders import load_runs
+        from tokencredit.report.run_page.results import as_json, measure_of, summary
     except ImportError as error:
         raise TokenCreditError(f"the report needs {error.name}", hint="pip install 'tokencredit[trl]'") from error
     path = write_report(args.runs, args.out or args.runs[0] / "report.html")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.progress import bar, printable, say
-from tokencredit.runs import world
+from tokencredit.runs import processes
 from tokencredit.runs.stop import Stop
 
 if TYPE_CHECKING:
-    from tokencredit.runs.plan import Plan
+    from tokencredit.runs.config.plan import Plan
 
 
 def add_parser(subparsers: Any) -> None:
@@ -65,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _say_loading(what: str) -> None:
     """Show that something happens; in a log file the plan follows soon enough."""
-    if world.is_main() and sys.stderr.isatty():
+    if processes.is_main() and sys.stderr.isatty():
         say(f"loading {what} …")
 
 
 def _train(arguments: argparse.Namespace, stop: Stop) -> int:
     _say_loading("torch, transformers and TRL")
-    from tokencredit.report.html import write_report
-    from tokencredit.runs.config import load_config
+    from tokencredit.report.page import write_report
+    from tokencredit.runs.config.load import load_config
     from tokencredit.runs.folders import read_metrics
     from tokencredit.runs.train import plan_run, train_run
 
@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace, stop: Stop) -> int:
     _say_loading(f"the model {config['model']} and the prompts")
     if arguments.dry_run:
         return _show_dry_run(config, plan_run(config, folder), as_json=arguments.json)
-    with bar("training", int(config["steps"])) if world.is_main() else nullcontext() as advance:
+    with bar("training", int(config["steps"])) if processes.is_main() else nullcontext() as advance:
         metadata = train_run(
             config,
             folder,
@@ -89,7 +89,7 @@ def _train(arguments: argparse.Namespace, stop: Stop) -> int:
             show_plan=_say_plan,
             stop=stop,
         )
-    if not world.is_main():
+    if not processes.is_main():
         return 0
     report = write_report([folder], folder / "report.html")
     lines = read_metrics(folder)
@@ -133,7 +133,7 @@ def _say_plan(plan: "Plan") -> None:
 def _show_dry_run(config: Mapping[str, Any], plan: "Plan", *, as_json: bool) -> int:
     from tokencredit.files import dump_yaml
 
-    if not world.is_main():
+    if not processes.is_main():
         return 0
     if as_json:
         print(json.dumps({"plan": dict(plan.rows), "config": config}))

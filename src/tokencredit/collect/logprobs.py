@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokencredit.collect.head import head_logprobs
-from tokencredit.collect.head_tiles import Readout
+from tokencredit.collect.head.logprobs import head_logprobs
+from tokencredit.collect.head.tiles import Readout
 from tokencredit.collect.models import backbone_of, causal_of, check_span, eval_mode, head_of
 from tokencredit.errors import TokenCreditError
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokencredit.collect.head_tiles import Readout, folded, tile_logits
+from tokencredit.collect.head.tiles import Readout, folded, tile_logits
 from tokencredit.errors import TokenCreditError
 
 # Names under which configs keep what happens to logits. A family that uses another name fails the comparison below.

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokencredit.batch.masked import chosen, response_lengths
 from tokencredit.diagnostics.concentration import Mean, mean_over_responses
-from tokencredit.masked import chosen, response_lengths
 
 
 def spearman(

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen
+from tokencredit.batch.masked import chosen
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.entropy.quadrants import QUADRANTS, high_entropy, quadrant_masks
 from tokencredit.methods.exact import binary_entropy
-from tokencredit.methods.quadrants import QUADRANTS, high_entropy, quadrant_masks
-from tokencredit.records import TokenBatch
 
 
 class Bounds(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, positions, response_lengths, row_quantile
+from tokencredit.batch.masked import chosen, positions, response_lengths, row_quantile
 
 
 class Mean(NamedTuple):

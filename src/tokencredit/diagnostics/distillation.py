@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.batch.masked import chosen, positions, response_lengths, row_quantile
+from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.position import profile_sums
-from tokencredit.masked import chosen, positions, response_lengths, row_quantile
-from tokencredit.methods.distillation import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.distillation.log_ratio import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.distillation.self_distillation import bonus_direction, scaled_gap, signed_gap
 from tokencredit.methods.outcome import correct_rows
-from tokencredit.methods.self_distillation import bonus_direction, scaled_gap, signed_gap
-from tokencredit.records import TokenBatch
 
 BINS = 10
 ARMS, SIGNS, VERDICTS = ("attract", "repel"), ("up", "down"), ("correct", "wrong")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, positions, response_lengths
+from tokencredit.batch.masked import chosen, positions, response_lengths
 
 
 class PositionProfile(NamedTuple):

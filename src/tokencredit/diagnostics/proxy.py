@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.masked import chosen
-from tokencredit.records import TokenBatch
+from tokencredit.batch.masked import chosen
+from tokencredit.batch.records import TokenBatch
 from tokencredit.seeds import derive
 
 

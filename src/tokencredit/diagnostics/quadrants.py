@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.masked import chosen, positions, response_lengths
-from tokencredit.methods.quadrants import QUADRANTS, Threshold, quadrant_masks
-from tokencredit.records import TokenBatch
+from tokencredit.batch.masked import chosen, positions, response_lengths
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.entropy.quadrants import QUADRANTS, Threshold, quadrant_masks
 
 # Fixed, so that histograms of different steps and runs add up; nats. The last bin is open.
 ENTROPY_EDGES = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, float("inf"))

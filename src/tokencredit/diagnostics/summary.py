@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.batch.masked import chosen
+from tokencredit.batch.records import OPTIONAL_FIELDS, TokenBatch
+from tokencredit.batch.reduce import group_totals
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
 from tokencredit.diagnostics.distillation import teacher_numbers, teacher_sums
 from tokencredit.diagnostics.quadrants import (
@@ -16,9 +19,6 @@ from tokencredit.diagnostics.quadrants import (
     statistics_from_sums,
     weight_ratio,
 )
-from tokencredit.masked import chosen
-from tokencredit.records import OPTIONAL_FIELDS, TokenBatch
-from tokencredit.reduce import group_totals
 
 Base = Float[Tensor, "batch response"] | Float[Tensor, " batch"]
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.masked import chosen, compact, positions, response_lengths, spread
-from tokencredit.methods.entropy import rescale_mass
+from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread
+from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.entropy.rules import rescale_mass
 from tokencredit.methods.spec import Scope
-from tokencredit.records import TokenBatch
 
 
 def shuffle_within_response(

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, compact, response_lengths, spread
-from tokencredit.records import TokenBatch
+from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.records import TokenBatch
 
 
 def exact_advantage(batch: TokenBatch) -> Float[Tensor, "batch response"]:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen, compact, response_lengths, spread
-from tokencredit.records import TokenBatch
+from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.records import TokenBatch
 
 EPS = 1e-8  # below this greatest score a response has no signal
 

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.masked import chosen
-from tokencredit.records import TokenBatch
-from tokencredit.reduce import group_totals
+from tokencredit.batch.masked import chosen
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import group_totals
 
 
 def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "batch response"]:

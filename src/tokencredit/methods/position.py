@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.masked import chosen, positions, response_lengths
+from tokencredit.batch.masked import chosen, positions, response_lengths
+from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.controls import share_of
-from tokencredit.records import TokenBatch
 
 Schedule = Literal["none", "cosine"]
 

@@ -7,11 +7,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokencredit.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import LOCAL, group_totals
 from tokencredit.methods.controls import mix64
 from tokencredit.methods.outcome import correct_rows
-from tokencredit.records import TokenBatch
-from tokencredit.reduce import LOCAL, group_totals
 
 SALT = 0x2545F4914F6CDD1D  # keeps token ids apart from group ids, which are hashed by the same function
 

@@ -9,14 +9,14 @@ import numpy as np
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.files import write_json
 from tokencredit.progress import bar
-from tokencredit.recipes import history as log
-from tokencredit.recipes.config import CONTROLS
-from tokencredit.recipes.history import Evaluation, usable
-from tokencredit.recipes.objective import EvaluationFailed, Objective, Request
-from tokencredit.recipes.policies import score
-from tokencredit.recipes.pool import Positions
-from tokencredit.recipes.recipe import Recipe, as_mappings, make_recipe, make_step
-from tokencredit.recipes.search import Search, run_folder
+from tokencredit.recipes.pool.samples import Positions
+from tokencredit.recipes.program.recipe import Recipe, as_mappings, make_recipe, make_step
+from tokencredit.recipes.search import history as log
+from tokencredit.recipes.search.config import CONTROLS
+from tokencredit.recipes.search.history import Evaluation, usable
+from tokencredit.recipes.search.loop import Search, run_folder
+from tokencredit.recipes.search.objective import EvaluationFailed, Objective, Request
+from tokencredit.recipes.search.policies import score
 from tokencredit.seeds import derive
 
 CONFIRM = "confirm.jsonl"

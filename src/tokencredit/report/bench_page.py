@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokencredit.files import make_folder, write_bytes
-from tokencredit.report.tokens import PART, visible
+from tokencredit.report.run_page.tokens import PART, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

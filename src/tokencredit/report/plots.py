@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencredit.report.results import Curve
+from tokencredit.report.run_page.results import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from tokencredit.progress import say
-from tokencredit.runs import folders, world
+from tokencredit.runs import folders, processes
 from tokencredit.runs.stop import Stop
 
 Evaluator = Callable[[Any], dict[str, Any]]
@@ -115,7 +115,7 @@ class RunCallback(TrainerCallback):
         if self.stop is None:
             return False
         asked = self.stop.number is not None
-        if world.size() > 1 and torch.distributed.is_initialized():
+        if processes.size() > 1 and torch.distributed.is_initialized():
             flag = torch.tensor([self.stop.number or 0], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             asked = bool(flag.item())

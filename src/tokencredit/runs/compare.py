@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokencredit import files
-from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.progress import bar
 from tokencredit.runs import folders
-from tokencredit.runs.defaults import is_lab_model
+from tokencredit.runs.config.defaults import is_lab_model
 from tokencredit.runs.results import headroom, results
 from tokencredit.runs.workers import Job, default_jobs, run_jobs
 
@@ -99,7 +99,7 @@ def compare_runs(plans: Sequence[Plan], folder: Path, jobs: int | None = None) -
 
 def check_first(plans: Sequence[Plan], folder: Path) -> None:
     """Refuse everything that can be refused before the first run starts: settings, folders, teachers, data, model."""
-    from tokencredit.runs.data import check_teacher
+    from tokencredit.runs.data.material import check_teacher
     from tokencredit.runs.train import check_run
 
     for plan in plans:

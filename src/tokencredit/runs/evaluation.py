@@ -7,8 +7,8 @@ from typing import Any
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.lab.success import success_probability
 from tokencredit.lab.tasks import Task
-from tokencredit.runs import sampling, world
-from tokencredit.runs.rewards import score
+from tokencredit.runs import processes, sampling
+from tokencredit.runs.data.rewards import score
 from tokencredit.seeds import derive
 
 Metrics = dict[str, Any]
@@ -36,12 +36,12 @@ def evaluator(config: Mapping[str, Any], material: Any, trainer: Any = None) -> 
     """
     if material.task is not None:
         sharded = trainer is not None and str(trainer.accelerator.distributed_type.value) in SHARDED
-        if not (sharded or world.is_main()):
+        if not (sharded or processes.is_main()):
             return None
         evaluate = _exact(material.task, material.tokenizer, int(config["evaluation"]["problems"]))
     else:
         rows = _rows(config, material)
-        if rows is None or (trainer is None and not world.is_main()):
+        if rows is None or (trainer is None and not processes.is_main()):
             return None
         evaluate = _sampled(rows, material, config["evaluation"], trainer)
     return evaluate if trainer is None else _logged(evaluate, trainer)
@@ -51,7 +51,7 @@ def _rows(config: Mapping[str, Any], material: Any) -> Any:
     rows = getattr(material, "evaluation", None)
     if rows is not None or hasattr(material, "evaluation"):
         return rows
-    from tokencredit.runs.datasets import load_evaluation
+    from tokencredit.runs.data.datasets import load_evaluation
 
     rows = load_evaluation(config["dataset"])
     return None if rows is None else rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
@@ -71,8 +71,8 @@ def _exact(task: Task, tokenizer: Any, count: int) -> Callable[[Any], Metrics]:
 def _sampled(rows: Any, material: Any, settings: Mapping[str, Any], trainer: Any) -> Callable[[Any], Metrics]:
     samples, threshold = int(settings["samples"]), float(settings.get("threshold", 0.0))
     problems = [dict(row) for row in rows]
-    size = 1 if trainer is None else world.size()
-    rank = 0 if trainer is None else world.rank()
+    size = 1 if trainer is None else processes.size()
+    rank = 0 if trainer is None else processes.rank()
     # Every process takes the same number of problems, so that all of them make the same calls.
     shares = [
         [index % len(problems) for index in range(first, size * -(-len(problems) // size), size)]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit import files
+from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError, shown
-from tokencredit.labels import label_of
-from tokencredit.runs.config_types import is_whole, plain_value
-from tokencredit.store import RecordStore
+from tokencredit.pipeline.labels import label_of
+from tokencredit.runs.config.types import is_whole, plain_value
 
 RUN, CONFIG, METRICS, RECORDS = "run.json", "config.yaml", "metrics.jsonl", "records"
 LAST = "last-checkpoint"  # of a finished run, so that a larger `steps` can extend it
@@ -67,7 +67,7 @@ def finished_run(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | No
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The stored config; keys that were added since the run started have their defaults."""
-    from tokencredit.runs.config import DEFAULTS
+    from tokencredit.runs.config.load import DEFAULTS
 
     stored = files.read_yaml(path, "config of the run")
     if not isinstance(stored, dict) or not is_whole(stored.get("steps"), 1):
@@ -116,7 +116,7 @@ def finish(folder: Path, more: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the report shows of a run's settings."""
-    from tokencredit.credit import Pipeline
+    from tokencredit.pipeline.pipeline import Pipeline
 
     return {
         "name": config["name"],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.runs import world
+from tokencredit.runs import processes
 
 RESUME = "the same command goes on from the last checkpoint"
 
@@ -20,20 +20,20 @@ class Ended(NamedTuple):
     hint: str | None = None
 
 
-def launch(arguments: Sequence[str], processes: int) -> Ended:
-    """Run `tokencredit ARGUMENTS` in `processes` processes of this machine, through torchrun's agent.
+def launch(arguments: Sequence[str], process_count: int) -> Ended:
+    """Run `tokencredit ARGUMENTS` in `process_count` processes of this machine, through torchrun's agent.
 
     The exit code is that of the process which failed first, 128 + n where signal n ended it.
     """
-    check(processes)
+    check(process_count)
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ[world.LAUNCHED] = str(processes)
+    os.environ[processes.LAUNCHED] = str(process_count)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, which it warns of
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on unused parameters, once a rank
-    command = ["--standalone", "--nproc-per-node", str(processes), "-m", "tokencredit.cli.main", *arguments]
+    command = ["--standalone", "--nproc-per-node", str(process_count), "-m", "tokencredit.cli.main", *arguments]
     logging.disable(logging.ERROR)  # the agent's own tables; the reason follows in one line
     try:
         torchrun.run(torchrun.parse_args(command))
@@ -43,7 +43,7 @@ def launch(arguments: Sequence[str], processes: int) -> Ended:
         return Ended(128 + int(error.sigval), f"stopped by {error.sigval.name}", RESUME)
     finally:
         logging.disable(logging.NOTSET)
-        del os.environ[world.LAUNCHED]
+        del os.environ[processes.LAUNCHED]
     return Ended(0)
 
 
@@ -56,10 +56,10 @@ def default_processes() -> int:
     return torch.cuda.device_count()
 
 
-def check(processes: int) -> None:
+def check(process_count: int) -> None:
     """Refuse a number that cannot be started, and a launcher inside a launcher."""
-    if processes < 1:
-        raise TokenCreditError(f"`--nproc-per-node` must be at least 1, got {processes}")
+    if process_count < 1:
+        raise TokenCreditError(f"`--nproc-per-node` must be at least 1, got {process_count}")
     if "RANK" in os.environ or "LOCAL_RANK" in os.environ:
         raise TokenCreditError(
             "`--launch` inside a launcher: RANK is set already", hint="leave out --launch under torchrun and accelerate"
@@ -82,7 +82,7 @@ def _explain(failures: dict[int, Any]) -> Ended:
 
 
 def _reason(failure: Any) -> dict[str, Any]:
-    """What `world.leave_reason` left for the launcher; empty where a process said nothing."""
+    """What `processes.leave_reason` left for the launcher; empty where a process said nothing."""
     message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
     if not isinstance(message, dict) or "lost" not in message.get("extraInfo", {}):
         return {}

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from tokencredit.progress import say
-from tokencredit.runs import world
+from tokencredit.runs import processes
 
 AGAIN_AFTER = 1.0  # seconds; a launcher passes the terminal's Ctrl-C on, so that a process gets it twice
 
@@ -48,7 +48,7 @@ class Stop:
             self._leave(number)
         if self.number is None:
             self.number, self._at = number, time.monotonic()
-            if world.is_main():
+            if processes.is_main():
                 say(f"{signal.Signals(number).name}: finishing this step and saving a checkpoint; Ctrl-C quits at once")
         elif number == signal.SIGINT and time.monotonic() - self._at > AGAIN_AFTER:
             self._leave(number)

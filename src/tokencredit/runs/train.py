@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from tokencredit import files
-from tokencredit.credit import Pipeline
 from tokencredit.errors import TokenCreditError
-from tokencredit.runs import folders, world
-from tokencredit.runs.arguments import check_installed, grpo_config, lora_config
-from tokencredit.runs.config import ignores_reward
-from tokencredit.runs.config_types import reward_list
-from tokencredit.runs.plan import Plan, make_plan
+from tokencredit.pipeline.pipeline import Pipeline
+from tokencredit.runs import folders, processes
+from tokencredit.runs.config.arguments import check_installed, grpo_config, lora_config
+from tokencredit.runs.config.load import ignores_reward
+from tokencredit.runs.config.plan import Plan, make_plan
+from tokencredit.runs.config.types import reward_list
 from tokencredit.runs.stop import Stop, Stopped
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
@@ -58,28 +58,30 @@ def train_run(
         return finished
     with ExitStack() as held:
         early = (folder / folders.CONFIG).is_file()
-        if early and world.is_main():  # do not load a model only to find that another process trains here
+        if early and processes.is_main():  # do not load a model only to find that another process trains here
             held.enter_context(files.lock_folder(folder))
         material, arguments = check_run(config, folder)
         peft_config = lora_config(config)
         existed = folder.exists()
         if not early:
-            world.from_main(lambda: held.enter_context(files.lock_folder(folder)))
-        finished = world.from_main(lambda: folders.finished_run(folder, config))  # another process may have been first
+            processes.from_main(lambda: held.enter_context(files.lock_folder(folder)))
+        finished = processes.from_main(
+            lambda: folders.finished_run(folder, config)
+        )  # another process may have been first
         if finished is not None:
             return finished
-        start = world.from_main(lambda: folders.prepare(folder, config))
+        start = processes.from_main(lambda: folders.prepare(folder, config))
         try:
             trainer = _build_trainer(config, folder, material, arguments, peft_config)
         except TokenCreditError:
-            if not existed and world.is_main():
+            if not existed and processes.is_main():
                 shutil.rmtree(folder, ignore_errors=True)  # nothing was trained: leave no folder that looks like a run
             raise
-        if show_plan is not None and world.is_main():
+        if show_plan is not None and processes.is_main():
             show_plan(make_plan(config, material, trainer.args, folder, trainer.model, sampler=_sampler_name(trainer)))
         _train(trainer, _callback(config, folder, material, progress, trainer, stop), start, stop)
         trainer.save_model(str(folder / "model"))
-        return world.from_main(lambda: folders.finish(folder, {"steps": trainer.state.global_step}))
+        return processes.from_main(lambda: folders.finish(folder, {"steps": trainer.state.global_step}))
 
 
 def plan_run(config: Mapping[str, Any], folder: Path) -> Plan:
@@ -118,10 +120,10 @@ def _train(trainer: Any, callback: Any, start: Path | None, stop: Stop | None) -
 
 def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     """Load what the run needs and refuse what cannot be trained; nothing is written to the run's folder."""
-    from tokencredit.adapters import trl_checks
-    from tokencredit.adapters.collector_options import resolve_options
-    from tokencredit.adapters.trl_collectors import built_in
-    from tokencredit.runs.data import load_material
+    from tokencredit.adapters.trl import checks as trl_checks
+    from tokencredit.adapters.trl.collectors import built_in
+    from tokencredit.collect.options import resolve_options
+    from tokencredit.runs.data.material import load_material
 
     quiet()
     if config["threads"] is not None:
@@ -148,10 +150,10 @@ def _of_teacher(teacher: Mapping[str, Any] | None) -> set[str]:
 
 def _check_whole_groups(pipeline: Pipeline, teacher: Mapping[str, Any] | None, arguments: Any) -> None:
     """A teacher that is shown another response to the prompt looks for it among the rows of its own process."""
-    if world.size() == 1 or teacher is None or "teacher_logprobs" not in pipeline.requires:
+    if processes.size() == 1 or teacher is None or "teacher_logprobs" not in pipeline.requires:
         return
-    from tokencredit.collect.teacher import resolve_teacher
-    from tokencredit.collect.teacher_prompts import PromptRenderer
+    from tokencredit.collect.teacher.build import resolve_teacher
+    from tokencredit.collect.teacher.prompts import PromptRenderer
 
     rows = arguments.per_device_train_batch_size * arguments.steps_per_generation
     if PromptRenderer(resolve_teacher(teacher)).needs_attempts and rows % arguments.num_generations:
@@ -164,7 +166,7 @@ def _check_whole_groups(pipeline: Pipeline, teacher: Mapping[str, Any] | None, a
 
 def _build_trainer(config: Mapping[str, Any], folder: Path, material: Any, arguments: Any, peft_config: Any) -> Any:
     """Build TRL's trainer; what it refuses becomes one line."""
-    from tokencredit.adapters.trl import CreditGRPOTrainer
+    from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 
     weights = [reward.weight for reward in reward_list(config["reward"])]
     if any(weight != 1 for weight in weights):
@@ -234,7 +236,7 @@ def _callback(
         folder,
         config,
         evaluate,
-        progress if world.is_main() else None,
+        progress if processes.is_main() else None,
         stop=stop,
         learns_from_reward=not ignores_reward(config["credit"]),
     )

@@ -1,0 +1,380 @@
+"""The records that travel through the package: a batch of sampled responses, and what a pipeline made of it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Literal, overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokencredit.batch.reduce import LOCAL, Reducer
+from tokencredit.errors import TokenCreditError, shown, unknown
+
+# What fills each optional field, named in the error when it is missing.
+COLLECTORS: Mapping[str, str] = {
+    "old_logprobs": "log-probs of the policy that sampled, from the host's scoring pass or `collect.logprobs`",
+    "current_logprobs": "log-probs of the policy being updated: `CreditGRPOTrainer(timing='update')`",
+    "rollout_logprobs": "log-probs that the rollout engine reported",
+    "ref_logprobs": "the host's KL reference pass (`beta > 0` in TRL), or `collect.adapter` without the adapter",
+    "teacher_logprobs": "a teacher from `collect.teacher` (the `teacher:` section of a config)",
+    "teacher_entropies": "a local teacher (`kind: model`, `self` or `base`); a server gives sampled tokens alone",
+    "entropies": "the host's scoring pass (`CreditGRPOTrainer` does it) or `collect.logprobs`",
+    "attention_entropies": "`collect.attention`",
+    "attention_distances": "`collect.attention_maps`: how far back local heads look",
+    "attention_influences": "`collect.attention_maps`: how much later tokens look back at a token",
+    "adapter_residuals": "`collect.adapter` (a PEFT LoRA model)",
+    "doubling_ratios": "`collect.adapter.doubling_ratio` (a PEFT LoRA model)",
+    "values": "`collect.exact` on enumerable tasks, `collect.monte_carlo` elsewhere",
+    "importances": "`collect.answer`, or your own: how much each token matters for the final answer",
+    "host_advantages": "the host's own advantages; only an adapter sets them",
+    "step": "the host, which counts its optimiser steps; in a loop of your own `TokenBatch(step=…)`, 0 at the first",
+}
+
+TOKEN_FIELDS = (
+    "old_logprobs",
+    "current_logprobs",
+    "rollout_logprobs",
+    "ref_logprobs",
+    "teacher_logprobs",
+    "teacher_entropies",
+    "entropies",
+    "attention_entropies",
+    "attention_distances",
+    "attention_influences",
+    "adapter_residuals",
+    "values",
+    "importances",
+)
+OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
+RUN_FIELDS = ("step",)  # numbers of the run, not of its tokens; a pipeline may require them as well
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+LARGEST = torch.finfo(torch.float32).max  # credit is float32
+
+# A probability is at most 1, an entropy or a distance at least 0. Rounding may pass that by this much, see `_slack`.
+NOT_POSITIVE = frozenset(name for name in TOKEN_FIELDS if name.endswith("logprobs"))
+NOT_NEGATIVE = frozenset(
+    {
+        "entropies",
+        "teacher_entropies",
+        "attention_entropies",
+        "attention_distances",
+        "attention_influences",
+        "adapter_residuals",
+    }
+)
+
+
+class _Examined:
+    """Holds the names of the fields whose values were examined; a slot, so that it is not a field of the batch."""
+
+    __slots__ = ("_examined",)
+    _examined: set[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TokenBatch(_Examined):
+    """Sampled responses, padded to one length; every group (same prompt) is complete.
+
+    `response_mask` is True exactly where the policy chose the token; padding and text inserted by an environment are
+    False, so a row may have holes. Values outside the mask carry no meaning and may be NaN.
+
+    * `rewards`: outcome, once per response; finite where the response counts (see `counted`).
+    * `group_ids`: same prompt, same id. Any integers; a group may lie on several processes if `reducer` spans them.
+    * `*_logprobs`, `entropies`: nats, at the sampling temperature. `old_` is the policy before the update, `current_`
+      the policy that is being updated.
+    * `values`: V of the prefix *before* the token, the probability that the response ends up accepted.
+    * `host_advantages`: what the host computed, one number per response; `group_normalized` hands it on.
+    * `doubling_ratios`: the adapter residual at twice the LoRA scaling over the residual, one number per response
+      (those of one probe share it): 2 where the residual is signal, 1 where it is rounding, NaN where it is 0.
+    * `step_ids`: which step of a multi-step response a token belongs to; absent means one step a token.
+    * `scored`: False for a response that nothing rewarded (every reward function returned None, or the host rejected
+      it). Its values carry no meaning and may be NaN. It takes part in no baseline and gets no credit. Absent: all are
+      scored.
+    * `progress`: share of training done, in [0, 1], for schedules.
+    * `step`: optimiser steps done, for schedules that the papers give in steps.
+    """
+
+    response_ids: Int[Tensor, "batch response"]
+    response_mask: Bool[Tensor, "batch response"]
+    rewards: Float[Tensor, " batch"]
+    group_ids: Int[Tensor, " batch"]
+    old_logprobs: Float[Tensor, "batch response"] | None = None
+    current_logprobs: Float[Tensor, "batch response"] | None = None
+    rollout_logprobs: Float[Tensor, "batch response"] | None = None
+    ref_logprobs: Float[Tensor, "batch response"] | None = None
+    teacher_logprobs: Float[Tensor, "batch response"] | None = None
+    teacher_entropies: Float[Tensor, "batch response"] | None = None
+    entropies: Float[Tensor, "batch response"] | None = None
+    attention_entropies: Float[Tensor, "batch response"] | None = None
+    attention_distances: Float[Tensor, "batch response"] | None = None
+    attention_influences: Float[Tensor, "batch response"] | None = None
+    adapter_residuals: Float[Tensor, "batch response"] | None = None
+    values: Float[Tensor, "batch response"] | None = None
+    importances: Float[Tensor, "batch response"] | None = None
+    host_advantages: Float[Tensor, " batch"] | None = None
+    doubling_ratios: Float[Tensor, " batch"] | None = None
+    step_ids: Int[Tensor, "batch response"] | None = None
+    scored: Bool[Tensor, " batch"] | None = None
+    progress: float | None = None
+    step: int | None = None
+    reducer: Reducer = field(default=LOCAL, repr=False)
+
+    def __post_init__(self) -> None:
+        """Gate 1: types, shapes, devices and rewards. Values of optional fields are examined where they are read."""
+        object.__setattr__(self, "_examined", set())
+        _check_tensor("response_ids", self.response_ids, INTEGERS)
+        if self.response_ids.ndim != 2:
+            raise TokenCreditError(
+                f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}"
+            )
+        for name, (dtypes, per_token) in _EXPECTED.items():
+            self._check_field(name, dtypes, per_token)
+        self._check_rewards()
+        self._check_scalars()
+
+    def _check_field(self, name: str, dtypes: tuple[torch.dtype, ...], per_token: bool) -> None:
+        value = getattr(self, name)
+        if value is None and name not in REQUIRED:
+            return
+        _check_tensor(name, value, dtypes)
+        shape = self.response_ids.shape if per_token else self.response_ids.shape[:1]
+        if value.shape != shape:
+            raise TokenCreditError(f"`{name}` must have shape {list(shape)}, got {list(value.shape)}")
+        if value.device != self.response_ids.device:
+            raise TokenCreditError(
+                f"`{name}` is on {value.device}, but `response_ids` is on {self.response_ids.device}",
+                hint="move all tensors of a batch to one device with `.to(device)`",
+            )
+
+    def _check_rewards(self) -> None:
+        broken = ~_representable(self.rewards)
+        if not bool(broken.any()):
+            return
+        broken &= self.counted
+        if bool(broken.any()):
+            row = int(broken.nonzero()[0])
+            raise TokenCreditError(
+                f"`rewards` must be finite, got {float(self.rewards[row])} in row {row}",
+                hint="mark a response that has no score with `scored`: False takes it out of every baseline",
+            )
+
+    def _check_scalars(self) -> None:
+        number = isinstance(self.progress, Real) and not isinstance(self.progress, bool)
+        if self.progress is not None and not (number and 0.0 <= self.progress <= 1.0):
+            raise TokenCreditError(f"`progress` must be in [0, 1], got {shown(self.progress)}")
+        whole = isinstance(self.step, Integral) and not isinstance(self.step, bool)
+        if self.step is not None and not (whole and 0 <= int(self.step) < 1 << 63):
+            raise TokenCreditError(f"`step` must be a whole number of at least 0, got {shown(self.step)}")
+        if not isinstance(self.reducer, Reducer):
+            raise TokenCreditError(
+                f"`reducer` must be a Reducer, got {type(self.reducer).__name__}",
+                hint="leave it out on one process; pass `ProcessGroupReducer()` on several",
+            )
+
+    def __repr__(self) -> str:
+        """Sizes, dtypes, device and carried fields; no values, so that it costs nothing on a GPU."""
+        rows, columns = self.response_ids.shape
+        dtypes = {name: str(value.dtype).removeprefix("torch.") for name, value in self.tensors().items()}
+        tensors = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        scalars = "".join(
+            f", {name}={getattr(self, name)}" for name in ("progress", "step") if getattr(self, name) is not None
+        )
+        return f"TokenBatch({rows} responses × {columns} tokens on {self.response_ids.device}: {tensors}{scalars})"
+
+    @property
+    def counted(self) -> Bool[Tensor, " batch"]:
+        """Responses that take part: scored, and with at least one chosen token.
+
+        All others get no credit and enter no statistic, under every estimator and transform: `assign_credit` runs the
+        pipeline on the counted responses alone.
+        """
+        filled = self.response_mask.any(1)
+        return filled if self.scored is None else filled & self.scored
+
+    def rows(self, index: Any) -> "TokenBatch":
+        """Some rows of the batch, by slice, indices or a mask. Values are not checked again.
+
+        The reducer stays: over several processes all must call with it, also those that keep no row.
+        """
+        part = object.__new__(type(self))
+        for item in fields(self):
+            value = getattr(self, item.name)
+            object.__setattr__(part, item.name, value[index] if isinstance(value, Tensor) else value)
+        object.__setattr__(part, "_examined", set(self._names_examined()))
+        return part
+
+    def examine(self, names: Iterable[str], *, domains: bool = True) -> bool:
+        """Refuse values of optional fields that a method cannot read.
+
+        Values must be finite and within the range of float32 wherever a counted response chose the token. Log-probs
+        must not be positive, entropies, distances and residuals not negative; both up to rounding.
+
+        Args:
+          names: optional fields; those that the batch does not carry are skipped.
+          domains: False looks only for values that are not finite.
+
+        Returns:
+          Whether every response counts, from the same copy to the host as the examination.
+
+        Raises:
+          TokenCreditError: names the field, the value, its place, and what fills the field.
+        """
+        names = tuple(names)
+        # A ratio of NaN says that there was nothing to measure.
+        carried = [name for name in names if isinstance(getattr(self, name), Tensor) and name != "doubling_ratios"]
+        counted = self.counted
+        broken = [self._broken(name, counted, domains) for name in carried]
+        every, *refused = torch.stack([counted.all(), *(places.any() for places in broken)]).tolist()
+        for name, places, is_refused in zip(carried, broken, refused, strict=True):
+            if is_refused:
+                raise self._refusal(name, places)
+        self._names_examined().update(names)
+        return bool(every)
+
+    def _broken(self, name: str, counted: Bool[Tensor, " batch"], domains: bool) -> Tensor:
+        """Where a field holds a value that no method can read; one number per token or per response."""
+        value = getattr(self, name).detach()
+        good = _representable(value)
+        if name == "doubling_ratios":
+            good |= value.isnan()  # an untouched adapter has nothing to double
+        if domains and name in NOT_POSITIVE:
+            good &= value <= _slack(value.dtype)
+        if domains and name in NOT_NEGATIVE:
+            good &= value >= -_slack(value.dtype)
+        return (counted if value.ndim == 1 else counted[:, None] & self.response_mask) & ~good
+
+    def trust(self, names: Iterable[str]) -> None:
+        """Take the values of these fields as they are, so that `require` returns them even where they are NaN."""
+        self._names_examined().update(names)
+
+    def _refusal(self, name: str, broken: Tensor) -> TokenCreditError:
+        place = broken.nonzero()[0].tolist()
+        value = float(getattr(self, name)[tuple(place)])
+        at = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "token"), place, strict=False))
+        if not isfinite(value) or abs(value) > LARGEST:
+            needed = "finite (within float32) where the mask is True"
+        else:
+            needed = "at most 0 (up to rounding)" if name in NOT_POSITIVE else "at least 0 (up to rounding)"
+        return TokenCreditError(
+            f"`{name}` must be {needed}, got {value} at {at}", hint=f"it comes from: {COLLECTORS[name]}"
+        )
+
+    def _names_examined(self) -> set[str]:
+        if not hasattr(self, "_examined"):  # a copy, or a batch from another process: only the fields travel
+            object.__setattr__(self, "_examined", set())
+        return self._examined
+
+    @overload
+    def require(self, name: Literal["step"]) -> int: ...
+
+    @overload
+    def require(self, name: str) -> Tensor: ...
+
+    def require(self, name: str) -> Tensor | int:
+        """The optional field `name`, or an error that says what fills it, or which of its values cannot be read."""
+        if name not in (*OPTIONAL_FIELDS, *RUN_FIELDS):
+            raise unknown("batch field", name, (*OPTIONAL_FIELDS, *RUN_FIELDS))
+        value: Tensor | int | None = getattr(self, name)
+        if value is None:
+            raise TokenCreditError(
+                f"this pipeline needs `{name}`, which this batch does not carry",
+                hint=f"it comes from: {COLLECTORS[name]}",
+            )
+        if isinstance(value, Tensor) and name not in self._names_examined():
+            self.examine((name,), domains=False)
+        return value
+
+    @property
+    def carried(self) -> frozenset[str]:
+        """Names of the optional fields that are present."""
+        names = (*OPTIONAL_FIELDS, *RUN_FIELDS)
+        return frozenset(name for name in names if getattr(self, name) is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that are present, by field name."""
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CreditRecord:
+    """What the side tap keeps of one step: the batch, the advantages, and how they came about.
+
+    `pipeline` is the resolved configuration (`Pipeline.to_config()`); `tokens` are decoded for display, one list a row,
+    one string a column, and never trusted.
+    """
+
+    step: int
+    pipeline: Any
+    batch: TokenBatch
+    advantages: Float[Tensor, "batch response"] = field(repr=False)
+    tokens: list[list[str]] = field(default_factory=list, repr=False)
+    prompts: list[str] = field(default_factory=list, repr=False)
+
+
+def with_a_column(batch: TokenBatch) -> TokenBatch:
+    """A batch without columns, every response empty, with one column of padding."""
+    wide: dict[str, Any] = {name: pad(value, (0, 1)) for name, value in batch.tensors().items() if value.ndim > 1}
+    return replace(batch, **wide)
+
+
+REQUIRED = frozenset({"response_mask", "rewards", "group_ids"})
+
+# Of every tensor but `response_ids`: the dtypes it may have, and whether it holds one value per token.
+_EXPECTED: Mapping[str, tuple[tuple[torch.dtype, ...], bool]] = {
+    "response_mask": ((torch.bool,), True),
+    "rewards": (FLOATS, False),
+    "group_ids": (INTEGERS, False),
+    "scored": ((torch.bool,), False),
+    "step_ids": (INTEGERS, True),
+    "host_advantages": (FLOATS, False),
+    "doubling_ratios": (FLOATS, False),
+    **dict.fromkeys(TOKEN_FIELDS, (FLOATS, True)),
+}
+
+
+def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A dense tensor with values and one of `dtypes`, or an error that names the field and the remedy."""
+    if not isinstance(value, Tensor):
+        raise TokenCreditError(
+            f"`{name}` is a {type(value).__name__}: pass a torch.Tensor",
+            hint=f"torch.as_tensor(…) makes one of a list or an array; its dtype is {_names(dtypes)}",
+        )
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TokenCreditError(
+            f"`{name}` must be a dense tensor, got a {layout} one",
+            hint="pad a nested tensor with `.to_padded_tensor(0)`, fill a sparse one with `.to_dense()`",
+        )
+    if value.is_meta:
+        raise TokenCreditError(f"`{name}` is on the device meta, which holds no values")
+    if value.dtype not in dtypes:
+        raise TokenCreditError(
+            f"`{name}` must be {_names(dtypes)}, got {value.dtype}", hint="convert it with `.to(dtype)`"
+        )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _representable(value: Tensor) -> Tensor:
+    """Where a value is finite as a float32."""
+    # One comparison, which NaN fails too: `torch.isfinite` takes three times as long on a CPU.
+    return value.abs() <= LARGEST if value.dtype == torch.float64 else value.abs() < torch.inf
+
+
+def _slack(dtype: torch.dtype) -> float:
+    """How far rounding may move a number past the end of its domain.
+
+    A log-prob is a logit minus the logarithm of a sum. Logits reach 32, and a number there is known to 16 machine
+    epsilons: 0.125 in bfloat16, 0.016 in float16. Sums over a vocabulary and engines that report rounded numbers are
+    given 1e-3 in every dtype.
+    """
+    return max(1e-3, 16.0 * torch.finfo(dtype).eps)

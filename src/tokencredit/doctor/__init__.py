@@ -1,0 +1,1 @@
+"""Checks of an installation: packages, launchers, and the hosts' interfaces."""

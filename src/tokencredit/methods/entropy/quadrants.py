@@ -1,0 +1,94 @@
+"""The Four Quadrant Decomposition: polarity of the outcome × entropy of the token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tokencredit.batch.masked import chosen, response_lengths, unit_moments
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import group_totals
+from tokencredit.methods.spec import Scope
+
+Quadrant = Literal["PHR", "PLR", "NHR", "NLR"]
+QUADRANTS: tuple[Quadrant, ...] = get_args(Quadrant)
+Threshold = Literal["pooled", "response_means"]
+
+
+def keep_quadrants(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    quadrants: Sequence[Quadrant] = ("PHR", "NHR"),
+    threshold: Threshold = "pooled",
+    normalize: Literal["all", "selected"] = "all",
+) -> Float[Tensor, "batch response"]:
+    """Credit only tokens in the named quadrants.
+
+        Â′ = Â · 1[quadrant ∈ quadrants]          normalize="selected": times N / Σ 1[·] over the batch
+
+    P and N are the sign of Â; H is entropy ≥ the mean of the group, L below it. The four sum to the whole. A token with
+    Â = 0 lies in no quadrant and keeps 0.
+
+    Paper: arXiv:2604.11056 v1. It takes polarity from r ≥ 0 with ±1 rewards; with 0/1 rewards that is always true, so
+    ours is the sign of the advantage, which is the same in mixed groups. `normalize="selected"` is our option.
+    """
+    inside = torch.zeros_like(batch.response_mask)
+    for name, members in quadrant_masks(advantages, batch, threshold=threshold).items():
+        if name in quadrants:
+            inside = inside | members
+    credit = torch.where(inside, chosen(advantages, batch.response_mask), 0.0)
+    if normalize == "selected":
+        selected, count = batch.reducer.total(torch.stack((inside.sum(), batch.response_mask.sum()))).tolist()
+        credit = credit * (count / max(selected, 1))
+    return credit
+
+
+def quadrant_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """The scope of `keep_quadrants`: the share that is selected is counted over the batch."""
+    return "batch" if hyperparameters["normalize"] == "selected" else "group"
+
+
+def quadrant_masks(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, threshold: Threshold = "pooled"
+) -> dict[str, Bool[Tensor, "batch response"]]:
+    """Membership of every chosen token with Â ≠ 0 in PHR, PLR, NHR and NLR."""
+    mask = batch.response_mask
+    high = high_entropy(batch, threshold=threshold)
+    a = chosen(advantages, mask)
+    return {
+        "PHR": mask & high & (a > 0),
+        "PLR": mask & ~high & (a > 0),
+        "NHR": mask & high & (a < 0),
+        "NLR": mask & ~high & (a < 0),
+    }
+
+
+def high_entropy(batch: TokenBatch, *, threshold: Threshold = "pooled") -> Bool[Tensor, "batch response"]:
+    """True where H ≥ μ, the mean entropy of the group; False outside the mask.
+
+    "pooled" averages over tokens, "response_means" over the means of the responses. A mean of equal numbers can exceed
+    them in floating point, so μ is clamped into [min H, max H] of the group: constant entropies are all high.
+    """
+    mask = batch.response_mask
+    entropies = chosen(batch.require("entropies"), mask)
+    mean = unit_moments(entropies, batch, "group").mean if threshold == "pooled" else _mean_of_means(entropies, batch)
+    largest = _group_maximum(torch.where(mask, entropies, -torch.inf).amax(1), batch)
+    return mask & (entropies >= torch.minimum(mean, largest[:, None]))
+
+
+def _mean_of_means(entropies: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch 1"]:
+    length = response_lengths(batch.response_mask)
+    means = entropies.sum(1, keepdim=True) / length.clamp_min(1)
+    stats = torch.cat((means, (length > 0).double()), dim=1)
+    total, count = group_totals(stats, batch.group_ids, batch.reducer).unbind(1)
+    return (total / count.clamp_min(1.0))[:, None]
+
+
+def _group_maximum(per_row: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, " batch"]:
+    labels = batch.reducer.labels(batch.group_ids)
+    index = torch.searchsorted(labels, batch.group_ids)
+    table = per_row.new_full((labels.numel(),), -torch.inf).scatter_reduce(0, index, per_row, "amax")
+    return batch.reducer.maximum(table)[index]

@@ -1,0 +1,286 @@
+"""Transforms that move credit by the entropy of the policy at each token.
+
+Entropies are nats and detached: never an objective.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread, unit_moments, unit_sums
+from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.reduce import extrema, group_totals, kth_smallest, quantile
+from tokencredit.methods.spec import SCOPES, Scope
+
+Unit = Literal["response", "group", "batch"]
+EPS = 1e-6
+
+
+def entropy_capacity(  # noqa: PLR0913 - the named options of one published formula
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    alpha: float = 0.2,
+    phi: float = 2.0,
+    alpha_negative: float | None = None,
+    stats: Unit = "group",
+    scale: Literal["advantage", "free"] = "advantage",
+    renorm: Literal["none", "response", "group", "polarity"] = "none",
+    signed: bool = True,
+) -> Float[Tensor, "batch response"]:
+    """HAPO (as EAPO): more credit, of either sign, where the policy was uncertain.
+
+        z  = (H − μ) / (σ + ε)
+        Â′ = Â + α · sign(Â) · clip(z, −|Â|/φ, +|Â|/φ)    =  Â · w,   w ∈ [1 − |α|/φ, 1 + |α|/φ]
+
+    H is the entropy of the policy at the token, μ and σ (population) its moments over the chosen tokens of the `stats`
+    unit. Keeps the sign of Â while |α| < φ; α = 0 is the identity; constant H or Â = 0 change nothing.
+
+    * `alpha_negative`: another α where Â < 0. `signed=False` drops sign(Â), a control.
+    * `scale="free"`: clip at ±1/φ and multiply by |Â|, for advantages that are not group-normalised.
+    * `renorm`: rescale so that Σ|Â| of each response, group, or sign within a group stays what it was.
+
+    Paper: arXiv:2604.11056 v1, Eq. 6-7, there EAPO. Version 2 names its method HAPO with equations unknown to us, so
+    this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
+    """
+    mask = batch.response_mask
+    a = chosen(advantages, mask)
+    moments = unit_moments(batch.require("entropies"), batch, stats)
+    z = (chosen(batch.require("entropies"), mask) - moments.mean) / (moments.std + EPS)
+    # Filled, not `where` of two numbers: that would be float32.
+    strength = torch.full_like(a, alpha).masked_fill(a < 0, alpha if alpha_negative is None else alpha_negative)
+    bound = a.abs() / phi if scale == "advantage" else torch.full_like(a, 1.0 / phi)
+    score = z.clamp(-bound, bound) * (1.0 if scale == "advantage" else a.abs())
+    credit = chosen(a + strength * (a.sign() if signed else 1.0) * score, mask)
+    return credit if renorm == "none" else rescale_mass(credit, a, batch, renorm)
+
+
+def capacity_scope(hyperparameters: Mapping[str, Any]) -> Scope:
+    """The scope of `entropy_capacity`: the unit of its moments, or of `renorm` where that is larger."""
+    renorm = {"none": "token", "polarity": "group"}.get(hyperparameters["renorm"], hyperparameters["renorm"])
+    return max(hyperparameters["stats"], renorm, key=SCOPES.index)
+
+
+def rescale_mass(
+    credit: Float[Tensor, "batch response"],
+    reference: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    per: Literal["response", "group", "polarity", "batch"],
+) -> Float[Tensor, "batch response"]:
+    """Scale `credit` so that Σ|credit| equals Σ|reference| in each unit.
+
+    "polarity" treats the positive and the negative tokens of a group apart, by the sign of `reference`. Where
+    the credit of a unit is all 0 it stays 0.
+    """
+    signs = (reference > 0, reference <= 0) if per == "polarity" else (torch.ones_like(reference, dtype=torch.bool),)
+    unit = "group" if per == "polarity" else per
+    result = torch.zeros_like(credit)
+    for side in signs:
+        mass = unit_sums(torch.where(side, credit.abs(), 0.0), batch, unit)
+        wanted = unit_sums(torch.where(side, reference.abs(), 0.0), batch, unit)
+        factor = torch.where(mass > 0, wanted / torch.where(mass > 0, mass, 1.0), 1.0)
+        result = torch.where(side, credit * factor, result)
+    return result
+
+
+def reward_capacity(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, alpha: float = 0.2
+) -> Float[Tensor, "batch response"]:
+    """Credit by how much one token can tell about a binary reward, which is at most ln 2.
+
+        Â′ = Â · (1 + α (c − mean c)),   c = min(H, ln 2) / ln 2
+
+    The mean runs over the chosen tokens of the group, so the weights have mean one; the sign is kept for α < 1.
+
+    Source: ours, after the bound I ≤ min(H, h_b(V)) ≤ ln 2 for binary rewards.
+    """
+    a = chosen(advantages, batch.response_mask)
+    capacity = chosen(batch.require("entropies"), batch.response_mask).clamp(0.0, math.log(2)) / math.log(2)
+    mean = unit_moments(capacity, batch, "group").mean
+    return chosen(a * (1.0 + alpha * (capacity - mean)), batch.response_mask)
+
+
+def top_entropy(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    keep: float = 0.2,
+    normalize: Literal["all", "selected"] = "all",
+    select: Literal["count", "quantile"] = "count",
+) -> Float[Tensor, "batch response"]:
+    """The 80/20 rule: credit only the most uncertain tokens of the batch.
+
+        Â′ = Â · 1[H among the highest]          normalize="selected": times N / Σ 1[·]
+
+    "count" keeps the ⌈keep · N⌉ highest of the N chosen tokens (a tie at the border is kept whole), "quantile" keeps
+    H ≥ quantile_{1−keep}. They agree but for ties; with many equal entropies a quantile can keep everything. "all"
+    divides by all tokens in the host's loss, "selected" corrects for that. keep = 1 is the identity.
+
+    Paper: Beyond the 80/20 Rule (arXiv:2506.01939); its release is "count" with "selected", TRL's
+    `top_entropy_quantile` is "quantile" with "all". Deviation: the threshold is the whole batch's.
+    """
+    mask = batch.response_mask
+    entropies = chosen(batch.require("entropies"), mask)
+    count = int(batch.reducer.total(mask.sum()))
+    if count == 0:
+        return chosen(advantages, mask)
+    if select == "count":
+        kept = max(1, math.ceil(round(keep * count, 9)))
+        threshold = kth_smallest(entropies, mask, count - kept, batch.reducer)
+    else:
+        threshold = quantile(entropies, mask, 1.0 - keep, batch.reducer)
+    high = mask & (entropies.float() >= threshold)
+    factor = count / int(batch.reducer.total(high.sum())) if normalize == "selected" else 1.0
+    return torch.where(high, chosen(advantages, mask) * factor, 0.0)
+
+
+def entropy_bonus(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, alpha: float = 0.4, kappa: float = 2.0
+) -> Float[Tensor, "batch response"]:
+    """A bonus for uncertainty, whatever the sign of the credit.
+
+        Â′ = Â + min(α H, |Â| / κ)
+
+    Raises rewards and weakens penalties at uncertain tokens; keeps the sign of Â for κ > 1. α = 0 is the identity.
+
+    Paper: Reasoning with Exploration (arXiv:2506.14758), α = 0.4 for GRPO, κ = 2.
+    """
+    a = chosen(advantages, batch.response_mask)
+    entropies = chosen(batch.require("entropies"), batch.response_mask).clamp_min(0.0)  # a rounding can be below 0
+    return a + torch.minimum(alpha * entropies, a.abs() / kappa)
+
+
+def gtpo(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    base_share: float = 0.9,
+    floor: float = 1e-3,
+    normalize: bool = True,
+) -> Float[Tensor, "batch response"]:
+    """GTPO: shaped rewards from entropies aligned by position, then normalised per polarity.
+
+        correct:    r̃_t =  α₁ + α₂ d_t H_t / Σ H_t            incorrect:  r̃_t = −α₁ − α₂ h_t (1/H_t) / Σ (1/H_t)
+        Â′ = (r̃ − mean r̃) / (std r̃ + ε)   over the tokens of one polarity of the group     (normalize)
+
+    Sums run over the responses of the group with the same outcome that still have a token at position t; d_t, h_t count
+    them; α₁ = `base_share`, α₂ = 1 − α₁; polarity is the sign of Â, and Â = 0 stays 0. H is at least `floor`.
+    `normalize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
+
+    With `normalize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
+    gets a credit of exactly 0 on every token, since its r̃ is constant (the paper's Eq. 6 does the same).
+
+    Paper: GTPO (arXiv:2508.04349), from a secondary summary: α₁ + α₂ = 1; the split 0.9/0.1 and the floor are ours.
+    """
+    mask = batch.response_mask
+    a = chosen(advantages, mask)
+    polarity = torch.where(response_lengths(mask) > 0, a.sum(1, keepdim=True), 0.0).sign()
+    entropies = compact(chosen(batch.require("entropies"), mask).clamp_min(floor), mask)
+    alive = compact(torch.ones_like(a), mask)
+    shaped = torch.zeros_like(a)
+    for side, weight in ((1.0, entropies), (-1.0, 1.0 / entropies.clamp_min(floor))):
+        mine = torch.where(polarity == side, alive, 0.0)
+        total = _aligned_totals(mine * weight, batch)
+        count = _aligned_totals(mine, batch)
+        share = count * weight / torch.where(total > 0, total, 1.0)
+        shaped = torch.where(polarity == side, side * (base_share + (1.0 - base_share) * share), shaped)
+    shaped = spread(shaped, mask)
+    return _normalized_per_polarity(shaped, polarity, batch) if normalize else chosen(shaped, mask)
+
+
+def _aligned_totals(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """Sum over the rows of a group, position by position; ranks may be padded to different lengths."""
+    own = x.shape[1]
+    longest = int(batch.reducer.maximum(torch.tensor(own, device=x.device)))
+    return group_totals(torch.nn.functional.pad(x, (0, longest - own)), batch.group_ids, batch.reducer)[:, :own]
+
+
+def _normalized_per_polarity(
+    shaped: Float[Tensor, "batch response"], polarity: Float[Tensor, "batch 1"], batch: TokenBatch
+) -> Float[Tensor, "batch response"]:
+    result = torch.zeros_like(shaped)
+    for side in (1.0, -1.0):
+        mine = chosen((polarity == side).double().expand_as(shaped), batch.response_mask)
+        count = unit_sums(mine, batch, "group").clamp_min(1.0)
+        centred = shaped - unit_sums(mine * shaped, batch, "group") / count
+        std = (unit_sums(mine * centred.square(), batch, "group") / count).sqrt()
+        result = torch.where(mine > 0, centred / (std + EPS), result)
+    return result
+
+
+def empg(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    k: float = 1.0,
+    k_bonus: float = 1.0,
+    zeta: float = 0.1,
+    center: bool = True,
+) -> Float[Tensor, "batch response"]:
+    """EMPG: confident steps get a larger share, and a bonus for clarity that follows.
+
+        Â′ = Â · g(H_s) + ζ exp(−k′ H_{s+1}),    g(H) = e^{−kH} / mean e^{−kH}        then minus its mean (center)
+
+    H_s is the mean entropy of step s (`batch.step_ids`; without them each token is a step), mapped to [0, 1] by the
+    least and greatest over the batch; the last step has no bonus. Both means run over the *steps* of the batch: a step
+    has one vote, however long. Bonus and centring can change signs; k = 0, ζ = 0, center = false is the identity.
+
+    Paper: EMPG (arXiv:2509.09265), Eq. 10 and 12; k = k′ = 1 and ζ = 0.1 are the authors'. Deviation: the scope is the
+    batch. The final centring is that of another group's release (over steps too); the authors' is not known to us.
+    """
+    mask = batch.response_mask
+    entropies = _step_means(batch.require("entropies"), batch)
+    least, greatest = extrema(entropies, mask, batch.reducer)
+    span = greatest - least
+    h = torch.where(mask & (span > 0), (entropies - least) / torch.where(span > 0, span, 1.0), 0.0)
+    decay = torch.exp(-k * h)
+    gain = decay / _mean_over_steps(decay, batch).clamp_min(EPS)
+    following = _next_step(h, batch)
+    bonus = torch.where(torch.isnan(following), 0.0, zeta * torch.exp(-k_bonus * following))
+    credit = chosen(chosen(advantages, mask) * gain + bonus, mask)
+    return chosen(credit - _mean_over_steps(credit, batch), mask) if center else credit
+
+
+def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
+    """0-based number of the step among the chosen tokens, by order of appearance; meaningless outside the mask."""
+    if batch.step_ids is None:
+        return positions(batch.response_mask)
+    ids = compact(batch.step_ids, batch.response_mask)
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return spread(starts.long().cumsum(1) - 1, batch.response_mask)
+
+
+def _step_means(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The mean of `x` over the step of each chosen token."""
+    step = torch.where(batch.response_mask, _step_index(batch), 0)
+    values = chosen(x, batch.response_mask)
+    total = torch.zeros_like(values).scatter_add_(1, step, values)
+    return chosen(total.gather(1, step) / _step_sizes(batch).clamp_min(1.0), batch.response_mask)
+
+
+def _mean_over_steps(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch 1"]:
+    """The mean over the steps of the batch of the mean of `x` over each step's tokens."""
+    share = 1.0 / _step_sizes(batch).clamp_min(1.0)  # what a token counts for in its step
+    return unit_sums(x * share, batch, "batch") / unit_sums(share, batch, "batch").clamp_min(1.0)
+
+
+def _step_sizes(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The number of chosen tokens in the step of each chosen token."""
+    step = torch.where(batch.response_mask, _step_index(batch), 0)
+    count = torch.zeros(step.shape, dtype=torch.float64, device=step.device)
+    count.scatter_add_(1, step, batch.response_mask.double())
+    return chosen(count.gather(1, step), batch.response_mask)
+
+
+def _next_step(step_values: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The value of the next step, NaN on the last one."""
+    mask = batch.response_mask
+    step = torch.where(mask, _step_index(batch), 0)
+    wide = step_values.new_full((mask.shape[0], mask.shape[1] + 2), torch.nan)
+    wide.scatter_(1, torch.where(mask, step, mask.shape[1] + 1), torch.where(mask, step_values, torch.nan))
+    return wide.gather(1, step + 1)

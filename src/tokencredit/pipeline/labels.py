@@ -1,0 +1,49 @@
+"""Names of credit pipelines for tables, plots and folders."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokencredit.methods.table import estimators, presets
+from tokencredit.pipeline.pipeline import Pipeline, Step
+
+
+def label_of(credit: Any) -> str:
+    """Name a credit as a config writes it: a preset by its name, a pipeline by its steps and the settings they change.
+
+    For example `hapo`, `hapo(alpha=0.5)`, `group_normalized → attention_schedule(direction=high_to_low)` and
+    `hapo → my_methods:late`. Hyperparameters at their default are left out, and so is a weight of 1.
+    """
+    if isinstance(credit, str):
+        return credit
+    if isinstance(credit, Mapping) and len(credit) == 1 and "weighted_sum" not in credit:
+        (name, given), *_ = credit.items()
+        return _with_settings(str(name), given if isinstance(given, Mapping) else {})
+    head = _preset_at_start(credit)
+    if head is None:
+        return " + ".join(_label_of_chain(chain.weight, chain) for chain in Pipeline.parse(credit).chains)
+    (whole,), (start,) = Pipeline.parse(credit).chains, Pipeline.parse(head).chains
+    behind = whole.transforms[len(start.transforms) :]
+    return " → ".join((label_of(head), *(_label_of_step(step) for step in behind)))
+
+
+def _preset_at_start(credit: Any) -> Any:
+    """The first item of a list of steps where it names a preset, else None."""
+    if isinstance(credit, str) or not isinstance(credit, Sequence) or not credit:
+        return None
+    first = credit[0]
+    name = next(iter(first)) if isinstance(first, Mapping) and len(first) == 1 else first
+    is_preset = isinstance(name, str) and name in presets() and name not in estimators()
+    return first if is_preset else None
+
+
+def _label_of_chain(weight: float, chain: Any) -> str:
+    label = " → ".join(_label_of_step(step) for step in (chain.estimator, *chain.transforms))
+    return label if weight == 1 else f"{weight:g} ({label})"
+
+
+def _label_of_step(step: Step) -> str:
+    return _with_settings(step.name, step.changed)
+
+
+def _with_settings(name: str, given: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name

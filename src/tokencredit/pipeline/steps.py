@@ -1,0 +1,214 @@
+"""The steps of a pipeline: a function of the tables, or a user's own, with all its hyperparameters."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokencredit.batch.records import OPTIONAL_FIELDS
+from tokencredit.errors import TokenCreditError, shown, unknown
+from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
+from tokencredit.methods.table import estimators, presets, transforms
+from tokencredit.pipeline.plugins import load_function
+
+CALLS = {"estimator": ("batch",), "transform": ("advantages", "batch")}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One function of a pipeline with all its hyperparameters."""
+
+    name: str
+    spec: MethodSpec
+    hyperparameters: Mapping[str, Any]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the row declares that these hyperparameters change nothing."""
+        return any(
+            limit.equals == "identity"
+            and all(self.hyperparameters[key] == value for key, value in limit.hyperparameters.items())
+            for limit in self.spec.limits
+        )
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The hyperparameters that are not at their defaults."""
+        defaults = self.spec.defaults
+        return {key: value for key, value in self.hyperparameters.items() if value != defaults[key]}
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Batch fields that this step reads."""
+        return frozenset() if self.is_identity else self.spec.required(self.hyperparameters)
+
+    @property
+    def scope(self) -> Scope:
+        """The largest unit whose other tokens change the credit of a token."""
+        return self.spec.scope_at(self.hyperparameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One estimator, then transforms, times a weight."""
+
+    weight: float
+    estimator: Step
+    transforms: tuple[Step, ...] = ()
+
+    @property
+    def active(self) -> tuple[Step, ...]:
+        """The steps that do something."""
+        return (self.estimator, *(step for step in self.transforms if not step.is_identity))
+
+
+def make_step(item: Any, kind: str) -> Step:
+    """A step from what a config or a caller writes: a name, `{name: hyperparameters}`, a function, or a pair.
+
+    Args:
+      item: the step.
+      kind: "estimator" for the first step of a chain, "transform" for the others.
+    """
+    item, given = named_step(item)
+    table = estimators() if kind == "estimator" else transforms()
+    if isinstance(item, str) and item in table:
+        name, spec = item, table[item]
+    elif callable(item) or (isinstance(item, str) and ":" in item):
+        name, spec = user_function(item, kind)
+    else:
+        raise _unknown_step(item, kind)
+    return Step(name, spec, resolve(name, spec, hyperparameters_of(name, given)))
+
+
+def named_step(item: Any) -> tuple[Any, Any]:
+    """The name or function of a step, and what is written behind it (None where nothing is)."""
+    if isinstance(item, Mapping):
+        if len(item) != 1:
+            raise TokenCreditError(f"a step is a name or {{name: hyperparameters}}, got {shown(dict(item))}")
+        (item, given), *_ = item.items()
+        return item, given
+    if isinstance(item, tuple):
+        if len(item) != 2:
+            raise TokenCreditError(f"a step is (function, hyperparameters), got {shown(item)}")
+        return item
+    return item, None
+
+
+def hyperparameters_of(name: str, given: Any) -> Mapping[str, Any]:
+    """What YAML holds behind the name of a step; nothing there means the defaults."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise TokenCreditError(
+            f"hyperparameters of {name} are a mapping, got {shown(given)}", hint=f"write `{name}: {{alpha: 0.3}}`"
+        )
+    for key in given:
+        if not isinstance(key, str):
+            raise TokenCreditError(f"{name} has no hyperparameter {shown(key)}: names are text")
+    return given
+
+
+def user_function(item: Any, kind: str | None = None) -> tuple[str, MethodSpec]:
+    """A row for a function outside the tables: `fn.requires` and `fn.scope` are read where it has them.
+
+    Args:
+      item: the function, or its `module:name`.
+      kind: what it is used as, "estimator" or "transform"; None leaves its arguments unchecked.
+    """
+    fn: Callable[..., Tensor] = load_function(item, "the step") if isinstance(item, str) else item
+    kept = getattr(fn, "__qualname__", type(fn).__qualname__)
+    name = item if isinstance(item, str) else f"{getattr(fn, '__module__', type(fn).__module__)}:{kept}"
+    if isinstance(fn, type):
+        raise TokenCreditError(f"a step is a function, but {name} is a class", hint="pass a function of the batch")
+    _check_arguments(name, fn, kind)
+    return name, MethodSpec(fn=fn, paper="-", requires=_requires(name, fn), scope=_scope(name, fn))
+
+
+def _check_arguments(name: str, fn: Callable[..., Tensor], kind: str | None) -> None:
+    """The function can be called as a step of its kind; refused here, before a batch is sampled."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError) as error:  # some functions of C
+        raise TokenCreditError(
+            f"cannot read the arguments of {name}, so it cannot be a step", hint="wrap it in a function of your own"
+        ) from error
+    if kind is None:
+        return
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    most = len(positional) if not any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(CALLS[kind])
+    if not least <= len(CALLS[kind]) <= max(least, most):
+        takes = ", ".join(p.name for p in positional) or "no positional arguments"
+        other = "transform" if kind == "estimator" else "estimator"
+        hint = (
+            "start the pipeline with an estimator: `[group_normalized, {}]`" if kind == "estimator" else "put {} first"
+        )
+        fits_other = least <= len(CALLS[other]) <= max(least, most)
+        raise TokenCreditError(
+            f"an {kind} is called as f({', '.join(CALLS[kind])}), but {name} takes ({takes})".replace("an t", "a t"),
+            hint=hint.format(name)
+            if fits_other
+            else "hyperparameters of a step are keyword-only: write `*` before them",
+        )
+
+
+def _requires(name: str, fn: Any) -> frozenset[str]:
+    fields = getattr(fn, "requires", ())
+    fields = (fields,) if isinstance(fields, str) else fields
+    if not isinstance(fields, Iterable):
+        raise TokenCreditError(f"`requires` of {name} must be names of batch fields, got {shown(fields)}")
+    fields = tuple(fields)
+    for required in fields:
+        if required not in OPTIONAL_FIELDS:
+            raise unknown(f"batch field in `requires` of {name}", required, OPTIONAL_FIELDS)
+    return frozenset(fields)
+
+
+def _scope(name: str, fn: Any) -> Scope:
+    scope: Scope = getattr(fn, "scope", "batch")
+    if scope not in SCOPES:
+        raise TokenCreditError(f"`scope` of {name} must be one of {list(SCOPES)}, got {shown(scope)}")
+    return scope
+
+
+def _unknown_step(item: Any, kind: str) -> TokenCreditError:
+    if kind == "transform" and isinstance(item, str) and (item in presets() or item in estimators()):
+        steps = " → ".join(str(named_step(step)[0]) for step in presets().get(item, [item]))
+        return TokenCreditError(
+            f"{item!r} can only start a pipeline, because it begins with an estimator ({steps})",
+            hint=f"write it first, or add two pipelines: `0.5 * grpo + 0.5 * {item}`",
+        )
+    accepted = estimators().keys() | presets().keys() if kind == "estimator" else transforms().keys()
+    return unknown(kind, item, accepted)
+
+
+def as_pair(item: Any) -> tuple[str, dict[str, Any]]:
+    """A step of a preset as its name and a copy of its hyperparameters."""
+    name, given = named_step(item)
+    return name, dict(hyperparameters_of(name, given))
+
+
+def override(preset: str, steps: list[tuple[str, dict[str, Any]]], key: str, value: Any) -> None:
+    """Set a hyperparameter of the one step of a preset that has it; `step.key` says which where several do."""
+    wanted, _, parameter = key.rpartition(".")
+    accepting = [(step, given) for step, given in steps if parameter in _spec(step).defaults]
+    able = [given for step, given in accepting if wanted in ("", step)]
+    if len(able) > 1:
+        owners = [step for step, _ in accepting]
+        raise TokenCreditError(
+            f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {[f'{o}.{parameter}' for o in owners]}"
+        )
+    if not able:
+        accepted = sorted({name for step, _ in steps for name in _spec(step).defaults})
+        raise TokenCreditError(
+            f"{preset} has no hyperparameter {shown(key)}; accepted: {', '.join(accepted) or '(none)'}"
+        )
+    able[0][parameter] = value
+
+
+def _spec(step: str) -> MethodSpec:
+    """The row of a step of a preset."""
+    if ":" in step:
+        return user_function(step)[1]
+    return estimators()[step] if step in estimators() else transforms()[step]

@@ -1,0 +1,5 @@
+"""The fixed pool of samples: raw records in, canonical samples with masks, stored columns, training files out."""
+
+from tokencredit.lazy import attributes_of
+
+__getattr__ = attributes_of("tokencredit.recipes.pool.samples")
