@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig
 
+from tokencredit.adapters.trl import collectors as collectors_of_trl
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.collect.teacher.build import build_teacher
 from tokencredit.errors import TokenCreditError
@@ -105,14 +106,19 @@ def test_self_distillation_trains(tmp_path: Path, credit: str) -> None:
     assert all(bool(torch.isfinite(parameter).all()) for parameter in trained.model.parameters())
 
 
-def test_a_sibling_is_taken_from_the_batch(tmp_path: Path) -> None:
-    seen: list[Any] = []
-    teacher = build_teacher({"kind": "self", "template": "{attempt}={prompt}"})
-    score = teacher.score_with_entropies
-    teacher.score_with_entropies = lambda *given, **more: seen.extend(given[3]) or score(*given, **more)
-    train(tmp_path, "rlrt", teacher)
+def test_a_sibling_is_taken_from_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    find_attempts = collectors_of_trl.attempts
+
+    def attempts(rollout: Any) -> list[str | None]:
+        found = find_attempts(rollout)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(collectors_of_trl, "attempts", attempts)
+    train(tmp_path, "rlrt", build_teacher({"kind": "self", "template": "{attempt}={prompt}"}))
     assert len(seen) == 2 * 16
-    assert any(row["attempt"] is not None for row in seen)
+    assert any(text is not None for text in seen)
 
 
 def test_log_probs_and_entropies_come_from_one_pass(tmp_path: Path, folder: str) -> None:

@@ -37,6 +37,7 @@ def signal_run(folder: Path, label: str, seed: int = 0) -> Path:
         noise = torch.rand(batch.response_mask.shape, generator=draws)
         batch = replace(
             batch,
+            step=step,
             host_advantages=group_normalized(batch)[:, 0].float(),
             old_logprobs=-batch.entropies,
             ref_logprobs=-batch.entropies - 0.1 * noise,

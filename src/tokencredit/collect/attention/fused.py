@@ -35,7 +35,9 @@ class Intervals(NamedTuple):
 
 
 def available() -> bool:
-    """Whether Triton can be imported."""
+    """Whether Triton can be imported and torch was built for a GPU that it compiles for."""
+    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
+        return False
     try:
         import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
     except ImportError:
