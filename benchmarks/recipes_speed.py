@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import make_pool, splitmix64
 from tokencredit.recipes.program import selectors
 from tokencredit.recipes.program.execute import Executor
 from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.program.state import StateReader
 from tokencredit.recipes.search.propose import make_space, random_program
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.minhash import shingle
 from tokencredit.recipes.signals.neardup import build_graph
 from tokencredit.seeds import derive

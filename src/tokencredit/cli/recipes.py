@@ -118,7 +118,7 @@ def _pairs(items: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def _show(args: argparse.Namespace, content: Any, lines: Sequence[str]) -> int:
-    from tokencredit.recipes.pool.samples import json_line
+    from tokencredit.recipes.pool.lines import json_line
 
     if args.json:
         print(json_line(content).decode().rstrip())
@@ -172,11 +172,11 @@ def _signals_in(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.pool.export import export_subset
-    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.export import export_subset
     from tokencredit.recipes.program.execute import Executor
     from tokencredit.recipes.program.recipe import load_recipe
     from tokencredit.recipes.program.state import StateReader
+    from tokencredit.recipes.signals.store import load_materials
 
     recipe, written_for = load_recipe(args.recipe)
     materials = load_materials(args.pool)
@@ -275,10 +275,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.pool.export import PLACEHOLDER, export_subset
-    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.export import PLACEHOLDER, export_subset
     from tokencredit.recipes.program.execute import Executor
     from tokencredit.recipes.program.recipe import load_recipe
+    from tokencredit.recipes.signals.store import load_materials
 
     if args.source.is_dir():
         search = _open(args.source)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokencredit.files import read_json, write_json, write_text
 from tokencredit.recipes.confirm import expected_maximum, shrunken
-from tokencredit.recipes.search.history import Evaluation, usable
+from tokencredit.recipes.evaluate.history import Evaluation, usable
 from tokencredit.recipes.search.loop import Search
 from tokencredit.recipes.search.policies import transitions_of
 from tokencredit.recipes.search.propose import credits

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import Positions
-from tokencredit.recipes.program.operators import OPERATORS
+from tokencredit.recipes.program.operators.table import OPERATORS
 from tokencredit.recipes.program.recipe import Recipe, Step, canonical, used_signals
+from tokencredit.recipes.signals.materials import Materials
 
 CACHE_BYTES = 256 << 20  # subsets of program prefixes
 

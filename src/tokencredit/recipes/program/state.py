@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import Positions
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.neardup import PairGraph, has_features
 
 DUPLICATE = 0.9  # cosine from which a later sample counts as a duplicate

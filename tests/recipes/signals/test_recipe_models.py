@@ -14,11 +14,10 @@ import transformers
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.evaluate.sft import SftSettings, generate, make_sft_evaluator
+from tokencredit.recipes.export import export_subset
 from tokencredit.recipes.pool.encode import encode
-from tokencredit.recipes.pool.export import export_subset
 from tokencredit.recipes.pool.ingest import canonicalise
 from tokencredit.recipes.signals.forward import Scorer, score_samples
-from tokencredit.recipes.signals.gradients import gradient_features
 from tokencredit.recipes.signals.logits import hidden_states, reader_of
 
 TOKENIZER = build_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789 +=?")
@@ -121,20 +120,12 @@ def test_generation_without_a_pad_token() -> None:
     assert generate(settings, model, tokenizer, ["a", "what is 1+1?"]) == padded
 
 
-def test_gradients_leave_the_mode_and_take_unused_parameters() -> None:
-    model = build_model(TOKENIZER, layers=1, width=16, heads=2, seed=1).train()
-    model.unused = torch.nn.Linear(3, 3)
-    rows = gradient_features(model, TOKENIZER, [TALK, {"id": "x", "messages": TALK}], width=32)
-    np.testing.assert_allclose(rows[0], rows[1])
-    assert model.training and np.linalg.norm(rows[0]) == pytest.approx(1.0, rel=1e-5)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": "many"}, "`steps` of evaluator 'sft' cannot be 'many'"),
-        ({"learning_rate": 0}, "`learning_rate` of evaluator 'sft' cannot be 0"),
-        ({"splits": ["a"]}, "`splits` of evaluator 'sft' cannot be"),
+        ({"steps": "many"}, "`evaluator.steps` must be a whole number of at least 1, got 'many'"),
+        ({"learning_rate": 0}, "`evaluator.learning_rate` must be a number above 0, got 0"),
+        ({"splits": ["a"]}, "`evaluator.splits` must be a mapping"),
         ({"answer": "("}, "not a regular expression"),
         ({"answer": "x"}, "needs a group"),
     ],
@@ -143,7 +134,7 @@ def test_settings_of_the_sft_evaluator_are_typed(tmp_path: Path, change: dict, m
     (tmp_path / "raw.jsonl").write_text(json.dumps({"messages": TALK}))
     pool, _ = canonicalise([tmp_path / "raw.jsonl"], tmp_path / "pool")
     (tmp_path / "p.jsonl").write_text(json.dumps({"task": "t", "prompt": "p", "answer": "a"}))
-    config = {"kind": "sft", "model": "m", "splits": {"search": str(tmp_path / "p.jsonl")}, **change}
+    config = {"model": "m", "splits": {"search": str(tmp_path / "p.jsonl")}, **change}
     with pytest.raises(TokenCreditError, match=message):
         make_sft_evaluator(config, pool)
 

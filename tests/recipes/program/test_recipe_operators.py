@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import make_pool
 from tokencredit.recipes.program.execute import Executor
-from tokencredit.recipes.program.operators import OPERATORS, exact_ceil
+from tokencredit.recipes.program.operators.spec import exact_ceil
+from tokencredit.recipes.program.operators.table import OPERATORS
 from tokencredit.recipes.program.recipe import make_recipe
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.minhash import shingle
 from tokencredit.recipes.signals.neardup import build_graph, greedy_keep
 

@@ -11,9 +11,9 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.pool.encode import Unread, bos_of, encode, encode_all, encode_prompt
 from tokencredit.recipes.pool.ingest import canonicalise
-from tokencredit.recipes.pool.store import load_materials
 from tokencredit.recipes.signals.compute import Sources, compute
 from tokencredit.recipes.signals.forward import Scorer, score_samples
+from tokencredit.recipes.signals.store import load_materials
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
@@ -146,11 +146,11 @@ def test_skipped_samples_have_no_signals_and_are_counted(tmp_path: Path) -> None
     (tmp_path / "raw.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     pool, _ = canonicalise([tmp_path / "raw.jsonl"], tmp_path / "pool")
     sources = Sources(model=str(tmp_path / "model"))
-    with pytest.raises(TokenCreditError, match=f"sample {pool.id_of(1)} cannot be encoded"):
+    with pytest.raises(TokenCreditError, match=f"sample {pool.ids[1].decode()} cannot be encoded"):
         compute(tmp_path / "pool", pool, ["ppl"], sources)
     lenient = Sources(model=str(tmp_path / "model"), skip_bad=True)
     compute(tmp_path / "pool", pool, ["ppl", "rds"], lenient)
-    assert [item.name for item in lenient.unread] == [pool.id_of(1)]
+    assert [item.name for item in lenient.unread] == [pool.ids[1].decode()]
     materials = load_materials(tmp_path / "pool")
     assert np.isnan(materials.column("ppl")).tolist() == [False, True, False]
     assert (np.linalg.norm(materials.features, axis=1) > 0).tolist() == [True, False, True]

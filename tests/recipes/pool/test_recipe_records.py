@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.pool.export import FORMATS, export_subset
+from tokencredit.recipes.export import FORMATS, export_subset
 from tokencredit.recipes.pool.formats import Refusal, is_trained, to_sample
 from tokencredit.recipes.pool.ingest import canonicalise
 from tokencredit.recipes.pool.samples import INDEX, POOL, load_pool

@@ -9,9 +9,7 @@ from scipy.sparse import csr_matrix
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.pool.ingest import canonicalise
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import make_pool
-from tokencredit.recipes.pool.store import load_materials
 from tokencredit.recipes.program import selectors
 from tokencredit.recipes.program.execute import Executor
 from tokencredit.recipes.program.recipe import make_recipe
@@ -19,8 +17,9 @@ from tokencredit.recipes.program.state import StateReader
 from tokencredit.recipes.signals import forward
 from tokencredit.recipes.signals.compute import Sources, add_column, compute
 from tokencredit.recipes.signals.forward import Scorer, pool_features, score_samples, token_statistics
-from tokencredit.recipes.signals.gradients import Moments, gradient_features, project_gradient
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.relevance import max_cosine, overlap
+from tokencredit.recipes.signals.store import load_materials
 from tokencredit.recipes.signals.text import unigram_entropy
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +=-?"
@@ -136,39 +135,6 @@ def test_drift_of_sparse_features() -> None:
     assert reader.read(np.arange(4, dtype=np.int32))["drift"] == pytest.approx(0.0)
 
 
-def test_ratings() -> None:
-    # five logits 0, one log 3: (1 + 2 + 3 + 4 + 6 + 3 · 5) / 8
-    assert selectors.rating_score(np.array([[0, 0, 0, 0, np.log(3), 0]])) == pytest.approx([3.875])
-    # base 5, Σ|P′ − .6| = .55 + .55 + .5 + .4 = 2, token 5 · 2/4
-    assert selectors.self_rating(np.array([[[0.05, 0.05, 0.1, 0.2, 0.6]]])) == pytest.approx([2.5])
-
-
-def test_influence_is_the_maximum_over_subtasks() -> None:
-    train = np.array([[1.0, 0.0], [0.0, 2.0]])
-    queries = [np.array([[3.0, 0.0], [0.0, 1.0]]), np.array([[0.0, 5.0]])]
-    # subtask 1: cosines (1, 0) mean ½ and (0, 1) mean ½; subtask 2: 0 and 1; rate 2
-    np.testing.assert_allclose(selectors.influence([train], [queries], [2.0]), [1.0, 2.0])
-
-
-def test_gradient_features_follow_the_loss() -> None:
-    model = build_model(TOKENIZER, layers=1, width=16, heads=2, seed=1)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("mlp" in name)
-    samples = [chat("1+1?", "2"), chat("1+1?", "2"), chat("name", "zebra"), chat("x", "")]
-    rows = gradient_features(model, TOKENIZER, samples[:3], width=256)
-    np.testing.assert_allclose(rows[0], rows[1], atol=1e-6)
-    assert rows[0] @ rows[2] < 0.9
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    size = sum(p.numel() for p in trainable)
-    zero = Moments(first=torch.zeros(size), second=torch.zeros(size))
-    stepped = gradient_features(model, TOKENIZER, samples[:1], width=256, moments=zero)
-    # .1 g / √(.001 g² + 1e-8): close to the sign of g, not parallel to g
-    assert 0.3 < float(stepped[0] @ rows[0]) < 0.999
-    vectors = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0))
-    lengths = [project_gradient(v, 1024).norm().item() / v.norm().item() for v in vectors]
-    assert lengths == pytest.approx([1.0, 1.0], abs=0.1)
-
-
 FEATURES = np.random.default_rng(3).standard_normal((60, 8)).astype(np.float32)
 
 
@@ -229,14 +195,6 @@ def test_diverse_walk_is_strict() -> None:
     cosine = float(np.float32(0.8))
     assert selectors.diverse_walk(scores, rows, 3, cosine).tolist() == [0, 1, 2]
     assert selectors.diverse_walk(scores, rows, 3, 0.79).tolist() == [0, 2]
-
-
-def test_importance_weights_prefer_what_the_target_uses() -> None:
-    pool, target = np.array([[4.0, 0.0], [0.0, 4.0]]), np.array([[3.0, 1.0]])
-    # p̂ = (¾, ¼), q̂ = (½, ½): 4 log 1.5 and 4 log .5
-    np.testing.assert_allclose(
-        selectors.importance_log_weights(pool, target), [4 * np.log(1.5), 4 * np.log(0.5)], rtol=1e-6
-    )
 
 
 def test_trajectories_with_nan_are_refused() -> None:
@@ -329,7 +287,7 @@ def test_sparse_autoencoder_features(folder: Path) -> None:
 
 def test_own_columns_and_embeddings(folder: Path) -> None:
     pool = load_materials(folder / "pool").pool
-    ids = [pool.id_of(i) for i in (3, 1)]
+    ids = [pool.ids[i].decode() for i in (3, 1)]
     np.savez(folder / "credit.npz", ids=np.array(ids), values=np.array([0.5, 0.25]))
     add_column(folder / "pool", pool, "credit", folder / "credit.npz")
     column = load_materials(folder / "pool").column("credit")

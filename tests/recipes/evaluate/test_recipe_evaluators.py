@@ -1,4 +1,3 @@
-import argparse
 import http.server
 import json
 import sys
@@ -8,18 +7,19 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from recipes_surfaces import SyntheticEvaluator, surface, synthetic_pool
+from support.recipes import run_cli
 
-from tokencredit.cli import recipes as cli
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.evaluate.evaluators import SyntheticEvaluator, make_evaluator, seconds
-from tokencredit.recipes.evaluate.synthetic import surface, synthetic_pool
+from tokencredit.recipes.evaluate.records import EvaluationFailed, Request, metrics_from_json
+from tokencredit.recipes.evaluate.shell import seconds
+from tokencredit.recipes.evaluate.table import make_evaluator
 from tokencredit.recipes.pool.ingest import canonicalise
 from tokencredit.recipes.pool.samples import Pool
 from tokencredit.recipes.search.config import LLMSettings, make_config
 from tokencredit.recipes.search.llm import Adviser, _json_in
 from tokencredit.recipes.search.loop import Search
-from tokencredit.recipes.search.objective import EvaluationFailed, Request, metrics_from_json
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega"]
 
@@ -242,13 +242,6 @@ def test_a_language_model_joins_and_is_checked(tmp_path: Path, monkeypatch: pyte
 def test_json_is_found_in_an_answer() -> None:
     assert _json_in('Sure! {"a": [1]} done') == {"a": [1]}
     assert _json_in("<think>[0]</think> [2, 1]") == [2, 1]
-
-
-def run_cli(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    cli.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["recipes", *map(str, arguments)])
-    return args.handler(args)
 
 
 def test_commands_end_to_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokencredit.errors import unknown
-from tokencredit.recipes.pool.materials import Materials
+from tokencredit.recipes.evaluate.records import Metrics, Request, TaskScore
 from tokencredit.recipes.pool.samples import Positions, make_pool, splitmix64
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.neardup import PairGraph, make_graph
 from tokencredit.seeds import derive
 
@@ -110,3 +111,21 @@ def surface(name: str) -> Surface:
     if name not in SURFACES:
         raise unknown("surface", name, SURFACES)
     return SURFACES[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SyntheticEvaluator:
+    """A surface of known truth plus normal noise that depends on subset, seed and split alone."""
+
+    pool: SyntheticPool
+    surface: Surface
+    noise_sd: float = 0.5
+    key: str = "synthetic"
+
+    def truth(self, request: Request) -> float:
+        return self.surface(self.pool, request.positions)
+
+    def __call__(self, request: Request) -> Metrics:
+        rng = np.random.default_rng(derive("synthetic noise", request.subset_hash, request.seed, request.split))
+        score = self.truth(request) + self.noise_sd * float(rng.standard_normal())
+        return Metrics(tasks={"synthetic": TaskScore(score=score)})

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,9 +12,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.files import make_folder, read_json, write_json
-from tokencredit.recipes.pool.materials import Column, Materials
+from tokencredit.files import make_folder, read_json, whole_file, write_json
 from tokencredit.recipes.pool.samples import Pool, load_pool
+from tokencredit.recipes.signals.materials import Column, Materials
 from tokencredit.recipes.signals.minhash import Shingles, shingle
 from tokencredit.recipes.signals.neardup import PairGraph, build_graph
 from tokencredit.recipes.signals.text import all_text
@@ -36,13 +37,8 @@ def write_column(folder: Path, name: str, values: Column, key: str) -> None:
 
     make_folder(folder / SIGNALS)
     table = pa.table({"value": pa.array(values, pa.float32())}).replace_schema_metadata({"key": key, "name": name})
-    path = column_path(folder, name)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        pyarrow.feather.write_feather(table, partial, compression="uncompressed")
-        partial.replace(path)
-    except OSError as error:
-        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    with whole_file(column_path(folder, name)) as file:
+        pyarrow.feather.write_feather(table, file, compression="uncompressed")
 
 
 def column_path(folder: Path, name: str) -> Path:
@@ -76,7 +72,6 @@ class Columns(Mapping[str, Column]):
         self._held: dict[str, Column] = {}
 
     def __getitem__(self, name: str) -> Column:
-
         if name not in self._held:
             if name not in self._names:
                 raise unknown("signal", name, self._names)
@@ -120,21 +115,13 @@ def load_materials(folder: Path | str) -> Materials:
     columns = Columns(folder, len(pool))
     keys = {name: read_key(folder, name) or "" for name in columns}
     features = load_features(folder)
-
-    def graph(clusters: int, exact: bool) -> PairGraph:
-        assert isinstance(features, np.ndarray)
-        return _stored_graph(folder, features, clusters, exact)
-
-    def shingles() -> Shingles:
-        return _stored_shingles(folder, pool)
-
     return Materials(
         pool=pool,
         signals=columns,
         keys=keys,
         features=features,
-        make_graph=graph if isinstance(features, np.ndarray) else None,
-        make_shingles=shingles,
+        make_graph=partial(_stored_graph, folder, features) if isinstance(features, np.ndarray) else None,
+        make_shingles=partial(_stored_shingles, folder, pool),
     )
 
 
@@ -153,26 +140,21 @@ def save_features(folder: Path, features: np.ndarray | csr_matrix, key: str) -> 
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
-def _feature_facts(folder: Path) -> dict[str, Any] | None:
-    """What is written beside the features; None where there are none or where that file is damaged."""
-    path = folder / SIGNALS / FEATURES
-    if not path.is_file():
-        return None
+def _read_facts(path: Path, *names: str) -> dict[str, Any] | None:
+    """What is written beside arrays; None where there is nothing or where the file is damaged."""
     try:
         facts = read_json(path)
     except TokenCreditError:
         return None
-    return facts if isinstance(facts, dict) and {"key", "shape", "sparse"} <= set(facts) else None
+    return facts if isinstance(facts, dict) and set(names) <= set(facts) else None
+
+
+def _feature_facts(folder: Path) -> dict[str, Any] | None:
+    return _read_facts(folder / SIGNALS / FEATURES, "key", "shape", "sparse")
 
 
 def features_key(folder: Path) -> str | None:
@@ -210,14 +192,9 @@ def _stored_graph(folder: Path, features: np.ndarray, clusters: int, exact: bool
     if stored is not None:
         return stored
     graph = build_graph(features, clusters, exact=exact)
-    partial = path.with_name(path.name + ".partial")
     parts = {part: getattr(graph, part) for part in ("first", "second", "cosine", "covered", "hash")}
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, key=np.array(key), **parts)
-        partial.replace(path)
-    except OSError as error:
-        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    with whole_file(path) as file:
+        np.savez(file, key=np.array(key), **parts)
     return graph
 
 
@@ -234,26 +211,16 @@ def _read_graph(path: Path, key: str) -> PairGraph | None:
 
 
 def _stored_shingles(folder: Path, pool: Pool) -> Shingles:
-    base = folder / SIGNALS
-    make_folder(base)
-    names = ("offsets", "hashes", "signatures")
-    mark = base / "minhash.json"
-    wanted = {"pool": pool.hash, "version": VERSION}
-    if not _is_marked(mark, wanted):
+    base = make_folder(folder / SIGNALS)
+    paths = {name: base / f"minhash.{name}.npy" for name in ("offsets", "hashes", "signatures")}
+    mark, facts = base / "minhash.json", {"pool": pool.hash, "version": VERSION}
+    if _read_facts(mark) != facts:
         mark.unlink(missing_ok=True)
-        texts = (all_text(sample) for sample in pool.samples())
-        made = shingle(texts, len(pool))
-        for name in names:
-            _save_array(base / f"minhash.{name}.npy", getattr(made, name))
-        write_json(mark, wanted)
-    return Shingles(**{name: _load_array(base / f"minhash.{name}.npy") for name in names})
-
-
-def _is_marked(mark: Path, wanted: dict[str, str]) -> bool:
-    try:
-        return mark.is_file() and bool(read_json(mark) == wanted)
-    except TokenCreditError:
-        return False
+        shingles = shingle(map(all_text, pool.samples()), len(pool))
+        for name, path in paths.items():
+            _save_array(path, getattr(shingles, name))
+        write_json(mark, facts)
+    return Shingles(**{name: _load_array(path) for name, path in paths.items()})
 
 
 def save_model_facts(folder: Path, model: str, revision: str) -> None:
@@ -263,7 +230,5 @@ def save_model_facts(folder: Path, model: str, revision: str) -> None:
 
 def model_of(folder: Path | None) -> str | None:
     """The model that read the pool last, None where none did."""
-    if folder is None or not (folder / SIGNALS / MODEL).is_file():
-        return None
-    facts = read_json(folder / SIGNALS / MODEL)
-    return str(facts["model"]) if isinstance(facts, dict) and facts.get("model") else None
+    facts = None if folder is None else _read_facts(folder / SIGNALS / MODEL, "model")
+    return str(facts["model"]) if facts and facts["model"] else None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.search.objective import EvaluationFailed
+from tokencredit.recipes.evaluate.records import EvaluationFailed
 
 RUNNING = ".running"
 

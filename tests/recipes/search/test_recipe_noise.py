@@ -1,15 +1,10 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import recipes_synthetic as bench
+from recipes_surfaces import synthetic_pool
 
 from tokencredit.recipes.confirm import shrunken
-from tokencredit.recipes.evaluate.synthetic import synthetic_pool
-from tokencredit.recipes.search.history import Evaluation
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import recipes_synthetic as bench
+from tokencredit.recipes.evaluate.history import Evaluation
 
 SMALL = {"candidates": 4, "min_samples": 20}
 

@@ -52,7 +52,7 @@ def test_repeats_are_numbered_and_sources_do_not_enter_the_id(tmp_path: Path) ->
     pool, rejected = canonicalise([write_jsonl(tmp_path / "raw.jsonl", records)], tmp_path / "pool")
     assert rejected == []
     base = "88dd5474f0d64528"
-    assert [pool.id_of(i) for i in (0, 2, 3)] == [base, f"{base}~1", f"{base}~2"]
+    assert [pool.ids[i].decode() for i in (0, 2, 3)] == [base, f"{base}~1", f"{base}~2"]
     assert len(set(pool.id64.tolist())) == 4
     again = load_pool(tmp_path / "pool")
     assert again.hash == pool.hash

@@ -5,13 +5,13 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import make_pool
 from tokencredit.recipes.program import selectors
 from tokencredit.recipes.program.execute import Executor
-from tokencredit.recipes.program.operators import exact_ceil
+from tokencredit.recipes.program.operators.spec import exact_ceil
 from tokencredit.recipes.program.recipe import canonical, make_recipe, make_step
 from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.relevance import max_cosine
 
 N, GONE = 40, (0, 7, 39)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recipes_surfaces import SURFACES, SyntheticEvaluator, surface, synthetic_pool
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.recipes.confirm import (
@@ -19,13 +20,13 @@ from tokencredit.recipes.confirm import (
     shrunken,
     standard_arms,
 )
-from tokencredit.recipes.evaluate.evaluators import ReplayEvaluator, SyntheticEvaluator, replay_of
-from tokencredit.recipes.evaluate.synthetic import SURFACES, surface, synthetic_pool
+from tokencredit.recipes.evaluate.history import HISTORY, Evaluation, load_history
+from tokencredit.recipes.evaluate.records import EvaluationFailed, Metrics, Request, TaskScore
+from tokencredit.recipes.evaluate.replay import ReplayEvaluator, replay_of
 from tokencredit.recipes.report import build_report, report_lines
 from tokencredit.recipes.search.config import make_config
-from tokencredit.recipes.search.history import HISTORY, Evaluation, load_history
 from tokencredit.recipes.search.loop import Search
-from tokencredit.recipes.search.objective import EvaluationFailed, Metrics, Request, TaskScore, make_objective
+from tokencredit.recipes.search.objective import Objective
 from tokencredit.recipes.search.paper import stagnated
 from tokencredit.recipes.search.policies import reseed_due
 from tokencredit.recipes.search.surrogate import fit, log_expected_improvement, standardise
@@ -181,7 +182,7 @@ def test_failed_runs_cost_budget_and_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_floor_and_chance() -> None:
-    objective = make_objective({"tasks": {"a": {"weight": 3}, "b": {"chance": 0.25, "floor": "control-1"}}})
+    objective = Objective.read({"tasks": {"a": {"weight": 3}, "b": {"chance": 0.25, "floor": "control-1"}}})
     points = objective.points(Metrics(tasks={"a": TaskScore(score=0.5), "b": TaskScore(score=0.4)}))
     assert points == pytest.approx({"a": 50.0, "b": 20.0})  # (.4 − .25)/.75 = .2
     assert objective.total(points) == pytest.approx((3 * 50 + 20) / 4)
@@ -189,7 +190,7 @@ def test_floor_and_chance() -> None:
     assert objective.below_floor(points, {"a": 50.0, "b": 21.5}) == ["b"]
     assert objective.below_floor(points, {"a": 99.0, "b": 20.9}) == []
     with pytest.raises(TokenCreditError, match="must be a number or control-NUMBER"):
-        make_objective({"tasks": {"a": {"floor": "best"}}})
+        Objective.read({"tasks": {"a": {"floor": "best"}}})
     with pytest.raises(EvaluationFailed, match="lack task 'b'"):
         objective.points(Metrics(tasks={"a": TaskScore(score=1.0)}))
 
@@ -380,13 +381,13 @@ def test_report_escapes_what_it_shows(tmp_path: Path) -> None:
     [
         ({"search": {"budget": 15}}, "a search needs a seed"),
         ({"search": {"seed": 1, "polcy": "paper"}}, "unknown key of `search` 'polcy', did you mean 'policy'"),
-        ({"search": {"seed": 1, "policy": "papr"}}, "unknown policy 'papr', did you mean 'paper'"),
+        ({"search": {"seed": 1, "policy": "papr"}}, "unknown `search.policy` 'papr', did you mean 'paper'"),
         ({"search": {"seed": 1, "budget": 3}}, "must exceed `search.warmup`"),
-        ({"search": {"seed": 1, "budget": "15"}}, "must be like 15, got '15'"),
+        ({"search": {"seed": 1, "budget": "15"}}, "`search.budget` must be a whole number of at least 1, got '15'"),
         ({"search": {"seed": 1, "operators": ["topp"]}}, "unknown operator 'topp'"),
         ({"objectives": {}}, "unknown key of a search file 'objectives', did you mean 'objective'"),
         ({"objective": {"noise": 1}}, "unknown key of `objective` 'noise'"),
-        ({"pool": ""}, "needs `pool`"),
+        ({"pool": ""}, "`pool` must be the path of a pool folder"),
     ],
 )
 def test_a_wrong_search_file_is_refused(change: dict, message: str) -> None:

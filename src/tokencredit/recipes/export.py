@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.files import make_folder, write_bytes, write_json, write_text
+from tokencredit.files import make_folder, write_json, write_text
 from tokencredit.recipes.pool.formats import WEIGHTS, is_trained
-from tokencredit.recipes.pool.samples import Pool, Positions, write_lines
-from tokencredit.recipes.pool.store import model_of
+from tokencredit.recipes.pool.lines import write_lines
+from tokencredit.recipes.pool.samples import Pool, Positions
+from tokencredit.recipes.signals.store import model_of
 
 DATA = "train.jsonl"
 PLACEHOLDER = "YOUR_MODEL"
@@ -43,9 +44,8 @@ def _jsonl(pool: Pool, positions: Positions, out: Path, model: str | None = None
 
 
 def _ids(pool: Pool, positions: Positions, out: Path, model: str | None) -> list[Path]:
-    path = out / "train.ids"
-    write_bytes(path, b"\n".join(pool.ids[positions].tolist()) + b"\n")
-    return [path]
+    pool.write_ids(positions, out / "train.ids")
+    return [out / "train.ids"]
 
 
 TRL = '''"""SFT on the exported recipe with TRL: every answer is trained, given what comes before it."""
