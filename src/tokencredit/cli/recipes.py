@@ -215,11 +215,9 @@ def _search(args: argparse.Namespace) -> int:
     overrides = {"budget": args.budget, "policy": args.policy, "seed": args.seed}
     config = load_config(args.config, overrides)
     if args.dry_run:
-        rows = dry_run(config, folder)
-        lines = [
-            f"{row['samples']:8d} samples  {row['token_ratio']:.3f} of the tokens  {row['recipe']}" for row in rows
-        ]
-        return _show(args, rows, lines)
+        draws = dry_run(config, folder)
+        line = "{samples:8d} samples  {token_ratio:.3f} of the tokens  {recipe}"
+        return _show(args, draws, [line.format(**draw) for draw in draws])
     if args.resume and not (folder / CONFIG).is_file():
         raise TokenCreditError(f"{folder} holds no search to go on with", hint="leave out --resume to start one")
     search = make_search(config, folder)  # before anything is written, so that a refusal leaves nothing behind
@@ -249,11 +247,8 @@ def _confirm(args: argparse.Namespace) -> int:
     from tokencredit.files import lock_folder
     from tokencredit.recipes.confirm import confirm_arms, power_lines, save_summary, standard_arms
 
-    for name in ("finalists", "seeds"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise TokenCreditError(f"--{name} must be at least 1, got {value}")
-    given = {"finalists": args.finalists, "seeds": args.seeds, "redraw": args.redraw or None}
-    search = _open(args.run, {name: value for name, value in given.items() if value is not None})
+    options = {"finalists": args.finalists, "seeds": args.seeds, "redraw": args.redraw or None}
+    search = _open(args.run, {name: value for name, value in options.items() if value is not None})
     for line in power_lines(search.config.noise_sd, search.config.confirm.seeds):
         print(line, file=sys.stderr)
     with lock_folder(args.run):

@@ -45,8 +45,8 @@ class Confirmation:
         return {arm: [run["score"] for run in runs if run["status"] == "ok"] for arm, runs in self.runs.items()}
 
     def items(self, arm: str) -> list[dict[tuple[str, str], float]]:
-        rows = [run["items"] for run in self.runs[arm] if run["status"] == "ok"]
-        return [{(task, item): score for task, item, score in row} for row in rows]
+        finished = [run["items"] for run in self.runs[arm] if run["status"] == "ok"]
+        return [{(task, item): score for task, item, score in items} for items in finished]
 
     @property
     def samples(self) -> dict[str, int]:
@@ -192,10 +192,11 @@ def bootstrap(result: Confirmation, arm: str, control: str) -> tuple[float, floa
     tasks = np.array([task for task, _ in keys])
     total = np.zeros(DRAWS)
     for task in np.unique(tasks):
-        rows = np.flatnonzero(tasks == task)
-        per_item = seeds_a @ a[:, rows] - seeds_b @ b[:, rows]  # [draws, items]
-        counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
-        total += weights[task] * (per_item * counts).sum(1) / len(rows)
+        of_task = np.flatnonzero(tasks == task)
+        n = len(of_task)
+        per_item = seeds_a @ a[:, of_task] - seeds_b @ b[:, of_task]  # [draws, items]
+        counts = rng.multinomial(n, np.full(n, 1 / n), DRAWS)
+        total += weights[task] * (per_item * counts).sum(1) / n
     return float(np.quantile(total, 0.025)), float(np.quantile(total, 0.975))
 
 

@@ -19,7 +19,16 @@ from tokencredit.recipes.program.recipe import (
     make_step,
 )
 from tokencredit.recipes.program.state import StateReader
-from tokencredit.recipes.search.propose import Space, credits, edit, operator_vector, random_program, retune
+from tokencredit.recipes.search.config import SearchSettings
+from tokencredit.recipes.search.propose import (
+    Space,
+    credits,
+    edit,
+    make_space,
+    operator_vector,
+    random_program,
+    retune,
+)
 
 
 def test_program_hash_golden() -> None:
@@ -191,6 +200,4 @@ def test_prefix_cache_gives_the_same_subset() -> None:
 
 
 def space_of(pool) -> Space:
-    from tokencredit.recipes.search.propose import make_space
-
-    return make_space(pool.materials, ("top", "top_union", "semdedup", "random_k"), 3, 1000, 5)
+    return make_space(pool.materials, SearchSettings(seed=1), 3)

@@ -71,12 +71,12 @@ def generate(settings: GenerationSettings, model: Any, tokenizer: Any, prompts: 
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), settings.eval_batch):
-        rows = order[start : start + settings.eval_batch]
-        ids, real = pad_rows([encode_prompt(tokenizer, prompts[row]) for row in rows], pad, left=True)
+        batch = order[start : start + settings.eval_batch]
+        ids, real = pad_rows([encode_prompt(tokenizer, prompts[row]) for row in batch], pad, left=True)
         device = next(model.parameters()).device  # the trainer has moved the model to its device
         with eval_mode(model):
             new_ids = _greedy(model, ids.to(device), real.to(device), ends, pad, settings.max_new_tokens)
-        for row, tokens in zip(rows, new_ids, strict=True):
+        for row, tokens in zip(batch, new_ids, strict=True):
             stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
             texts[row] = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
     return [texts[row] for row in range(len(prompts))]

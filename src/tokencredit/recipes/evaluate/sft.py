@@ -101,23 +101,24 @@ def fine_tune(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = encode_all(tokenizer, conversations, settings.max_length, [] if settings.skip_bad else None)
-    rows = [{"input_ids": e.ids, "completion_mask": e.mask.astype(int).tolist()} for e in encoded if e.mask.any()]
-    if not rows:
+    answered = [e for e in encoded if e.mask.any()]
+    if not answered:
         raise EvaluationFailed(f"no response lies within {settings.max_length} tokens")
     # The set is what counts: a canonical order, so that the order of a recipe does not move the numbers.
-    rows.sort(key=lambda row: row["input_ids"])
+    answered.sort(key=lambda e: e.ids)
+    examples = [{"input_ids": e.ids, "completion_mask": e.mask.astype(int).tolist()} for e in answered]
     datasets.disable_progress_bars()  # four bars a run would drown the search's own
     trainer = SFTTrainer(
         model=model,
         args=_arguments(settings, seed, folder),
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(examples),
         processing_class=tokenizer,
     )
     output = trainer.train()
     loss = float(output.training_loss)
     if not np.isfinite(loss):
         raise EvaluationFailed(f"the training loss is {loss}")
-    facts = {"steps": float(output.global_step), "loss": loss, "samples": float(len(rows))}
+    facts = {"steps": float(output.global_step), "loss": loss, "samples": float(len(examples))}
     return trainer.model.eval(), tokenizer, facts
 
 

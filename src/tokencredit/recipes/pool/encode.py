@@ -86,10 +86,7 @@ def encode(
     Raises:
       TokenCreditError: the template refuses the conversation, the tokenizer cannot read it, or an answer is not found.
     """
-    try:
-        return _encode(tokenizer, messages, max_length, tools)
-    except _Problem as problem:
-        raise _error(name, problem) from problem
+    return encode_all(tokenizer, [{"messages": messages, "tools": tools, "id": name}], max_length)[0]
 
 
 def _error(name: str, problem: Exception) -> TokenCreditError:

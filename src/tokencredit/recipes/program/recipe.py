@@ -145,7 +145,6 @@ class _About(Settings):
     """`recipe:` of a recipe file."""
 
     section: ClassVar[str] = "recipe"
-    key_kind: ClassVar[str] = "key of `recipe`"
 
     id: str | int | None = None
     parent: str | int | None = None

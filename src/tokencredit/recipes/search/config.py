@@ -37,7 +37,6 @@ class SearchSettings(Settings):
     """`search:` of a search file. Ratios are shares of the pool; `patience` counts evaluations without a new leader."""
 
     section: ClassVar[str] = "search"
-    key_kind: ClassVar[str] = "key of `search`"
 
     seed: int
     policy: Literal["default", "paper", "random", "single"] = "default"
@@ -66,7 +65,6 @@ class ConfirmSettings(Settings):
     """`confirm:` of a search file: seeds an arm, and the controls beside the finalists."""
 
     section: ClassVar[str] = "confirm"
-    key_kind: ClassVar[str] = "key of `confirm`"
 
     finalists: Count = 2
     seeds: Count = 5
@@ -78,7 +76,6 @@ class LLMSettings(Settings):
     """`llm:` of a search file; samples are shown to the model only if asked for."""
 
     section: ClassVar[str] = "llm"
-    key_kind: ClassVar[str] = "key of `llm`"
 
     model: Text
     roles: Annotated[Names, _all_in("role of `llm.roles`", ("propose", "rank"))] = ("propose", "rank")

@@ -48,7 +48,6 @@ class Objective(Settings):
     """
 
     section: ClassVar[str] = "objective"
-    key_kind: ClassVar[str] = "key of `objective`"
 
     tasks: Annotated[Mapping[str, Any], BeforeValidator(_read_goals)] = {}  # TaskGoal by task
     noise_sd: Annotated[int | float, Field(ge=0, lt=1e12), Words("a number of at least 0")] = 0.5

@@ -71,10 +71,10 @@ def open_run(folder: Path, confirm: Mapping[str, Any] | None = None) -> Search:
 def dry_run(config: SearchConfig, folder: Path) -> list[dict[str, Any]]:
     """The warm-up recipes and their sizes, without an evaluation."""
     search = make_search(config, folder)
-    rows = []
+    draws = []
     for slot in range(1, config.search.warmup + 1):
         candidate = warm_up(search.chooser, slot)
         assert candidate.subset is not None
         state = candidate.state
-        rows.append({"slot": slot, "recipe": str(candidate.recipe), "samples": len(candidate.subset), **state})
-    return rows
+        draws.append({"slot": slot, "recipe": str(candidate.recipe), "samples": len(candidate.subset), **state})
+    return draws

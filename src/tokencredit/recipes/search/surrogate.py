@@ -32,8 +32,8 @@ class Surrogate:
         mean = self.level + cross @ self.weights
         solved = np.linalg.solve(self.factor, cross.T)
         square = (points**2).mean(1)
-        own = np.exp(2 * self.hyper[0]) * (0.5 + 0.25 * square + 0.25 * square**2) + OFFSET_VARIANCE
-        return mean, np.sqrt(np.maximum(own - (solved**2).sum(0), 1e-12))
+        prior = np.exp(2 * self.hyper[0]) * (0.5 + 0.25 * square + 0.25 * square**2) + OFFSET_VARIANCE
+        return mean, np.sqrt(np.maximum(prior - (solved**2).sum(0), 1e-12))
 
     @property
     def noise_sd(self) -> float:
@@ -87,14 +87,8 @@ def fit(
     hyper = minimize(with_gradient, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30}).x
     noise = np.exp(2 * hyper[1]) * np.eye(len(scores))
     factor = np.linalg.cholesky(_covariance(distances, inner, hyper) + noise)
-    return Surrogate(
-        inputs=inputs,
-        groups=groups,
-        hyper=hyper,
-        factor=factor,
-        weights=cho_solve((factor, True), residual),
-        level=level,
-    )
+    weights = cho_solve((factor, True), residual)
+    return Surrogate(inputs=inputs, groups=groups, hyper=hyper, factor=factor, weights=weights, level=level)
 
 
 def _distances(a: np.ndarray, b: np.ndarray, groups: Sequence[str]) -> np.ndarray:

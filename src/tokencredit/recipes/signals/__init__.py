@@ -1,4 +1,4 @@
-"""Signals of samples: from texts, from one pass of a model, and near-duplicates."""
+"""Signals of samples and their store: from texts, from one pass of a model, near-duplicates, relevance to queries."""
 
 from tokencredit.lazy import attributes_of
 

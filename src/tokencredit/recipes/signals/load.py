@@ -65,14 +65,14 @@ class Scorer:
         The padded tokens of a batch fit into `batch_tokens`.
         """
         lengths = np.array([len(item.ids) for item in encoded])
-        rows: list[int] = []
+        batch: list[int] = []
         for row in [row for row in np.argsort(lengths, kind="stable").tolist() if lengths[row]]:
-            if rows and lengths[row] * (len(rows) + 1) > self.batch_tokens:
-                yield rows, *self.pad([encoded[place].ids for place in rows])
-                rows = []
-            rows.append(row)
-        if rows:
-            yield rows, *self.pad([encoded[place].ids for place in rows])
+            if batch and lengths[row] * (len(batch) + 1) > self.batch_tokens:
+                yield batch, *self.pad([encoded[row].ids for row in batch])
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch, *self.pad([encoded[row].ids for row in batch])
 
 
 def pad_rows(rows: Sequence[list[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

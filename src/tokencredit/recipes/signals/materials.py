@@ -69,10 +69,10 @@ class Materials:
 
     def subset(self, subset_hash: str) -> Positions:
         """An evaluated subset by its hash, or by a prefix of at least eight digits that is unique."""
-        found = [key for key in self.evaluated if key.startswith(subset_hash) and len(subset_hash) >= 8]
-        if len(found) != 1:
+        matches = [key for key in self.evaluated if key.startswith(subset_hash) and len(subset_hash) >= 8]
+        if len(matches) != 1:
             raise unknown("mix source", subset_hash, [key[:12] for key in self.evaluated])
-        return self.evaluated[found[0]]
+        return self.evaluated[matches[0]]
 
 
 def residual(values: Column, lengths: Column) -> Column:

@@ -62,7 +62,7 @@ def mean_activations(
 def activate(scorer: Scorer, sae: Autoencoder, conversations: Conversations) -> csr_matrix:
     """Return sparse rows of some samples; empty for a sample that could not be encoded."""
     encoded = scorer.encode(conversations)
-    rows = [csr_matrix((1, sae.weight.shape[1]), dtype=np.float32)] * len(encoded)
+    sparse = [csr_matrix((1, sae.weight.shape[1]), dtype=np.float32)] * len(encoded)
     backbone = backbone_of(scorer.model)
     for places, ids, real in scorer.batches(encoded):
         states = backbone(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states
@@ -70,8 +70,8 @@ def activate(scorer: Scorer, sae: Autoencoder, conversations: Conversations) -> 
             raise TokenCreditError(f"layer {sae.layer} does not exist; the model has states 0…{len(states) - 1}")
         dense = mean_activations(sae, states[sae.layer], real.bool()).numpy(force=True)
         for place, values in zip(places, dense, strict=True):
-            rows[place] = csr_matrix(values[None])
-    return vstack(rows).tocsr()
+            sparse[place] = csr_matrix(values[None])
+    return vstack(sparse).tocsr()
 
 
 def activate_pool(scorer: Scorer, sae: Autoencoder, pool: Pool, work: Path) -> csr_matrix:
