@@ -27,7 +27,7 @@ from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.report import confirm_lines
 from tokencredit.recipes.search.config import SearchConfig, make_config
 from tokencredit.recipes.search.loop import Search
-from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.signals.computation import Sources, compute
 from tokencredit.recipes.signals.store import load_materials
 from tokencredit.seeds import derive
 

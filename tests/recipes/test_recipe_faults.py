@@ -24,7 +24,7 @@ from tokencredit.recipes.pool.samples import Pool, make_pool
 from tokencredit.recipes.program.recipe import load_recipe, make_recipe
 from tokencredit.recipes.search.config import make_config
 from tokencredit.recipes.search.objective import Objective
-from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.signals.computation import Sources, compute
 from tokencredit.recipes.signals.store import SIGNALS, features_key, load_materials
 
 # writes a line ten times a second, and so does the worker that it starts

@@ -11,6 +11,8 @@ for module in list(pkgutil.walk_packages(package.__path__, "tokencredit.recipes.
         del sys.modules[loaded]
     importlib.import_module(module.name)
 from tokencredit.recipes.evaluate import make_evaluator
+from tokencredit.recipes.signals import compute
+assert callable(compute)
 from tokencredit.recipes.program.operators import OPERATORS, exact_ceil, semdedup
 assert OPERATORS["semdedup"].fn is semdedup
 """

@@ -137,7 +137,7 @@ def _signals(args: argparse.Namespace) -> int:
 def _signals_in(args: argparse.Namespace) -> int:
     from tokencredit.recipes.pool.ingest import canonicalise
     from tokencredit.recipes.pool.samples import INDEX, load_pool
-    from tokencredit.recipes.signals.compute import Sources, add_column, compute, write_unread
+    from tokencredit.recipes.signals.computation import Sources, add_column, compute, write_unread
 
     rejected: list[Any] = []
     if len(args.pool) == 1 and (args.pool[0] / INDEX).is_file():

@@ -11,7 +11,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.pool.encode import Unread, bos_of, encode, encode_all, encode_prompt
 from tokencredit.recipes.pool.ingest import canonicalise
-from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.signals.computation import Sources, compute
 from tokencredit.recipes.signals.forward import Scorer, score_samples
 from tokencredit.recipes.signals.store import load_materials
 

@@ -15,7 +15,7 @@ from tokencredit.recipes.program.execute import Executor
 from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.program.state import StateReader
 from tokencredit.recipes.signals import forward
-from tokencredit.recipes.signals.compute import Sources, add_column, compute
+from tokencredit.recipes.signals.computation import Sources, add_column, compute
 from tokencredit.recipes.signals.forward import Scorer, pool_features, score_samples, token_statistics
 from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.relevance import max_cosine, overlap

@@ -2,4 +2,4 @@
 
 from tokencredit.lazy import attributes_of
 
-__getattr__ = attributes_of("tokencredit.recipes.signals.compute")
+__getattr__ = attributes_of("tokencredit.recipes.signals.computation")
