@@ -14,21 +14,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import reasoning_gym
 
+from tokencredit.diagnostics.intervals import seed_interval
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.recipes.confirm import Arm, Confirmation, confirm_arms, mean_interval, save_summary
-from tokencredit.recipes.evaluate.evaluators import make_evaluator
+from tokencredit.recipes.confirm import Arm, Confirmation, confirm_arms, save_summary
 from tokencredit.recipes.evaluate.sft import SftSettings, fine_tune
+from tokencredit.recipes.evaluate.table import make_evaluator
 from tokencredit.recipes.pool.ingest import canonicalise
 from tokencredit.recipes.pool.samples import load_pool
-from tokencredit.recipes.pool.store import load_materials
 from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.report import confirm_lines
 from tokencredit.recipes.search.config import SearchConfig, make_config
 from tokencredit.recipes.search.loop import Search
-from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.signals.computation import Sources, compute
+from tokencredit.recipes.signals.store import load_materials
 from tokencredit.seeds import derive
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -247,7 +247,7 @@ def show(search: Search, results: Confirmation) -> None:
     for line in confirm_lines(save_summary(search, results)):
         print(line, flush=True)
     for name, scores in results.scores().items():
-        mean, low, high = mean_interval(np.array(scores))
+        mean, low, high = seed_interval(scores)
         print(f"{name:22s} {mean:6.2f} [{low:6.2f}, {high:6.2f}] {results.samples[name]:6d} samples", flush=True)
 
 

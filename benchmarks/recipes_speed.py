@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import make_pool, splitmix64
 from tokencredit.recipes.program import selectors
 from tokencredit.recipes.program.execute import Executor
 from tokencredit.recipes.program.recipe import make_recipe
 from tokencredit.recipes.program.state import StateReader
+from tokencredit.recipes.search.config import SearchSettings
 from tokencredit.recipes.search.propose import make_space, random_program
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.minhash import shingle
 from tokencredit.recipes.signals.neardup import build_graph
 from tokencredit.seeds import derive
@@ -119,7 +120,7 @@ def steps_table(samples: int) -> None:
 
     def sixty_three() -> None:
         executor, rng = Executor(materials=materials), rng_of("programs")
-        space = make_space(materials, ("top", "top_union", "semdedup", "random_k"), 1, 1000, 5)
+        space = make_space(materials, SearchSettings(seed=1), 1)
         for _ in range(63):
             reader.read(executor.run(random_program(space, rng)).positions)
 

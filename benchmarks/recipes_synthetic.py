@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from recipes_surfaces import SyntheticEvaluator, SyntheticPool, surface, synthetic_pool
 
 from tokencredit.recipes.confirm import Arm, confirm_arms, differences, shrunken
-from tokencredit.recipes.evaluate.evaluators import SyntheticEvaluator
-from tokencredit.recipes.evaluate.synthetic import SyntheticPool, surface, synthetic_pool
 from tokencredit.recipes.search.config import make_config
 from tokencredit.recipes.search.loop import Search
 
@@ -51,7 +50,7 @@ def policy_row(pool: SyntheticPool, name: str, policy: str, searches: int, **set
         finalist = found.finalists(1)[0]
         truths.append(surface(name)(pool, found.chooser.seen[finalist.subset_hash]))
         good = [evaluation for evaluation in found.history if evaluation.ok]
-        posterior = float(found.chooser.posterior(good).max()) if policy == "default" else finalist.score or 0.0
+        posterior = float(found.chooser.posterior(good).max()) if policy == "default" else finalist.value
         reported.append(posterior)
     truth, error = np.mean(truths), np.std(truths, ddof=1) / np.sqrt(searches)
     seconds = (time.process_time() - started) / searches

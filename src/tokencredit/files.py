@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from filelock import FileLock, Timeout
@@ -122,7 +122,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or absent, also after a power cut.
+    """Write a file so that it is whole or absent, also after a power cut; see `whole_file` for the errors."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears when the block ends, whole, or not at all.
 
     The content goes to a temporary file in the same folder, which is flushed to the disk and then renamed.
 
@@ -132,14 +139,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

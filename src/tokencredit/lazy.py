@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -21,8 +22,10 @@ def attributes_of(module: str) -> Callable[[str], Any]:
     """The `__getattr__` of a package whose public names are those of one of its modules."""
 
     def __getattr__(name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(f"module {module.rpartition('.')[0]!r} has no attribute {name!r}")
+        package = module.rpartition(".")[0]
+        # `from package import submodule` asks here first, maybe while `module` is being imported.
+        if name.startswith("_") or find_spec(f"{package}.{name}") is not None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(module), name)
 
     return __getattr__

@@ -11,19 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_recipe_evaluators import run_cli
+from support.recipes import run_cli
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import lock_folder
-from tokencredit.recipes.evaluate.commands import RUNNING, run_command
+from tokencredit.recipes.evaluate.command import RUNNING, run_command
+from tokencredit.recipes.evaluate.history import load_history
+from tokencredit.recipes.evaluate.records import EvaluationFailed, metrics_from_json
 from tokencredit.recipes.pool.ingest import canonicalise
+from tokencredit.recipes.pool.lines import append, json_line, read_log
 from tokencredit.recipes.pool.samples import Pool, make_pool
-from tokencredit.recipes.pool.store import SIGNALS, features_key, load_materials
 from tokencredit.recipes.program.recipe import load_recipe, make_recipe
 from tokencredit.recipes.search.config import make_config
-from tokencredit.recipes.search.history import append, lines, load_history
-from tokencredit.recipes.search.objective import EvaluationFailed, make_objective, metrics_from_json
-from tokencredit.recipes.signals.compute import Sources, compute
+from tokencredit.recipes.search.objective import Objective
+from tokencredit.recipes.signals.computation import Sources, compute
+from tokencredit.recipes.signals.store import SIGNALS, features_key, load_materials
 
 # writes a line ten times a second, and so does the worker that it starts
 BUSY = """
@@ -38,7 +40,7 @@ for _ in range(600):
 """
 SEARCH = """
 import pathlib, sys
-from tokencredit.recipes.evaluate.commands import run_command
+from tokencredit.recipes.evaluate.command import run_command
 folder = pathlib.Path(sys.argv[1])
 run_command([sys.executable, str(folder / "busy.py"), str(folder / "beat")], folder, folder / "log.txt", 60.0)
 """
@@ -135,7 +137,7 @@ def test_a_configuration_without_evaluations_is_replaced(folder: Path) -> None:
     other = load_config(search_file(folder), {"seed": 9})
     save_config(other, folder / "run")
     assert load_config(folder / "run" / "search.yaml") == other
-    append(folder / "run" / "history.jsonl", {"slot": 1})
+    append(folder / "run" / "history.jsonl", json_line({"slot": 1}))
     with pytest.raises(TokenCreditError):
         save_config(first, folder / "run")
 
@@ -151,13 +153,13 @@ def test_two_commands_do_not_write_one_folder(folder: Path) -> None:
 
 def test_a_reader_does_not_cut_the_log_of_a_writer(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
-    append(path, {"a": 1})
+    append(path, json_line({"a": 1}))
     with path.open("ab") as file:
         file.write(b'{"a": 2, "tor')
     torn = path.read_bytes()
-    assert list(lines(path)) == [{"a": 1}] and path.read_bytes() == torn
-    append(path, {"a": "\ud800"})  # the writer cuts the tail off
-    assert list(lines(path)) == [{"a": 1}, {"a": "\ud800"}]
+    assert list(read_log(path)) == [{"a": 1}] and path.read_bytes() == torn
+    append(path, json_line({"a": "\ud800"}))  # the writer cuts the tail off
+    assert list(read_log(path)) == [{"a": 1}, {"a": "\ud800"}]
     for content in (b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[]\n", b'{"slot": 1}\n'):
         path.write_bytes(content)
         with pytest.raises(TokenCreditError, match="history"):
@@ -246,15 +248,18 @@ BASE = {"pool": "p", "evaluator": {"kind": "ngram"}, "search": {"seed": 1}}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"search": "fast"}, "`search` of the search file must be a mapping"),
-        ({"pool": ["a"]}, "`pool` must be the path"),
-        ({"search": {"seed": 1, "budget": [3]}}, r"`search.budget` must be like 15, got \[3\]"),
-        ({"search": {"seed": 1, "operators": [["top"]]}}, "`search.operators` must be a list of names"),
+        ({"search": "fast"}, "`search` must be a mapping"),
+        ({"pool": ["a"]}, "`pool` must be the path of a pool folder"),
+        ({"search": {"seed": 1, "budget": [3]}}, r"`search.budget` must be a whole number of at least 1, got \[3\]"),
+        ({"search": {"seed": 1, "operators": [["top"]]}}, "`search.operators` must be a name or a list of names"),
         ({"search": {"seed": 1, "min_token_ratio": 2.0}}, "min_token_ratio"),
         ({"confirm": {"controls": ["best_singel"]}}, "did you mean 'best_single'"),
-        ({"confirm": {"seeds": 0}}, "`confirm.seeds` must be at least 1"),
+        ({"confirm": {"seeds": 0}}, "`confirm.seeds` must be a whole number of at least 1"),
         ({"objective": {"tasks": ["a"]}}, "must be a mapping from task"),
-        ({"objective": {"tasks": {"a": {"weight": "much"}}}}, "`weight` of task a must be a number"),
+        (
+            {"objective": {"tasks": {"a": {"weight": "much"}}}},
+            "task a of the objective: `objective.tasks.weight` must",
+        ),
         ({"objective": {"noise_sd": "x"}}, "`objective.noise_sd` must be a number"),
         ({"llm": {"roles": ["rank"]}}, "`llm` needs `model`"),
     ],
@@ -272,7 +277,7 @@ def test_metrics_of_any_kind_fail_one_evaluation() -> None:
         metrics_from_json({"tasks": {"t": {"score": 0.5, "n": "many"}}})
     assert metrics_from_json({"tasks": {"t": {"score": 1}}, "train": [1]}).tasks["t"].score == 1.0
     with pytest.raises(TokenCreditError, match="weights of the tasks of the objective are all 0"):
-        make_objective({"tasks": {"a": {"weight": 0}}})
+        Objective.read({"tasks": {"a": {"weight": 0}}})
 
 
 def test_foreign_text_reaches_the_terminal_as_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +301,7 @@ def test_a_dollar_in_a_name_is_text_in_the_pictures() -> None:
 
 
 def test_a_pool_of_no_folder_has_no_model() -> None:
-    from tokencredit.recipes.pool.store import model_of
+    from tokencredit.recipes.signals.store import model_of
 
     pool: Pool = make_pool([1], ["s"], [1])
     assert model_of(pool.folder) is None

@@ -118,7 +118,7 @@ def _pairs(items: Sequence[str], flag: str) -> dict[str, Path]:
 
 
 def _show(args: argparse.Namespace, content: Any, lines: Sequence[str]) -> int:
-    from tokencredit.recipes.pool.samples import json_line
+    from tokencredit.recipes.pool.lines import json_line
 
     if args.json:
         print(json_line(content).decode().rstrip())
@@ -137,7 +137,7 @@ def _signals(args: argparse.Namespace) -> int:
 def _signals_in(args: argparse.Namespace) -> int:
     from tokencredit.recipes.pool.ingest import canonicalise
     from tokencredit.recipes.pool.samples import INDEX, load_pool
-    from tokencredit.recipes.signals.compute import Sources, add_column, compute, write_unread
+    from tokencredit.recipes.signals.computation import Sources, add_column, compute, write_unread
 
     rejected: list[Any] = []
     if len(args.pool) == 1 and (args.pool[0] / INDEX).is_file():
@@ -172,11 +172,11 @@ def _signals_in(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.pool.export import export_subset
-    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.export import export_subset
     from tokencredit.recipes.program.execute import Executor
     from tokencredit.recipes.program.recipe import load_recipe
     from tokencredit.recipes.program.state import StateReader
+    from tokencredit.recipes.signals.store import load_materials
 
     recipe, written_for = load_recipe(args.recipe)
     materials = load_materials(args.pool)
@@ -215,11 +215,9 @@ def _search(args: argparse.Namespace) -> int:
     overrides = {"budget": args.budget, "policy": args.policy, "seed": args.seed}
     config = load_config(args.config, overrides)
     if args.dry_run:
-        rows = dry_run(config, folder)
-        lines = [
-            f"{row['samples']:8d} samples  {row['token_ratio']:.3f} of the tokens  {row['recipe']}" for row in rows
-        ]
-        return _show(args, rows, lines)
+        draws = dry_run(config, folder)
+        line = "{samples:8d} samples  {token_ratio:.3f} of the tokens  {recipe}"
+        return _show(args, draws, [line.format(**draw) for draw in draws])
     if args.resume and not (folder / CONFIG).is_file():
         raise TokenCreditError(f"{folder} holds no search to go on with", hint="leave out --resume to start one")
     search = make_search(config, folder)  # before anything is written, so that a refusal leaves nothing behind
@@ -249,11 +247,8 @@ def _confirm(args: argparse.Namespace) -> int:
     from tokencredit.files import lock_folder
     from tokencredit.recipes.confirm import confirm_arms, power_lines, save_summary, standard_arms
 
-    for name in ("finalists", "seeds"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise TokenCreditError(f"--{name} must be at least 1, got {value}")
-    given = {"finalists": args.finalists, "seeds": args.seeds, "redraw": args.redraw or None}
-    search = _open(args.run, {name: value for name, value in given.items() if value is not None})
+    options = {"finalists": args.finalists, "seeds": args.seeds, "redraw": args.redraw or None}
+    search = _open(args.run, {name: value for name, value in options.items() if value is not None})
     for line in power_lines(search.config.noise_sd, search.config.confirm.seeds):
         print(line, file=sys.stderr)
     with lock_folder(args.run):
@@ -275,10 +270,10 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from tokencredit.recipes.pool.export import PLACEHOLDER, export_subset
-    from tokencredit.recipes.pool.store import load_materials
+    from tokencredit.recipes.export import PLACEHOLDER, export_subset
     from tokencredit.recipes.program.execute import Executor
     from tokencredit.recipes.program.recipe import load_recipe
+    from tokencredit.recipes.signals.store import load_materials
 
     if args.source.is_dir():
         search = _open(args.source)

@@ -1,21 +1,22 @@
 """Telling luck from gain: fresh seeds on fresh problems for the finalist and its controls, with honest intervals."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.diagnostics.intervals import seed_interval
+from tokencredit.errors import TokenCreditError
 from tokencredit.files import write_json
 from tokencredit.progress import bar
-from tokencredit.recipes.pool.samples import Positions
+from tokencredit.recipes.evaluate.history import Evaluation, usable
+from tokencredit.recipes.pool.lines import append, read_log
+from tokencredit.recipes.program.execute import Subset
 from tokencredit.recipes.program.recipe import Recipe, as_mappings, make_recipe, make_step
-from tokencredit.recipes.search import history as log
-from tokencredit.recipes.search.config import CONTROLS
-from tokencredit.recipes.search.history import Evaluation, usable
-from tokencredit.recipes.search.loop import Search, run_folder
-from tokencredit.recipes.search.objective import EvaluationFailed, Objective, Request
+from tokencredit.recipes.search.loop import Search
+from tokencredit.recipes.search.objective import Objective
 from tokencredit.recipes.search.policies import score
 from tokencredit.seeds import derive
 
@@ -44,8 +45,8 @@ class Confirmation:
         return {arm: [run["score"] for run in runs if run["status"] == "ok"] for arm, runs in self.runs.items()}
 
     def items(self, arm: str) -> list[dict[tuple[str, str], float]]:
-        rows = [run["items"] for run in self.runs[arm] if run["status"] == "ok"]
-        return [{(task, item): score for task, item, score in row} for row in rows]
+        finished = [run["items"] for run in self.runs[arm] if run["status"] == "ok"]
+        return [{(task, item): score for task, item, score in items} for items in finished]
 
     @property
     def samples(self) -> dict[str, int]:
@@ -63,10 +64,8 @@ def standard_arms(search: Search) -> list[Arm]:
             arms.append(Arm(name="random, equal tokens", recipe=None, tokens=finalists[0].tokens))
         elif control == "full":
             arms.append(Arm(name="full data", recipe=make_recipe([])))
-        elif control == "best_single":
-            arms.append(_best_single(search, finalists[0]))
         else:
-            raise unknown("control", control, CONTROLS)
+            arms.append(_best_single(search, finalists[0]))
     return arms
 
 
@@ -78,7 +77,7 @@ def _best_single(search: Search, finalist: Evaluation) -> Arm:
     """
     singles = [e for e in usable(search.history) if len(e.steps) == 1 and e.kind != "control"]
     if singles:
-        best = max(singles, key=lambda evaluation: evaluation.score or 0.0)
+        best = max(singles, key=lambda evaluation: evaluation.value)
         return Arm(name="best single operator", recipe=best.recipe)
     steps = [make_recipe([step]) for step in finalist.recipe.steps]
     candidates = [candidate for candidate in map(search.chooser.materialise, steps) if candidate.subset is not None]
@@ -97,54 +96,38 @@ def _best_single(search: Search, finalist: Evaluation) -> Arm:
 def confirm_arms(search: Search, arms: Sequence[Arm], seeds: int, split: str = "confirm") -> Confirmation:
     """Pay for `seeds` fresh runs of every arm; finished ones are read from `confirm.jsonl`."""
     path = search.folder / CONFIRM
-    done = {(line["arm"], line["subset_hash"], line["seed"], line["split"]): line for line in log.lines(path)}
+    done = {(line["arm"], line["subset_hash"], line["seed"], line["split"]): line for line in read_log(path)}
     runs: dict[str, list[dict[str, Any]]] = {arm.name: [] for arm in arms}
     with bar("confirm", len(arms) * seeds) as advance:
         for number in range(seeds):  # seed by seed, so that a stopped confirmation is balanced
             for arm in arms:
                 seed = derive("recipes", search.config.search.seed, "confirm", number) % 2**31
-                positions, subset_hash = _subset_of(search, arm, seed)
-                key = (arm.name, subset_hash, seed, split)
+                subset = _subset_of(search, arm, seed)
+                key = (arm.name, subset.hash, seed, split)
                 if key not in done:
-                    done[key] = _pay(search, arm, positions, key)
-                    log.append(path, done[key])
+                    facts = dict(zip(("arm", "subset_hash", "seed", "split"), key, strict=True))
+                    done[key] = facts | _pay(search, arm, subset, seed, split)
+                    append(path, json.dumps(done[key], allow_nan=False).encode() + b"\n")
                 runs[arm.name].append(done[key])
                 advance(1, arm.name)
     return Confirmation(runs=runs, objective=search.objective)
 
 
-def _subset_of(search: Search, arm: Arm, seed: int) -> tuple[Positions, str]:
-    executor, pool = search.chooser.executor, search.materials.pool
-    recipe = arm.recipe
+def _subset_of(search: Search, arm: Arm, seed: int) -> Subset:
+    pool, recipe = search.materials.pool, arm.recipe
     if recipe is None:
         k = max(1, round(arm.tokens / float(pool.words.sum()) * len(pool)))
         recipe = make_recipe([make_step("random_k", k=k, seed=seed)])
     elif arm.redraw:
-        steps = [{**step, "seed": seed} if "seed" in step else step for step in as_mappings(recipe)]
-        recipe = make_recipe(steps)
-    subset = executor.run(recipe)
-    return subset.positions, subset.hash
+        recipe = make_recipe([{**step, "seed": seed} if "seed" in step else step for step in as_mappings(recipe)])
+    return search.chooser.executor.run(recipe)
 
 
-def _pay(search: Search, arm: Arm, positions: Positions, key: tuple[str, str, int, str]) -> dict[str, Any]:
-    _, subset_hash, seed, split = key
-    folder = run_folder(search.folder, search.evaluator.key, subset_hash, seed, split)
+def _pay(search: Search, arm: Arm, subset: Subset, seed: int, split: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"samples": len(subset), "tokens": search.tokens_of(subset.positions)}
+    facts["recipe"] = as_mappings(arm.recipe) if arm.recipe is not None else None
     recipe = str(arm.recipe) if arm.recipe is not None else arm.name
-    request = Request(
-        positions=positions, subset_hash=subset_hash, seed=seed, split=split, folder=folder, recipe=recipe
-    )
-    line: dict[str, Any] = {"arm": arm.name, "subset_hash": subset_hash, "seed": seed, "split": split}
-    line |= {"samples": len(positions), "tokens": int(search.materials.pool.words[positions].sum())}
-    line["recipe"] = as_mappings(arm.recipe) if arm.recipe is not None else None
-    try:
-        metrics = search.evaluator(request)
-        points = search.objective.points(metrics)
-    except EvaluationFailed as failure:
-        return line | {"status": "failed", "reason": str(failure), "items": []}
-    items = [[task, item, score] for (task, item), score in metrics.items.items()]
-    tasks = {name: asdict(task) for name, task in metrics.tasks.items()}
-    score = search.objective.total(points)
-    return line | {"status": "ok", "score": score, "points": points, "tasks": tasks, "items": items}
+    return facts | search.pay(subset.positions, subset.hash, seed, split, recipe)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,21 +162,20 @@ def difference(result: Confirmation, arm: str, control: str) -> Difference:
     mean = float(a.mean() - b.mean())
     half = welch_half_width(a, b)
     low, high, method = mean - half, mean + half, "t over seeds"
-    boot = bootstrap(result, arm, control)
-    if boot is not None and boot[1] - boot[0] > high - low:
-        low, high, method = boot[0], boot[1], "bootstrap over seeds and items"
+    resampled = bootstrap(result, arm, control)
+    if resampled is not None and resampled[1] - resampled[0] > high - low:
+        (low, high), method = resampled, "bootstrap over seeds and items"
     return Difference(control=control, mean=mean, low=low, high=high, method=method, seeds=(len(a), len(b)))
 
 
 def welch_half_width(a: np.ndarray, b: np.ndarray) -> float:
     """Half the width of a 95 % interval of mean(a) − mean(b), variances unequal."""
-    from scipy.stats import t
+    from scipy.stats import ttest_ind
 
-    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    if va + vb == 0:
+    if a.var() + b.var() == 0:
         return 0.0
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return float(t.ppf(0.975, freedom) * np.sqrt(va + vb))
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return float(interval.high - interval.low) / 2
 
 
 def bootstrap(result: Confirmation, arm: str, control: str) -> tuple[float, float] | None:
@@ -203,43 +185,19 @@ def bootstrap(result: Confirmation, arm: str, control: str) -> tuple[float, floa
         return None
     keys = sorted(set.intersection(*(set(row) for row in [*left, *right])))
     a, b = (np.array([[row[key] for key in keys] for row in rows]) for rows in (left, right))
-    weights = _item_weights(result.objective, keys)
+    weights = result.objective.item_weights(sorted({task for task, _ in keys}))
     rng = np.random.default_rng(derive("confirm", "bootstrap", arm, control))
     seeds_a = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), DRAWS) / len(a)
     seeds_b = rng.multinomial(len(b), np.full(len(b), 1 / len(b)), DRAWS) / len(b)
     tasks = np.array([task for task, _ in keys])
     total = np.zeros(DRAWS)
     for task in np.unique(tasks):
-        rows = np.flatnonzero(tasks == task)
-        per_item = seeds_a @ a[:, rows] - seeds_b @ b[:, rows]  # [draws, items]
-        counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
-        total += weights[task] * (per_item * counts).sum(1) / len(rows)
+        of_task = np.flatnonzero(tasks == task)
+        n = len(of_task)
+        per_item = seeds_a @ a[:, of_task] - seeds_b @ b[:, of_task]  # [draws, items]
+        counts = rng.multinomial(n, np.full(n, 1 / n), DRAWS)
+        total += weights[task] * (per_item * counts).sum(1) / n
     return float(np.quantile(total, 0.025)), float(np.quantile(total, 0.975))
-
-
-def _item_weights(objective: Objective, keys: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Points of the total that one unit of a task's score is worth."""
-    reported = sorted({task for task, _ in keys})
-    unit = {
-        task: objective.scale / (1 - objective.tasks[task].chance) if task in objective.tasks else objective.scale
-        for task in reported
-    }
-    share = objective.total(dict.fromkeys(reported, 1.0)) if not objective.tasks else 1.0
-    weight = {
-        task: objective.tasks[task].weight if task in objective.tasks else float(not objective.tasks)
-        for task in reported
-    }
-    return {task: share * unit[task] * weight[task] / sum(weight.values()) for task in reported}
-
-
-def mean_interval(scores: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % t interval over seeds."""
-    from scipy.stats import t
-
-    if len(scores) < 2:
-        return float(scores.mean()) if len(scores) else float("nan"), float("nan"), float("nan")
-    half = float(t.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) / np.sqrt(len(scores)))
-    return float(scores.mean()), float(scores.mean()) - half, float(scores.mean()) + half
 
 
 def expected_maximum(draws: int) -> float:
@@ -305,7 +263,7 @@ def summary(search: Search, result: Confirmation) -> dict[str, Any]:
     noise = search.config.noise_sd
     shrunk = shrunken(search.history, noise)
     compared = [asdict(d) | {"verdict": "confirmed" if d.confirmed else "not confirmed"} for d in differences(result)]
-    mean, low, high = mean_interval(np.array(result.scores()["finalist"]))
+    mean, low, high = seed_interval(result.scores()["finalist"])
     return {
         "finalist": {"mean": mean, "low": low, "high": high, "seeds": len(result.scores()["finalist"])},
         "search": asdict(shrunk),

@@ -9,7 +9,7 @@ import numpy as np
 
 from tokencredit.files import read_json, write_json, write_text
 from tokencredit.recipes.confirm import expected_maximum, shrunken
-from tokencredit.recipes.search.history import Evaluation, usable
+from tokencredit.recipes.evaluate.history import Evaluation, usable
 from tokencredit.recipes.search.loop import Search
 from tokencredit.recipes.search.policies import transitions_of
 from tokencredit.recipes.search.propose import credits
@@ -45,8 +45,8 @@ def report_content(search: Search) -> dict[str, Any]:
         content["posterior"] = {str(e.slot): float(mean) for e, mean in zip(good, means, strict=True)}
         content["finalist"] = _row(finalist)
         content["funnel"] = [asdict(step) for step in search.chooser.executor.run(finalist.recipe).trace]
-        found = credits(transitions_of(good))
-        content["credits"] = [{"operator": op, "position": place, "credit": c} for (op, place), c in found.items()]
+        credit = credits(transitions_of(good))
+        content["credits"] = [{"operator": op, "position": place, "credit": c} for (op, place), c in credit.items()]
     if search.adviser is not None:
         content["llm"] = search.adviser.counts
     confirmed = search.folder / "confirm.json"
@@ -70,23 +70,24 @@ def report_lines(content: Mapping[str, Any]) -> list[str]:
         expected = f"{row['mean']:8.2f} ± {row['sd']:4.2f}" if row["mean"] is not None else ""
         lines.append(f"{row['slot']:4d} {row['kind']:8} {score} {expected:>15} {row['samples']:8d}  {row['recipe']}")
     if "search" in content:
-        found = content["search"]
-        lines.append("")
-        lines.append(
-            f"best observed {found['best']:.2f}, mean {found['mean']:.2f}; noise alone would put the best "
-            f"{content['expected_maximum_of_noise']:.2f} above the mean"
-        )
-        lines.append(f"shrunken estimate {found['estimate']:.2f}, that is {found['gain']:+.2f} over the mean")
+        search = content["search"]
+        lines += [
+            "",
+            f"best observed {search['best']:.2f}, mean {search['mean']:.2f}; noise alone would put the best "
+            f"{content['expected_maximum_of_noise']:.2f} above the mean",
+            f"shrunken estimate {search['estimate']:.2f}, that is {search['gain']:+.2f} over the mean",
+        ]
         lines.append(f"finalist: slot {content['finalist']['slot']}, {content['finalist']['recipe']}")
     return lines + (["", *confirm_lines(content["confirm"])] if "confirm" in content else [])
 
 
 def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     """The confirmation as text, headline last."""
-    found, shrunk = content["finalist"], content["search"]
+    finalist, shrunk = content["finalist"], content["search"]
     lines = [
-        f"best observed {shrunk['best']:.2f} · shrunken {shrunk['estimate']:.2f} · confirmed mean {found['mean']:.2f} "
-        f"[{found['low']:.2f}, {found['high']:.2f}] over {found['seeds']} seeds"
+        f"best observed {shrunk['best']:.2f} · shrunken {shrunk['estimate']:.2f} · "
+        f"confirmed mean {finalist['mean']:.2f} [{finalist['low']:.2f}, {finalist['high']:.2f}] "
+        f"over {finalist['seeds']} seeds"
     ]
     for row in content["differences"]:
         lines.append(

@@ -1,5 +1,16 @@
-"""Evaluators of a subset: a shell command, supervised fine-tuning, n-grams, and synthetic surfaces."""
+"""Evaluators of a subset: a shell command, supervised fine-tuning, n-grams, logs of past runs.
 
-from tokencredit.lazy import attributes_of
+`table.py` lists them, `records.py` holds what they are asked and what they report, `history.py` the log of paid runs.
+"""
 
-__getattr__ = attributes_of("tokencredit.recipes.evaluate.evaluators")
+from tokencredit.lazy import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    "tokencredit.recipes.evaluate",
+    {
+        "table": ("EVALUATORS", "make_evaluator"),
+        "shell": ("FIELDS", "ShellEvaluator", "read_metrics", "seconds", "write_training_files"),
+        "replay": ("ReplayEvaluator", "replay_of"),
+        "records": ("RESULT", "key_of"),
+    },
+)

@@ -1,23 +1,37 @@
 """A model that trains in a fraction of a second: interpolated bigrams, for trying searches on a laptop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 from zlib import crc32
 
 import numpy as np
+from pydantic import Field
 from scipy.sparse import csr_matrix, vstack
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.evaluate.evaluators import key_of
+from tokencredit.recipes.evaluate.records import Evaluator, Metrics, Request, TaskScore, key_of
 from tokencredit.recipes.pool.samples import Pool
 from tokencredit.recipes.pool.words import split_tokens
-from tokencredit.recipes.search.objective import Evaluator, Metrics, Request, TaskScore
+from tokencredit.recipes.signals.relevance import read_queries
 from tokencredit.seeds import derive
+from tokencredit.settings import Count, Settings, Words
 
 SMOOTH_UNIGRAM, SMOOTH_BIGRAM = 0.1, 5.0
+
+Hashed = tuple[np.ndarray, np.ndarray, np.ndarray]  # buckets of words, of their predecessors, of both
+
+
+class NgramSettings(Settings):
+    """`evaluator:` of a search file with `kind: ngram`; queries are JSONL in any format of the pool."""
+
+    section: ClassVar[str] = "evaluator"
+    key_kind: ClassVar[str] = "key of evaluator 'ngram'"
+
+    queries: Annotated[Mapping[str, Mapping[str, str]], Field(min_length=1), Words("a mapping split → task → file")]
+    buckets: Count = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +45,7 @@ class NgramEvaluator:
 
     unigrams: csr_matrix  # [N, buckets]
     bigrams: csr_matrix
-    queries: Mapping[str, Mapping[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]]  # split → task → (w, v, vw)
+    queries: Mapping[str, Mapping[str, list[Hashed]]]  # split → task
     buckets: int
     key: str
 
@@ -42,10 +56,10 @@ class NgramEvaluator:
         weights[request.positions] = rng.poisson(1.0, len(weights))[request.positions]
         if not weights.any():
             weights[request.positions] = 1.0
-        one, two = weights @ self.unigrams, weights @ self.bigrams
-        total = one.sum()
         if request.split not in self.queries:
             raise TokenCreditError(f"the n-gram evaluator has no queries for split {request.split!r}")
+        one, two = weights @ self.unigrams, weights @ self.bigrams
+        total = one.sum()
         tasks = {}
         for task, texts in self.queries[request.split].items():
             losses = []
@@ -57,8 +71,8 @@ class NgramEvaluator:
         return Metrics(tasks=tasks)
 
 
-def hash_tokens(text: str, buckets: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Buckets of the words, of their predecessors and of the pairs of both."""
+def hash_tokens(text: str, buckets: int) -> Hashed:
+    """Hash the words, their predecessors and the pairs of both into buckets."""
     tokens = ["<s>", *split_tokens(text)]
     single = np.array([_bucket(token, buckets) for token in tokens])
     pairs = np.array([_bucket(f"{a} {b}", buckets) for a, b in pairwise(tokens)], np.int64)
@@ -70,7 +84,7 @@ def _bucket(text: str, buckets: int) -> int:
 
 
 def count_pool(pool: Pool, buckets: int) -> tuple[csr_matrix, csr_matrix]:
-    """Unigram and bigram counts of the responses, one row a sample."""
+    """Count unigrams and bigrams of the responses, one row a sample."""
     rows: tuple[list[csr_matrix], list[csr_matrix]] = ([], [])
     for sample in pool.samples():
         text = "\n".join(m["content"] for m in sample["messages"] if m["role"] == "assistant")
@@ -83,29 +97,24 @@ def count_pool(pool: Pool, buckets: int) -> tuple[csr_matrix, csr_matrix]:
 
 
 def make_ngram_evaluator(config: Mapping[str, Any], pool: Pool) -> Evaluator:
-    """`queries: {search: {task: FILE}, confirm: {task: FILE}}`, JSONL in any format of the pool."""
-    buckets = int(config.get("buckets", 1 << 18))
-    files = config.get("queries") or {}
-    if not files:
-        raise TokenCreditError("evaluator 'ngram' needs `queries`, a mapping split → task → file")
+    """Make the evaluator of an `evaluator` block; the key covers the hashed queries."""
+    settings = NgramSettings.read(config)
     queries = {
-        split: {task: [hash_tokens(text, buckets) for text in _responses(Path(path))] for task, path in tasks.items()}
-        for split, tasks in files.items()
+        split: {task: _hash_responses(Path(path), settings.buckets) for task, path in tasks.items()}
+        for split, tasks in settings.queries.items()
     }
-    unigrams, bigrams = count_pool(pool, buckets)
-    prints = {
-        split: {task: [p.tolist() for _, _, p in texts] for task, texts in t.items()} for split, t in queries.items()
+    unigrams, bigrams = count_pool(pool, settings.buckets)
+    pairs = {
+        split: {task: [hashed[2].tolist() for hashed in texts] for task, texts in tasks.items()}
+        for split, tasks in queries.items()
     }
-    return NgramEvaluator(
-        unigrams=unigrams, bigrams=bigrams, queries=queries, buckets=buckets, key=key_of("ngram", 2, buckets, prints)
-    )
+    key = key_of("ngram", 2, settings.buckets, pairs)
+    return NgramEvaluator(unigrams=unigrams, bigrams=bigrams, queries=queries, buckets=settings.buckets, key=key)
 
 
-def _responses(path: Path) -> Sequence[str]:
-    from tokencredit.recipes.signals.relevance import read_queries
-
-    texts = []
+def _hash_responses(path: Path, buckets: int) -> list[Hashed]:
+    hashed = []
     for messages in read_queries(path, path.stem):
         answers = [m["content"] for m in messages if m["role"] == "assistant"] or [m["content"] for m in messages]
-        texts.append("\n".join(answers))
-    return texts
+        hashed.append(hash_tokens("\n".join(answers), buckets))
+    return hashed

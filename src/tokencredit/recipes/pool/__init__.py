@@ -1,4 +1,4 @@
-"""The fixed pool of samples: raw records in, canonical samples with masks, stored columns, training files out."""
+"""The fixed pool of samples: raw records in, canonical samples with masks of their answers, logs of JSON lines."""
 
 from tokencredit.lazy import attributes_of
 

@@ -12,6 +12,7 @@ from tokencredit.recipes.pool.answers import Template, answer_spans, generation_
 from tokencredit.recipes.pool.formats import is_trained
 
 Messages = Sequence[Mapping[str, Any]]
+Conversations = Iterable[Mapping[str, Any] | Messages]  # samples of a pool with their tools, or bare messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +40,7 @@ class Encoded:
 
 
 def encode_all(
-    tokenizer: Any,
-    samples: Iterable[Mapping[str, Any] | Messages],
-    max_length: int,
-    unread: list[Unread] | None = None,
+    tokenizer: Any, samples: Conversations, max_length: int, unread: list[Unread] | None = None
 ) -> list[Encoded]:
     """Encode samples of a pool with their tools, or bare messages.
 
@@ -88,10 +86,7 @@ def encode(
     Raises:
       TokenCreditError: the template refuses the conversation, the tokenizer cannot read it, or an answer is not found.
     """
-    try:
-        return _encode(tokenizer, messages, max_length, tools)
-    except _Problem as problem:
-        raise _error(name, problem) from problem
+    return encode_all(tokenizer, [{"messages": messages, "tools": tools, "id": name}], max_length)[0]
 
 
 def _error(name: str, problem: Exception) -> TokenCreditError:
@@ -121,19 +116,19 @@ def _with_template(
     if turns[:1] == [0]:
         raise _Problem("its first message is the assistant's, so no prompt comes before the answer")
     template = Template(tokenizer=tokenizer, tools=tools)
-    final = _tried(template.render, messages)
-    ids = _tried(tokens_of, tokenizer, final)
+    final = _call_foreign(template.render, messages)
+    ids = _call_foreign(tokens_of, tokenizer, final)
     spans = generation_spans(template, messages, ids, len(turns))
     if spans is None:
-        found = answer_spans(template, messages, turns, final, ids)
-        if None in found:
-            raise _Problem(f"answer {found.index(None) + 1} is not found in what the chat template renders")
-        spans = [span for span in found if span is not None]
+        answers = answer_spans(template, messages, turns, final, ids)
+        if None in answers:
+            raise _Problem(f"answer {answers.index(None) + 1} is not found in what the chat template renders")
+        spans = [span for span in answers if span is not None]
     trained = [span for span, turn in zip(spans, turns, strict=True) if is_trained(messages[turn])]
     return ids, [(start, stop) for start, stop in trained if start < stop]
 
 
-def _tried(call: Any, *arguments: Any) -> Any:
+def _call_foreign(call: Any, *arguments: Any) -> Any:
     """Templates run code of their own, tokenizers raise bare exceptions: whatever they raise refuses the sample."""
     try:
         return call(*arguments)
@@ -151,7 +146,7 @@ def _plain(
     ids: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     spans = []
     for message in messages:
-        tokens = _tried(tokens_of, tokenizer, message["content"])
+        tokens = _call_foreign(tokens_of, tokenizer, message["content"])
         if message["role"] == "assistant":
             tokens = tokens if tokenizer.eos_token_id is None else [*tokens, tokenizer.eos_token_id]
             if is_trained(message):
@@ -167,7 +162,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         if not tokenizer.chat_template:
             return _plain(tokenizer, turn, None)[0]
         template = Template(tokenizer=tokenizer, tools=None)
-        return list(_tried(tokens_of, tokenizer, _tried(lambda: template.render(turn, prompt=True))))
+        return list(_call_foreign(tokens_of, tokenizer, _call_foreign(lambda: template.render(turn, prompt=True))))
     except _Problem as problem:
         raise TokenCreditError(
             f"the prompt {prompt[:60]!r} cannot be encoded: {printable(str(problem))}", hint="mend the prompt"

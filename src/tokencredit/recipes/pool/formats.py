@@ -1,33 +1,21 @@
 """One raw record as a sample of the pool: messages, ShareGPT, Alpaca or a pair. What cannot be kept is refused."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = dict[str, Any]
 
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
+# Names of the fields of a prompt–response pair, in the order in which they are looked for.
 PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-    ("prompt", "answer"),
-    ("question", "response"),
-    ("instruction", "response"),
+    *(("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "output")),
+    *(("prompt", "answer"), ("question", "response"), ("instruction", "response")),
 )
 # Keys of a message that templates read or that say what is trained. They are kept, and written back by the export.
 MEANT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
@@ -193,28 +181,29 @@ def _with_system(record: dict[str, Any], messages: list[Message], used: set[str]
     """Put a system prompt that is a field of the record before its messages."""
     fields = [key for key in ("system", "system_prompt") if record.get(key)]
     texts = {_text(record[key]) for key in fields}
-    own = next((message["content"] for message in messages if message["role"] == "system"), None)
-    if len(texts) > 1 or (own is not None and texts - {own}):
+    first = next((message["content"] for message in messages if message["role"] == "system"), None)
+    if len(texts) > 1 or (first is not None and texts - {first}):
         raise Refusal(f"`{fields[0]}` and another system prompt: which one is meant?")
-    if texts and own is None:
+    if texts and first is None:
         messages = [{"role": "system", "content": texts.pop()}, *messages]
     return messages, used | {"system", "system_prompt"}
 
 
 def _tools_of(record: Mapping[str, Any]) -> tuple[list[Any], set[str]]:
     """The tool descriptions of a record, a list or the JSON text of one."""
-    found = [key for key in ("tools", "functions") if record.get(key)]
-    if not found:
-        return [], {"tools", "functions"}
-    tools = record[found[0]]
+    names = {"tools", "functions"}
+    fields = [key for key in ("tools", "functions") if record.get(key)]
+    if not fields:
+        return [], names
+    tools = record[fields[0]]
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise Refusal(f"`{found[0]}` is a text that is not JSON") from None
-    if len(found) > 1 or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Refusal(f"`{found[0]}` must be one list of tool descriptions")
-    return tools, {"tools", "functions"}
+            raise Refusal(f"`{fields[0]}` is a text that is not JSON") from None
+    if len(fields) > 1 or not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refusal(f"`{fields[0]}` must be one list of tool descriptions")
+    return tools, names
 
 
 def _message(turn: Any) -> Message:
@@ -231,7 +220,8 @@ def _message(turn: Any) -> Message:
     kept = {key: turn[key] for key in (*MEANT, *WEIGHTS) if turn.get(key) is not None}
     _check_kept(kept)
     message = {"role": ROLES[role], "content": "" if content is None and kept.get("tool_calls") else _text(content)}
-    rest = _unread(turn, {"role", "from", "content", "value", *MEANT, *WEIGHTS, "function_call", *MEDIA})
+    known = {"role", "from", "content", "value", *MEANT, *WEIGHTS, "function_call", *MEDIA}
+    rest = {key: value for key, value in turn.items() if key not in known and value is not None}
     return message | kept | ({"": rest} if rest else {})
 
 
@@ -246,10 +236,6 @@ def _check_kept(kept: Mapping[str, Any]) -> None:
             raise Refusal(
                 f"a message's `{key}` must be 0 or 1, got {str(kept[key])[:40]!r}: no other weight can be kept"
             )
-
-
-def _unread(turn: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    return {key: value for key, value in turn.items() if key not in known and value is not None}
 
 
 def _text(content: Any) -> str:

@@ -94,17 +94,17 @@ def _whole(path: Path) -> list[tuple[int, Any]] | None:
     """The records of a file that is not one object a line: of an array, or of values after another; else None."""
     try:
         text = path.read_bytes().removeprefix(_BOM).decode("utf-8")
-        decoder, found, place, line = json.JSONDecoder(), [], 0, 1
+        decoder, values, place, line = json.JSONDecoder(), [], 0, 1
         while (start := _SPACE.match(text, place).end()) < len(text):  # type: ignore[union-attr]
             line += text.count("\n", place, start)
             value, place = decoder.raw_decode(text, start)
-            found.append((line, value))
+            values.append((line, value))
             line += text.count("\n", start, place)
     except (ValueError, RecursionError):
         return None
-    if len(found) == 1 and isinstance(found[0][1], list):
-        return list(enumerate(found[0][1], start=1))
-    return found
+    if len(values) == 1 and isinstance(values[0][1], list):
+        return list(enumerate(values[0][1], start=1))
+    return values
 
 
 def parse(raw: bytes) -> Any:

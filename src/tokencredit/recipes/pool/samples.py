@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt64
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.files import whole_file, write_bytes
 
 Positions = Int32[np.ndarray, " _"]  # an ordered subset: indices into the pool
 
@@ -56,22 +56,22 @@ class Pool:
                 f"{self.folder / POOL} cannot be read: it was changed or is damaged", hint="build the pool again"
             ) from error
 
-    def id_of(self, position: int) -> str:
-        return bytes(self.ids[position]).decode()
-
     def positions_of(self, ids: Sequence[str]) -> Positions:
         """The positions of ids, in the given order; an id that the pool lacks is an error."""
-        wanted = np.array([identifier.encode() for identifier in ids], dtype=self.ids.dtype)
+        encoded = np.array([identifier.encode() for identifier in ids], dtype=self.ids.dtype)
         order = self.id_order
-        place = np.searchsorted(self.ids[order], wanted)
-        found = order[np.minimum(place, len(order) - 1)]
-        wrong = np.flatnonzero(self.ids[found] != wanted)
-        if len(wrong):
+        positions = order[np.minimum(np.searchsorted(self.ids[order], encoded), len(order) - 1)]
+        absent = np.flatnonzero(self.ids[positions] != encoded)
+        if len(absent):
             raise TokenCreditError(
-                f"id {ids[wrong[0]]!r} is not in the pool ({len(wrong)} of {len(ids)} ids are missing)",
+                f"id {ids[absent[0]]!r} is not in the pool ({len(absent)} of {len(ids)} ids are missing)",
                 hint="the file belongs to another pool; compare the pool hashes",
             )
-        return found.astype(np.int32)
+        return positions.astype(np.int32)
+
+    def write_ids(self, positions: Positions, path: Path) -> None:
+        """Write the ids of a subset in its order, one a line."""
+        write_bytes(path, b"\n".join(self.ids[positions].tolist()) + b"\n")
 
     def subset_hash(self, positions: Positions) -> str:
         """SHA-256 of the sorted ids: trainers shuffle, so the order of a subset is not part of what it is."""
@@ -144,29 +144,6 @@ def _repeat_numbers(text64: np.ndarray) -> np.ndarray:
     return repeat
 
 
-def json_line(value: object) -> bytes:
-    """One line of JSON in UTF-8; text with a lone surrogate, which UTF-8 lacks, is written with escapes."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(value).encode("ascii") + b"\n"
-
-
-def write_lines(path: Path, values: Iterable[object]) -> None:
-    """Write JSON lines one after another, so that a large file never exists in memory; whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            for value in values:
-                file.write(json_line(value))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-
-
 def save_index(pool: Pool, folder: Path) -> None:
     """Write the columns of a pool beside its text, with the hash and the size of the text file."""
     import pyarrow as pa
@@ -181,9 +158,8 @@ def save_index(pool: Pool, folder: Path) -> None:
     size = (folder / POOL).stat().st_size
     facts = {"schema": "1", "pool_hash": pool.hash, "bytes": str(size)}
     table = pa.table(columns).replace_schema_metadata(facts)
-    partial = folder / (INDEX + ".partial")
-    pyarrow.feather.write_feather(table, partial, compression="uncompressed")
-    partial.replace(folder / INDEX)
+    with whole_file(folder / INDEX) as file:
+        pyarrow.feather.write_feather(table, file, compression="uncompressed")
 
 
 def load_pool(folder: Path | str) -> Pool:

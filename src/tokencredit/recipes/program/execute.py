@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import Positions
-from tokencredit.recipes.program.operators import OPERATORS
+from tokencredit.recipes.program.operators.table import OPERATORS
 from tokencredit.recipes.program.recipe import Recipe, Step, canonical, used_signals
+from tokencredit.recipes.signals.materials import Materials
 
 CACHE_BYTES = 256 << 20  # subsets of program prefixes
 
@@ -65,8 +65,9 @@ class Executor:
                     f"step {number} ({step.op}) leaves no sample of {len(current)}",
                     hint="loosen the step; `tokencredit recipes run --trace` shows what each step keeps",
                 )
-            same = len(after) == len(current) and np.array_equal(after, current)
-            note = "identity" if same else "cached" if cached else ""
+            note = "cached" if cached else ""
+            if len(after) == len(current) and np.array_equal(after, current):
+                note = "identity"
             trace.append(
                 StepTrace(
                     op=step.op,
@@ -79,12 +80,8 @@ class Executor:
                 )
             )
             current = after
-        return Subset(
-            positions=current,
-            hash=pool.subset_hash(current),
-            recipe_hash=self.recipe_hash(recipe),
-            trace=tuple(trace),
-        )
+        subset_hash, recipe_hash = pool.subset_hash(current), self.recipe_hash(recipe)
+        return Subset(positions=current, hash=subset_hash, recipe_hash=recipe_hash, trace=tuple(trace))
 
     def _step(self, prefix: tuple[Step, ...], step: Step, current: Positions) -> tuple[Positions, bool]:
         key = canonical(prefix)

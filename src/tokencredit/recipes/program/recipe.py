@@ -1,6 +1,5 @@
 """Recipe files: parsing, validation, canonical form, hashes and differences."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -8,14 +7,17 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar, get_args
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.files import dump_yaml, read_yaml
-from tokencredit.recipes.program.operators import OPERATORS, missing_default
-from tokencredit.recipes.signals.neardup import FLOOR
+from tokencredit.recipes.program.operators.spec import missing_default
+from tokencredit.recipes.program.operators.table import OPERATORS
+from tokencredit.settings import Settings, wrong_value
 
 Params = dict[str, Any]
 
@@ -63,40 +65,37 @@ def accepted(op: str) -> dict[str, inspect.Parameter]:
 
 def make_step(op: str, **params: Any) -> Step:
     """A validated step; `top` with a budget of tokens is the operator `top_tokens`."""
-    params = {name: _plain_value(value) for name, value in params.items()}
     if op == "top" and "tokens" in params:
         op = "top_tokens"
     known = accepted(op)
     for name in params:
         if name not in known:
             raise unknown(f"parameter of {op}", name, known)
+    values = {name: _plain_value(value) for name, value in params.items() if value is not None}
     for name, parameter in known.items():
-        if parameter.default is inspect.Parameter.empty and params.get(name) is None:
+        if parameter.default is inspect.Parameter.empty and name not in values:
             hint = "a draw without a seed cannot be repeated" if name == "seed" else None
             raise TokenCreditError(f"{op} needs `{name}`", hint=hint)
-    given = {name: value for name, value in params.items() if value is not None}
-    for name, value in given.items():
-        _check_value(op, name, value)
-    sizes = [name for name in ("fraction", "k") if name in given]
+    for name, value in values.items():
+        kind, adapter = _type_of(op, name)
+        try:
+            adapter.validate_python(value)
+        except ValidationError:
+            raise wrong_value(f"{op}.{name}", value, kind) from None
+    sizes = [name for name in ("fraction", "k") if name in values]
     if op in {"top", "top_union"} and len(sizes) != 1:
         raise TokenCreditError(f"{op} needs exactly one of fraction and k; got {', '.join(sizes) or 'none'}")
-    if op == "band" and not given["low"] < given["high"]:
-        raise TokenCreditError(f"band needs low < high, got {given['low']} and {given['high']}")
-    return Step(op=op, params=given)
+    if op == "band" and not values["low"] < values["high"]:
+        raise TokenCreditError(f"band needs low < high, got {values['low']} and {values['high']}")
+    return Step(op=op, params=values)
 
 
-_CHOICES = {
-    "missing": ("error", "drop", "keep"),
-    "order": ("input", "score"),
-    "share": ("proportional", "equal"),
-}
-_RANGES = {
-    "fraction": (0.0, 1.0),
-    "low": (0.0, 1.0),
-    "high": (0.0, 1.0),
-    "cosine": (FLOOR, 1.0),
-    "jaccard": (0.5, 0.99),
-}
+@cache
+def _type_of(op: str, name: str) -> tuple[Any, TypeAdapter]:
+    """The type of a parameter without its null, and what checks it."""
+    annotation = accepted(op)[name].annotation
+    kind = next((part for part in get_args(annotation) if NoneType in get_args(annotation)), annotation)
+    return kind, TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _plain_value(value: Any) -> Any:
@@ -106,33 +105,6 @@ def _plain_value(value: Any) -> Any:
     if isinstance(value, np.floating):
         return float(str(value))
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _check_value(op: str, name: str, value: Any) -> None:
-    where = f"`{name}` of {op}"
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise unknown(f"value of {where}", value, _CHOICES[name])
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if name in _RANGES:
-        low, high = _RANGES[name]
-        above = value > low if number and name == "fraction" else number and value >= low
-        if not above or value > high:
-            bounds = f"{'(' if name == 'fraction' else '['}{low:g}, {high:g}]"
-            raise TokenCreditError(f"{where} must be in {bounds}, got {value!r}")
-    elif name in {"k", "tokens", "clusters", "neighbours"} and (type(value) is not int or value < 1):
-        raise TokenCreditError(f"{where} must be a whole number of at least 1, got {value!r}")
-    elif name == "seed" and type(value) is not int:
-        raise TokenCreditError(f"{where} must be a whole number, got {value!r}")
-    elif name in {"descending", "below", "exact", "recluster"} and not isinstance(value, bool):
-        raise TokenCreditError(f"{where} must be true or false, got {value!r}")
-    elif name == "signals" and not (isinstance(value, list) and value and all(isinstance(s, str) for s in value)):
-        raise TokenCreditError(f"{where} must be a list of signal names, got {value!r}")
-    elif name in {"signal", "source", "prefix"} and not isinstance(value, str):
-        raise TokenCreditError(f"{where} must be a name, got {value!r}")
-    elif name == "keep" and value not in ("first", "longest") and not str(value).startswith("best:"):
-        raise unknown(f"value of {where}", value, ("first", "longest", "best:SIGNAL"))
-    elif name == "value" and not (number and abs(value) < 1e38):
-        raise TokenCreditError(f"{where} must be a finite number, got {value!r}")
 
 
 def make_recipe(steps: Sequence[Any], id: str = "", parent: str = "") -> Recipe:
@@ -169,6 +141,25 @@ def _spelled(number: int, step: Any) -> tuple[str, Params]:
     )
 
 
+class _About(Settings):
+    """`recipe:` of a recipe file."""
+
+    section: ClassVar[str] = "recipe"
+
+    id: str | int | None = None
+    parent: str | int | None = None
+    pool: str | None = None
+
+
+class _RecipeFile(Settings):
+    """A recipe file that is a mapping."""
+
+    key_kind: ClassVar[str] = "key of a recipe file"
+
+    recipe: _About = _About()
+    steps: list[Any]
+
+
 def load_recipe(path: Path | str) -> tuple[Recipe, str | None]:
     """A recipe from a YAML file, and the hash of the pool that it was written for, if it says.
 
@@ -182,18 +173,9 @@ def load_recipe(path: Path | str) -> tuple[Recipe, str | None]:
             f"{path} must be a list of steps, or a mapping with a list `steps`",
             hint="write `steps: [{op: top, signal: ppl, fraction: 0.5}]`",
         )
-    for key in content:
-        if key not in {"recipe", "steps"}:
-            raise unknown("key of a recipe file", key, ("recipe", "steps"))
-    about = content.get("recipe") or {}
-    if not isinstance(about, dict):
-        raise TokenCreditError(f"{path}: `recipe` must be a mapping with id, parent or pool, got {about!r}")
-    for key in about:
-        if key not in {"id", "parent", "pool"}:
-            raise unknown("key of `recipe`", key, ("id", "parent", "pool"))
-    recipe = make_recipe(content["steps"], str(about.get("id") or ""), str(about.get("parent") or ""))
-    pool = about.get("pool")
-    return recipe, str(pool).removeprefix("sha256:") if pool else None
+    file = _RecipeFile.read(content)
+    recipe = make_recipe(file.steps, str(file.recipe.id or ""), str(file.recipe.parent or ""))
+    return recipe, file.recipe.pool.removeprefix("sha256:") if file.recipe.pool else None
 
 
 def dump_recipe(recipe: Recipe, pool_hash: str) -> str:
@@ -234,11 +216,6 @@ def _shortest(value: Any) -> Any:
         return value
     text = format(Decimal(str(value)).normalize(), "f")  # a NumPy number's repr names its type
     return "0" if text == "-0" else text
-
-
-def program_hash(recipe: Recipe) -> str:
-    """SHA-256 of the canonical program: what the recipe says."""
-    return hashlib.sha256(canonical(recipe.steps).encode()).hexdigest()
 
 
 def used_signals(steps: Sequence[Step]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Baseline selectors: greedy and clustered subset algorithms over any features, and the scores of rating methods.
+"""Baseline selectors: greedy and clustered subset algorithms over any features.
 
-Each function takes arrays and returns indices or scores; `OPERATORS` wraps the subset algorithms as steps, so that
+Each function takes arrays and returns indices; `operators/` wraps them as steps, so that
 every published selector is a recipe of length one. Representation and algorithm stay apart.
 """
 
@@ -137,15 +137,6 @@ def gumbel_top_k(log_weights: Float[np.ndarray, " n"], k: int, seed: int) -> Ind
     return np.sort(np.argsort(-noisy, kind="stable")[:k])
 
 
-def importance_log_weights(pool: np.ndarray, target: np.ndarray) -> Float[np.ndarray, " n"]:
-    """Σ_b c_b [log(p̂_b + 1e-8) − log(q̂_b + 1e-8)] for bucket counts of samples [n, buckets] and of the target.
-
-    p̂ and q̂ are bucket frequencies of target and pool. Not normalised by length, as in DSIR (arXiv:2302.03169).
-    """
-    p, q = target.sum(0) / target.sum(), pool.sum(0) / pool.sum()
-    return np.asarray(pool @ (np.log(p + 1e-8) - np.log(q + 1e-8)), dtype=np.float64).ravel()
-
-
 def trajectory_k(trajectories: Rows, k: int, clusters: int = 100, seed: int = 0) -> Indices:
     """Equal shares of clusters of loss trajectories, the smallest cluster first (S2L, arXiv:2403.07384)."""
     if not np.isfinite(trajectories).all():
@@ -160,41 +151,3 @@ def trajectory_k(trajectories: Rows, k: int, clusters: int = 100, seed: int = 0)
         chosen.append(np.sort(rng.choice(rows, share, replace=False)))
         left -= share
     return np.concatenate(chosen)
-
-
-def rating_score(logits: Float[np.ndarray, "n 6"]) -> Float[np.ndarray, " n"]:
-    """Σ_k k · softmax_k over the logits of the tokens "1" … "6" (DEITA): 3.5 for equal logits."""
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return shares / shares.sum(1, keepdims=True) @ np.arange(1, 7)
-
-
-def self_rating(probabilities: Float[np.ndarray, "n prompts 5"], alpha: float = 0.2) -> Float[np.ndarray, " n"]:
-    """SelectIT (arXiv:2402.16705): token score per prompt, then mean/(1 + α std) over prompts.
-
-    P′ = probabilities of the scores 1…5, renormalised; base = argmax; token = base · Σ|P′ᵢ − P′_base| / 4.
-    """
-    shares = probabilities / probabilities.sum(-1, keepdims=True)
-    best = shares.max(-1, keepdims=True)
-    token = (shares.argmax(-1) + 1) * np.abs(shares - best).sum(-1) / 4
-    return token.mean(1) / (1 + alpha * token.std(1))
-
-
-def influence(
-    train: Sequence[np.ndarray], queries: Sequence[Sequence[np.ndarray]], rates: Sequence[float]
-) -> Float[np.ndarray, " n"]:
-    """Σ_checkpoints η̄ ⟨train, query⟩ of length-1 gradient features; mean inside a subtask, maximum over subtasks.
-
-    `train` holds [n, d] for each checkpoint, `queries` for each checkpoint one [m, d] for each subtask. Paper: LESS
-    (arXiv:2402.04333).
-    """
-    per_subtask = []
-    for subtask in range(len(queries[0])):
-        total = np.zeros(len(train[0]))
-        for features, query, rate in zip(train, queries, rates, strict=True):
-            total += rate * (_unit(features) @ _unit(query[subtask]).T).mean(1)
-        per_subtask.append(total)
-    return np.max(per_subtask, axis=0)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

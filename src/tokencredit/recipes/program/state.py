@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.pool.samples import Positions
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.neardup import PairGraph, has_features
 
 DUPLICATE = 0.9  # cosine from which a later sample counts as a duplicate
-GROUPS = ("scale", "relevance", "signal", "redundancy")
 
 State = dict[str, float]
 
@@ -74,10 +73,9 @@ class StateReader:
             return {}
         scores = np.stack([self.materials.column(name)[positions] for name in names])
         valid = scores[np.isfinite(scores)].astype(np.float64)
-        return {
-            "score_mean": float(valid.mean()) if len(valid) else 0.0,
-            "score_std": float(valid.std()) if len(valid) else 0.0,
-        }
+        if len(valid) == 0:
+            return {"score_mean": 0.0, "score_std": 0.0}
+        return {"score_mean": float(valid.mean()), "score_std": float(valid.std())}
 
     def _centre(self, positions: Positions) -> np.ndarray:
         features = self.materials.features
@@ -127,18 +125,14 @@ def _entropy(counts: np.ndarray) -> float:
 
 def feature_vector(state: Mapping[str, float]) -> tuple[np.ndarray, list[str]]:
     """What the surrogate sees of a state, with the group of each entry: scale, relevance, signal or redundancy."""
-    values, groups = [], []
-    for name, value in state.items():
-        if name in {"token_ratio", "retain_ratio"}:
-            values.append(float(np.log(max(value, 1e-6))))
-            groups.append("scale")
-        elif name.startswith("mean.rel."):
-            values.append(value)
-            groups.append("relevance")
-        elif name.startswith("mean.") or name == "drift":
-            values.append(value)
-            groups.append("signal")
-        elif name == "dup_rate":
-            values.append(value)
-            groups.append("redundancy")
-    return np.array(values), groups
+    groups = {name: group for name in state if (group := _group_of(name))}
+    values = [float(np.log(max(state[name], 1e-6))) if groups[name] == "scale" else state[name] for name in groups]
+    return np.array(values), list(groups.values())
+
+
+def _group_of(name: str) -> str:
+    """The group of inputs that a number of the state belongs to; empty where the surrogate does not see it."""
+    named = {"token_ratio": "scale", "retain_ratio": "scale", "drift": "signal", "dup_rate": "redundancy"}
+    if name.startswith("mean."):
+        return "relevance" if name.startswith("mean.rel.") else "signal"
+    return named.get(name, "")

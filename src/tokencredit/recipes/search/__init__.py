@@ -1,4 +1,4 @@
-"""The search for a recipe: configuration, history, policies, surrogate, and the loop that resumes."""
+"""The search for a recipe: its configuration and loop, policies that choose, the surrogate, the language model."""
 
 from tokencredit.lazy import attributes_of
 

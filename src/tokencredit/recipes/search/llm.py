@@ -15,13 +15,12 @@ import numpy as np
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import make_folder, read_json, write_json
-from tokencredit.recipes.pool.samples import json_line
-from tokencredit.recipes.program.operators import OPERATORS
-from tokencredit.recipes.program.recipe import Recipe, accepted, make_recipe, make_step
+from tokencredit.recipes.evaluate.history import Evaluation, usable
+from tokencredit.recipes.pool.lines import append, json_line
+from tokencredit.recipes.program.operators.table import OPERATORS
+from tokencredit.recipes.program.recipe import Recipe, accepted, as_mappings, make_recipe, make_step
 from tokencredit.recipes.search.config import LLMSettings
-from tokencredit.recipes.search.history import Evaluation, usable
-from tokencredit.recipes.search.policies import Candidate, Chooser, score
-from tokencredit.recipes.search.surrogate import log_expected_improvement
+from tokencredit.recipes.search.policies import Candidate, Choice, Chooser, improvements, score
 
 TOP = 5
 ASKED = 5
@@ -44,47 +43,32 @@ class Adviser:
     folder: Path
     counts: dict[str, int] = field(default_factory=dict)
 
-    def advise(
-        self,
-        chooser: Chooser,
-        slot: int,
-        history: Sequence[Evaluation],
-        chosen: Candidate,
-        considered: Sequence[Candidate],
-    ) -> tuple[Candidate, list[Candidate]]:
-        """The candidate to pay for, and all that were considered."""
+    def advise(self, chooser: Chooser, history: Sequence[Evaluation], choice: Choice) -> Choice:
+        """Add the model's recipes to what was considered, and let it order the best."""
         good = usable(history)
         if not good:
-            return chosen, list(considered)
-        candidates = list(considered)
+            return choice
+        candidates = list(choice.considered)
         if "propose" in self.settings.roles:
-            recipes = self._ask("propose", self._facts(chooser, slot, history), self._read_proposals) or []
+            recipes = self._ask("propose", self._facts(chooser, history), self._read_proposals) or []
             candidates += [chooser.materialise(recipe) for recipe in recipes]
         open_candidates = [candidate for candidate in candidates if not candidate.why]
         if not open_candidates:
-            return chosen, candidates
+            return Choice(choice.candidate, candidates)
         scored = score(chooser, good, open_candidates)
-        candidates = [candidate for candidate in candidates if candidate.why] + scored
-        best = self._by_improvement(chooser, good, scored)[:TOP]
+        order = np.argsort(-improvements(chooser, good, scored), kind="stable")[:TOP]
+        best = [scored[index] for index in order.tolist()]
         if "rank" in self.settings.roles and len(best) > 1:
-            facts = self._facts(chooser, slot, history)
-            facts["candidates"] = [_describe(candidate) for candidate in best]
-            order = self._ask("rank", facts, lambda answer: _read_ranking(answer, len(best)))
-            if order is not None:
-                best = [best[index] for index in order]
-        return best[0], candidates
+            facts = self._facts(chooser, history) | {"candidates": [_describe(candidate) for candidate in best]}
+            places = self._ask("rank", facts, lambda answer: _read_ranking(answer, len(best)))
+            best = best if places is None else [best[place] for place in places]
+        return Choice(best[0], [candidate for candidate in candidates if candidate.why] + scored)
 
-    def _by_improvement(self, chooser: Chooser, good: Sequence[Evaluation], found: list[Candidate]) -> list[Candidate]:
-        mean = np.array([candidate.mean for candidate in found], dtype=np.float64)
-        sd = np.array([candidate.sd for candidate in found], dtype=np.float64)
-        gain = log_expected_improvement(mean, sd, float(chooser.posterior(good).max()))
-        return [found[index] for index in np.argsort(-gain, kind="stable").tolist()]
-
-    def _facts(self, chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> dict[str, Any]:
+    def _facts(self, chooser: Chooser, history: Sequence[Evaluation]) -> dict[str, Any]:
         """What the model sees: names and numbers; text of samples only if the settings say so."""
         space = chooser.space
         facts: dict[str, Any] = {
-            "slot": slot,
+            "slot": len(history) + 1,
             "budget": chooser.config.search.budget,
             "pool_samples": space.samples,
             "operators": {op: sorted(accepted(op)) for op in space.operators},
@@ -162,12 +146,7 @@ class Adviser:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def _log(self, line: dict[str, Any]) -> None:
-        path = make_folder(self.folder / "llm") / "problems.jsonl"
-        try:
-            with path.open("ab") as file:
-                file.write(json_line(line))
-        except OSError as error:
-            raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+        append(make_folder(self.folder / "llm") / "problems.jsonl", json_line(line))
 
 
 PROMPTS = {
@@ -183,9 +162,8 @@ PROMPTS = {
 
 def _describe(candidate: Candidate) -> dict[str, Any]:
     assert candidate.subset is not None
-    steps = [{"op": step.op, **step.params} for step in candidate.recipe.steps]
     facts = {"mean": candidate.mean, "sd": candidate.sd, "samples": len(candidate.subset), "state": candidate.state}
-    return {"recipe": steps, **facts}
+    return {"recipe": as_mappings(candidate.recipe), **facts}
 
 
 def _read_ranking(answer: Any, count: int) -> list[int]:

@@ -1,29 +1,29 @@
 """The search loop: choose, pay, write down. Killed anywhere, it resumes to the same history; no run is paid twice."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.files import make_folder, write_bytes, write_text
+from tokencredit.files import make_folder, write_text
 from tokencredit.progress import bar
-from tokencredit.recipes.pool.materials import Materials
-from tokencredit.recipes.pool.samples import Positions, json_line, write_lines
+from tokencredit.recipes.evaluate.history import Evaluation, append_evaluation, load_history, usable
+from tokencredit.recipes.evaluate.records import EvaluationFailed, Evaluator, Request
+from tokencredit.recipes.pool.lines import append, json_line, read_log, write_lines
+from tokencredit.recipes.pool.samples import Positions
 from tokencredit.recipes.program.execute import Executor
 from tokencredit.recipes.program.recipe import as_mappings, dump_recipe
 from tokencredit.recipes.program.state import StateReader
-from tokencredit.recipes.search import history as log
 from tokencredit.recipes.search.config import SearchConfig
-from tokencredit.recipes.search.history import Evaluation, usable
 from tokencredit.recipes.search.llm import Adviser
-from tokencredit.recipes.search.objective import EvaluationFailed, Evaluator, Objective, Request, make_objective
+from tokencredit.recipes.search.objective import Objective
 from tokencredit.recipes.search.paper import best_so_far, choose_paper, stagnated
 from tokencredit.recipes.search.policies import (
     Candidate,
+    Choice,
     Chooser,
     choose_default,
     choose_random,
@@ -31,6 +31,7 @@ from tokencredit.recipes.search.policies import (
     reseed_due,
 )
 from tokencredit.recipes.search.propose import make_space
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.seeds import derive
 
 CANDIDATES = "candidates.jsonl"
@@ -53,19 +54,13 @@ class Search:
 
     def __post_init__(self) -> None:
         settings = self.config.search
-        self.objective = make_objective(self.config.objective)
+        self.objective = self.config.target
         graph = self.materials.graph(settings.clusters) if self.materials.make_graph is not None else None
         self.chooser = Chooser(
             config=self.config,
             executor=Executor(materials=self.materials),
             reader=StateReader(materials=self.materials, graph=graph),
-            space=make_space(
-                self.materials,
-                settings.operators,
-                derive("recipes", settings.seed, "random_k") % 2**31,
-                settings.clusters,
-                settings.max_steps,
-            ),
+            space=make_space(self.materials, settings, derive("recipes", settings.seed, "random_k") % 2**31),
         )
 
     @property
@@ -75,7 +70,7 @@ class Search:
 
     def load(self) -> None:
         """Read the history and execute its recipes again, which proves that pool and signals are still the same."""
-        self.history = log.load_history(self.folder)
+        self.history = load_history(self.folder)
         for evaluation in self.history:
             subset = self.chooser.executor.run(evaluation.recipe)
             if subset.hash != evaluation.subset_hash:
@@ -90,7 +85,9 @@ class Search:
         """Fill the remaining slots of the budget."""
         make_folder(self.folder)
         self.load()
-        self._drop_unpaid_candidates()
+        # Lines of a slot that was chosen and never finished go: it is chosen again.
+        path = self.folder / CANDIDATES
+        write_lines(path, [line for line in read_log(path) if line["slot"] <= len(self.history)])
         budget = self.config.search.budget
         with bar("search", budget) as advance:
             advance(len(self.history))
@@ -101,54 +98,69 @@ class Search:
 
     def step(self) -> Evaluation:
         """Choose and pay for one slot, and write it down before anything else happens."""
-        slot = len(self.history) + 1
-        chosen, considered = CHOOSERS[self.config.search.policy](self.chooser, slot, self.history)
-        if self.adviser is not None and chosen.kind == "search":
-            chosen, considered = self.adviser.advise(self.chooser, slot, self.history, chosen, considered)
-        self._write_candidates(slot, chosen, considered)
-        evaluation = self.evaluate(slot, chosen)
-        evaluation = self._with_leader(evaluation)
-        assert chosen.subset is not None
-        self._write_recipe(evaluation, chosen.subset.positions)
-        log.append_evaluation(self.folder, evaluation)
+        choice = CHOOSERS[self.config.search.policy](self.chooser, self.history)
+        if self.adviser is not None and choice.candidate.kind == "search":
+            choice = self.adviser.advise(self.chooser, self.history, choice)
+        self._write_candidates(choice)
+        evaluation = self._with_leader(self.evaluate(choice.candidate))
+        assert choice.candidate.subset is not None
+        positions = choice.candidate.subset.positions
+        self._write_recipe(evaluation, positions)
+        append_evaluation(self.folder, evaluation)
         self.history.append(evaluation)
-        self._remember(evaluation, chosen.subset.positions)
+        self._remember(evaluation, positions)
         return evaluation
 
-    def evaluate(self, slot: int, chosen: Candidate) -> Evaluation:
+    def evaluate(self, chosen: Candidate) -> Evaluation:
         """Pay for a run. A failed one is a record with its reason; it costs budget."""
-        subset = chosen.subset
+        subset, started = chosen.subset, time.monotonic()
         assert subset is not None
-        started = time.monotonic()
-        record = Evaluation(
-            slot=slot,
+        control = next((e.points for e in self.history if e.kind == "control" and e.ok), None)
+        outcome = self.pay(subset.positions, subset.hash, self.train_seed, "search", str(chosen.recipe))
+        outcome.pop("items")
+        if "points" in outcome:
+            outcome["below_floor"] = self.objective.below_floor(outcome["points"], control)
+        return Evaluation(
+            slot=len(self.history) + 1,
             kind=chosen.kind,
             steps=as_mappings(chosen.recipe),
             recipe_hash=subset.recipe_hash,
             subset_hash=subset.hash,
             samples=len(subset),
-            tokens=int(self.materials.pool.words[subset.positions].sum()),
+            tokens=self.tokens_of(subset.positions),
             seed=self.train_seed,
             split="search",
-            status="ok",
             state=chosen.state,
             mean=chosen.mean,
             sd=chosen.sd,
             parent=chosen.parent,
+            seconds=round(time.monotonic() - started, 3),
+            **outcome,
         )
-        request = Request(
-            positions=subset.positions,
-            subset_hash=subset.hash,
-            seed=self.train_seed,
-            split="search",
-            folder=run_folder(self.folder, self.evaluator.key, subset.hash, self.train_seed, "search"),
-            recipe=str(chosen.recipe),
-        )
-        outcome = pay(self.evaluator, self.objective, request, self._control_points())
-        return replace(record, **outcome, seconds=round(time.monotonic() - started, 3))
 
-    def _control_points(self) -> dict[str, float] | None:
-        return next((e.points for e in self.history if e.kind == "control" and e.ok), None)
+    def pay(self, positions: Positions, subset_hash: str, seed: int, split: str, recipe: str) -> dict[str, Any]:
+        """Run the evaluator and turn what it reports into fields of a log; its files are in a folder of its own."""
+        # The name of a run's folder is made of everything that moves its numbers.
+        name = f"{subset_hash[:16]}-{self.evaluator.key[:8]}-{split}-{seed}"
+        request = Request(
+            positions=positions,
+            subset_hash=subset_hash,
+            seed=seed,
+            split=split,
+            folder=self.folder / "evaluations" / name,
+            recipe=recipe,
+        )
+        try:
+            metrics = self.evaluator(request)
+            points = self.objective.points(metrics)
+        except EvaluationFailed as failure:
+            return {"status": "failed", "reason": str(failure), "items": []}
+        facts = {"status": "ok", "score": self.objective.total(points), "points": points}
+        return facts | {"tasks": metrics.task_mappings(), "items": metrics.item_rows()}
+
+    def tokens_of(self, positions: Positions) -> int:
+        """The words of a subset."""
+        return int(self.materials.pool.words[positions].sum())
 
     def _with_leader(self, evaluation: Evaluation) -> Evaluation:
         """Who leads after this run, and whether the next choice starts from a reseeded motif."""
@@ -169,27 +181,16 @@ class Search:
         self.chooser.seen[evaluation.subset_hash] = positions
         self.materials.evaluated[evaluation.subset_hash] = positions
 
-    def _write_candidates(self, slot: int, chosen: Candidate, considered: Sequence[Candidate]) -> None:
+    def _write_candidates(self, choice: Choice) -> None:
         lines = []
-        for candidate in considered or [chosen]:
-            line: dict[str, Any] = {"slot": slot, "steps": as_mappings(candidate.recipe), "why": candidate.why}
-            line["chosen"] = candidate.recipe == chosen.recipe
+        for candidate in choice.considered or [choice.candidate]:
+            line: dict[str, Any] = {"slot": len(self.history) + 1, "steps": as_mappings(candidate.recipe)}
+            line |= {"why": candidate.why, "chosen": candidate.recipe == choice.candidate.recipe}
             line |= {"mean": candidate.mean, "sd": candidate.sd, "parent": candidate.parent, "state": candidate.state}
             if candidate.subset is not None:
                 line |= {"subset_hash": candidate.subset.hash, "samples": len(candidate.subset)}
             lines.append(json_line(line))
-        path = self.folder / CANDIDATES
-        try:
-            with path.open("ab") as file:
-                file.write(b"".join(lines))
-        except OSError as error:
-            raise TokenCreditError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
-
-    def _drop_unpaid_candidates(self) -> None:
-        """Lines of a slot that was chosen and never finished go: it is chosen again."""
-        path = self.folder / CANDIDATES
-        kept = [line for line in log.lines(path) if line["slot"] <= len(self.history)]
-        write_lines(path, kept)
+        append(self.folder / CANDIDATES, b"".join(lines))
 
     def _write_recipe(self, evaluation: Evaluation, positions: Positions) -> None:
         pool = self.materials.pool
@@ -197,16 +198,16 @@ class Search:
         parent = f"r{evaluation.parent:04d}" if evaluation.parent is not None else ""
         recipe = replace(evaluation.recipe, parent=parent)
         write_text(recipes / f"{recipe.id}.yaml", dump_recipe(recipe, pool.hash))
-        ids = b"\n".join(pool.ids[positions].tolist()) + b"\n"
-        write_bytes(subsets / f"{evaluation.subset_hash}.ids", ids)
+        pool.write_ids(positions, subsets / f"{evaluation.subset_hash}.ids")
 
     def finalists(self, count: int = 2) -> list[Evaluation]:
         """The largest posterior means whose subsets differ; fixed before any confirmation is paid for."""
         good = [evaluation for evaluation in usable(self.history) if not evaluation.below_floor]
         if not good:
             raise TokenCreditError("no evaluation of this search finished above the floors")
-        means = self.chooser.posterior(good) if self.config.search.policy == "default" and len(good) > 1 else None
-        values = means if means is not None else np.array([evaluation.score for evaluation in good])
+        values = np.array([evaluation.score for evaluation in good])
+        if self.config.search.policy == "default" and len(good) > 1:
+            values = self.chooser.posterior(good)
         chosen: list[Evaluation] = []
         for index in np.argsort(-values, kind="stable").tolist():
             subset = self.chooser.seen[good[index].subset_hash]
@@ -215,28 +216,6 @@ class Search:
             if len(chosen) == count:
                 break
         return chosen
-
-
-def pay(
-    evaluator: Evaluator, objective: Objective, request: Request, control: dict[str, float] | None
-) -> dict[str, Any]:
-    """Run the evaluator and turn what it reports into fields of an `Evaluation`."""
-    try:
-        metrics = evaluator(request)
-        points = objective.points(metrics)
-    except EvaluationFailed as failure:
-        return {"status": "failed", "reason": str(failure)}
-    return {
-        "score": objective.total(points),
-        "points": points,
-        "tasks": {name: asdict(task) for name, task in metrics.tasks.items()},
-        "below_floor": objective.below_floor(points, control),
-    }
-
-
-def run_folder(folder: Path, evaluator_key: str, subset_hash: str, seed: int, split: str) -> Path:
-    """Where a run keeps its files: a name made of everything that moves its numbers."""
-    return folder / "evaluations" / f"{subset_hash[:16]}-{evaluator_key[:8]}-{split}-{seed}"
 
 
 def jaccard(a: Positions, b: Positions) -> float:

@@ -1,77 +1,63 @@
-"""What an evaluation reports, and how its task scores become one number in points."""
+"""How the scores of tasks become one number in points, and which of them fell below their floor."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import isfinite
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar
 
-from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.recipes.pool.samples import Positions
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskScore:
-    """Mean score of a task in [0, 1], over n problems."""
-
-    score: float
-    n: int = 0
-    parse_fail: int = 0  # answers that could not be read; they count as wrong
+from tokencredit.errors import TokenCreditError, shown
+from tokencredit.recipes.evaluate.records import EvaluationFailed, Metrics
+from tokencredit.settings import Number, Settings, Words, is_number
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
-    """Scores of one fine-tuned model. `items` are {(task, item): score}, for paired intervals."""
-
-    tasks: Mapping[str, TaskScore]
-    items: Mapping[tuple[str, str], float] = field(default_factory=dict)
-    train: Mapping[str, float] = field(default_factory=dict)
+def _check_floor(floor: str) -> str:
+    rest = floor.removeprefix("control-")
+    if rest == floor or not rest.replace(".", "", 1).isdigit():
+        raise ValueError
+    return floor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Request:
-    """One run to pay for: fine-tune on a subset with a seed, evaluate on a split."""
-
-    positions: Positions
-    subset_hash: str
-    seed: int
-    split: str
-    folder: Path  # of this run alone; what is finished there is never paid for again
-    recipe: str = ""
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-    """Fine-tunes and evaluates. `key` names everything that moves a number besides subset, seed and split."""
-
-    @property
-    def key(self) -> str: ...
-
-    def __call__(self, request: Request) -> Metrics: ...
-
-
-class EvaluationFailed(Exception):
-    """One run failed for good, after its retry; the text is the reason. It costs budget and teaches nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskGoal:
+class TaskGoal(Settings):
     """Weight of a task, the score of guessing, and a floor: a number of points, or control−x."""
 
-    weight: float | int = 1.0
-    chance: float | int = 0.0
-    floor: float | int | str | None = None
+    section: ClassVar[str] = "objective.tasks"
+    key_kind: ClassVar[str] = "key of a task"
+
+    weight: Annotated[int | float, Field(ge=0, lt=1e300), Words("a number of at least 0")] = 1.0
+    chance: Annotated[int | float, Field(ge=0, lt=1), Words("a number in [0, 1)")] = 0.0
+    floor: Number | Annotated[str, AfterValidator(_check_floor), Words("control-NUMBER")] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """Weighted mean over tasks of the chance-corrected score, times `scale` (100: points).
+def _read_goals(tasks: Any) -> dict[str, TaskGoal]:
+    if not isinstance(tasks or {}, Mapping):
+        raise TokenCreditError(f"`objective.tasks` must be a mapping from task to goal, got {shown(tasks)}")
+    goals = {}
+    for name, goal in (tasks or {}).items():
+        try:
+            goals[name] = TaskGoal.read(goal or {})
+        except TokenCreditError as error:
+            raise TokenCreditError(f"task {name} of the objective: {error.message}", hint=error.hint) from error
+    return goals
 
-    Without declared tasks, every reported task counts alike.
+
+class Objective(Settings):
+    """`objective:` of a search file: the weighted mean of the tasks' chance-corrected scores, times `scale`.
+
+    With scale 100 these are points. Without declared tasks, every reported task counts alike. `noise_sd` is the
+    standard deviation of one evaluation, in points.
     """
 
-    tasks: Mapping[str, TaskGoal] = field(default_factory=dict)
-    scale: float = 100.0
+    section: ClassVar[str] = "objective"
+
+    tasks: Annotated[Mapping[str, Any], BeforeValidator(_read_goals)] = {}  # TaskGoal by task
+    noise_sd: Annotated[int | float, Field(ge=0, lt=1e12), Words("a number of at least 0")] = 0.5
+    scale: Annotated[int | float, Field(gt=0, lt=1e12), Words("a number above 0")] = 100.0
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "Objective":
+        if self.tasks and not sum(goal.weight for goal in self.tasks.values()) > 0:
+            raise TokenCreditError("the weights of the tasks of the objective are all 0")
+        return self
 
     def points(self, metrics: Metrics) -> dict[str, float]:
         """Points of each task that counts, (s − c)/(1 − c) · scale."""
@@ -82,12 +68,13 @@ class Objective:
         points = {}
         for name, goal in goals.items():
             score = metrics.tasks[name].score
-            if not isfinite(score):
+            if not is_number(score):
                 raise EvaluationFailed(f"score of {name!r} is {score}")
             points[name] = (score - goal.chance) / (1 - goal.chance) * self.scale
         return points
 
     def total(self, points: Mapping[str, float]) -> float:
+        """The weighted mean of the points."""
         weights = {name: self.tasks[name].weight if self.tasks else 1.0 for name in points}
         return sum(weights[name] * value for name, value in points.items()) / sum(weights.values())
 
@@ -95,79 +82,15 @@ class Objective:
         """Tasks whose floor is violated; a floor relative to the control binds once the control is known."""
         below = []
         for name, goal in self.tasks.items():
-            if isinstance(goal.floor, str):
-                limit = None if control is None else control[name] - float(goal.floor.removeprefix("control-"))
-            else:
-                limit = goal.floor
+            limit = goal.floor
+            if isinstance(limit, str):
+                limit = None if control is None else control[name] - float(limit.removeprefix("control-"))
             if limit is not None and points[name] < limit:
                 below.append(name)
         return below
 
-
-def make_objective(config: Mapping[str, Any]) -> Objective:
-    """From the `objective` block of a search file."""
-    tasks = {}
-    declared = config.get("tasks") or {}
-    if not isinstance(declared, Mapping):
-        raise TokenCreditError(f"`objective.tasks` must be a mapping from task to goal, got {declared!r}")
-    for name, goal in declared.items():
-        if goal is not None and not isinstance(goal, Mapping):
-            raise TokenCreditError(f"task {name} of the objective must be a mapping, got {goal!r}")
-        for key in goal or {}:
-            if key not in {"weight", "chance", "floor"}:
-                raise unknown(f"key of task {name}", key, ("weight", "chance", "floor"))
-        for key, default in (("weight", 1.0), ("chance", 0.0)):
-            if not _is_finite(value := (goal or {}).get(key, default)):
-                raise TokenCreditError(f"`{key}` of task {name} must be a number, got {value!r}")
-        floor = (goal or {}).get("floor")
-        if floor is not None and not isinstance(floor, str) and not _is_finite(floor):
-            raise TokenCreditError(f"`floor` of task {name} must be a number or control-NUMBER, got {floor!r}")
-        made = TaskGoal(**(goal or {}))
-        if not made.weight >= 0:
-            raise TokenCreditError(f"`weight` of task {name} must be at least 0, got {made.weight}")
-        if not 0 <= made.chance < 1:
-            raise TokenCreditError(f"`chance` of task {name} must be in [0, 1), got {made.chance}")
-        if isinstance(made.floor, str):
-            _check_floor(name, made.floor)
-        tasks[name] = made
-    if tasks and not sum(goal.weight for goal in tasks.values()) > 0:
-        raise TokenCreditError("the weights of the tasks of the objective are all 0")
-    return Objective(tasks=tasks, scale=float(config.get("scale", 100.0)))
-
-
-def _check_floor(task: str, floor: str) -> None:
-    rest = floor.removeprefix("control-")
-    if rest == floor or not rest.replace(".", "", 1).isdigit():
-        raise TokenCreditError(f"`floor` of task {task} must be a number or control-NUMBER, got {floor!r}")
-
-
-def metrics_to_json(metrics: Metrics) -> dict[str, Any]:
-    """What `metrics_from_json` reads back; items are kept apart."""
-    tasks = {
-        name: {"score": task.score, "n": task.n, "parse_fail": task.parse_fail} for name, task in metrics.tasks.items()
-    }
-    return {"tasks": tasks, "train": dict(metrics.train)}
-
-
-def metrics_from_json(content: Any) -> Metrics:
-    """From `metrics.json`; a missing or non-finite score fails the evaluation."""
-    if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict) or not content["tasks"]:
-        raise EvaluationFailed("metrics.json must hold `tasks`, a mapping from task to score")
-    tasks = {}
-    for name, task in content["tasks"].items():
-        score = task.get("score") if isinstance(task, dict) else None
-        if score is None or not _is_finite(score):
-            raise EvaluationFailed(f"score of {name!r} must be a finite number, got {str(score)[:60]}")
-        counts = {key: task.get(key) or 0 for key in ("n", "parse_fail")}
-        if not all(_is_finite(count) for count in counts.values()):
-            raise EvaluationFailed(f"`n` and `parse_fail` of {name!r} must be whole numbers")
-        tasks[name] = TaskScore(score=float(score), n=int(counts["n"]), parse_fail=int(counts["parse_fail"]))
-    train = content.get("train")
-    facts = {key: float(value) for key, value in train.items() if _is_finite(value)} if isinstance(train, dict) else {}
-    return Metrics(tasks=tasks, train=facts)
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < 1e300  # also a whole number that no float holds
+    def item_weights(self, tasks: list[str]) -> dict[str, float]:
+        """Points of the total that one unit of a task's score is worth, for the tasks that items were reported of."""
+        goals = {task: self.tasks.get(task) or TaskGoal(weight=int(not self.tasks)) for task in tasks}
+        whole = sum(goal.weight for goal in goals.values())
+        return {task: self.scale / (1 - goal.chance) * goal.weight / whole for task, goal in goals.items()}

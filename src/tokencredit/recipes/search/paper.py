@@ -1,54 +1,50 @@
 """The search of the paper (arXiv:2605.12944), without its language model: edits of one anchor, UCB on programs."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
+from tokencredit.recipes.evaluate.history import Evaluation, usable
 from tokencredit.recipes.program.recipe import Recipe, Step, make_recipe, make_step
-from tokencredit.recipes.search.history import Evaluation, usable
 from tokencredit.recipes.search.policies import (
+    Anchor,
     Candidate,
+    Choice,
     Chooser,
+    choose_best,
     fresh,
-    rank,
     reseed_due,
-    scores_of,
-    transitions_of,
+    reseeded_motif,
+    with_forecasts,
 )
-from tokencredit.recipes.search.propose import Space, edit, operator_order, operator_vector, reseed
+from tokencredit.recipes.search.propose import Space
+from tokencredit.recipes.search.surrogate import matern, negative_log_likelihood
 
 # The paper names bins and gives no edges; these are the aims of the released code.
 AIMS = ((0.05, 0.15), (0.30, 0.50), (0.60, 0.70))
 ALPHA = 0.01  # noise variance on standardised scores, released code
 
 
-def choose_paper(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> tuple[Candidate, list[Candidate]]:
+def choose_paper(chooser: Chooser, history: Sequence[Evaluation]) -> Choice:
     """Warm-up recipes at three retentions, then edits of the anchor, ranked by UCB of a process on ψ.
 
     The anchor starts as the best warm-up. With `anchor: seed` (the paper) it stays until it is reseeded, with
     `anchor: incumbent` (the released code) it follows the best score. A reseeded anchor costs no evaluation.
     """
-    settings = chooser.config.search
+    settings, slot = chooser.config.search, len(history) + 1
     if slot <= settings.warmup:
         recipe = warm_up_recipe(chooser.space, AIMS[(slot - 1) % len(AIMS)], chooser.rng("paper warm-up", slot))
         candidate = chooser.materialise(recipe, kind="warm-up")
-        return (candidate, []) if not candidate.why else (fresh(chooser, slot), [candidate])
+        return Choice(candidate) if not candidate.why else Choice(fresh(chooser, slot), [candidate])
     good = usable(history)
     if not good:
-        return fresh(chooser, slot), []
-    anchor, parent = anchor_of(chooser, history)
-    rng = chooser.rng("paper propose", slot)
-    candidates = []
-    for number in range(settings.candidates):
-        sign = (-1, 1)[number] if number < 2 else 0
-        candidates.append(chooser.materialise(edit(anchor, chooser.space, rng, sign), parent=parent))
+        return Choice(fresh(chooser, slot))
+    candidates = chooser.edits([anchor_of(chooser, history)], settings.candidates, chooser.rng("paper propose", slot))
     open_candidates = [candidate for candidate in candidates if not candidate.why]
     if not open_candidates:
-        return fresh(chooser, slot), candidates
-    scored = score_programs(chooser, good, open_candidates)
-    return scored[rank(chooser, slot, good, scored)], [c for c in candidates if c.why] + scored
+        return Choice(fresh(chooser, slot), candidates)
+    return choose_best(chooser, history, candidates, score_programs(chooser, good, open_candidates))
 
 
 def warm_up_recipe(space: Space, aim: tuple[float, float], rng: np.random.Generator) -> Recipe:
@@ -67,18 +63,16 @@ def warm_up_recipe(space: Space, aim: tuple[float, float], rng: np.random.Genera
     return make_recipe([draw, *steps])
 
 
-def anchor_of(chooser: Chooser, history: Sequence[Evaluation]) -> tuple[Recipe, int | None]:
+def anchor_of(chooser: Chooser, history: Sequence[Evaluation]) -> Anchor:
     """The recipe that is edited next, and its slot where it was evaluated."""
     settings = chooser.config.search
     good = usable(history)
     reseeded = [evaluation.slot for evaluation in history if evaluation.reseed]
     if reseeded:
         until = [evaluation for evaluation in good if evaluation.slot <= reseeded[-1]]
-        rng = chooser.rng("reseed", reseeded[-1])
-        motif = reseed(scores_of(until), transitions_of(until), chooser.space, rng)
-        return motif, None
+        return reseeded_motif(chooser, until, reseeded[-1]), None
     base = [e for e in good if e.slot <= settings.warmup] if settings.anchor == "seed" else good
-    best = max(base or good, key=lambda evaluation: evaluation.score or 0.0)
+    best = max(base or good, key=lambda evaluation: evaluation.value)
     return best.recipe, best.slot
 
 
@@ -87,8 +81,8 @@ def best_so_far(history: Sequence[Evaluation]) -> list[int | None]:
     leader, leaders = None, []
     score = -np.inf
     for evaluation in history:
-        if evaluation.ok and (evaluation.score or 0.0) > score:
-            leader, score = evaluation.slot, evaluation.score or 0.0
+        if evaluation.ok and evaluation.value > score:
+            leader, score = evaluation.slot, evaluation.value
         leaders.append(leader)
     return leaders
 
@@ -100,17 +94,12 @@ def stagnated(history: Sequence[Evaluation], warmup: int, patience: int) -> bool
 
 def score_programs(chooser: Chooser, good: Sequence[Evaluation], candidates: Sequence[Candidate]) -> list[Candidate]:
     """Mean and sd from C · Matérn-5/2 with one length scale on ψ, noise variance .01 on standardised scores."""
-    order = operator_order(chooser.space)
-    ranges = {"k": chooser.space.samples}
-    known = np.stack([operator_vector(evaluation.recipe, order, ranges) for evaluation in good])
-    points = np.stack([operator_vector(candidate.recipe, order, ranges) for candidate in candidates])
+    known = chooser.programs([evaluation.recipe for evaluation in good])
+    points = chooser.programs([candidate.recipe for candidate in candidates])
     scores = np.array([evaluation.score for evaluation in good], dtype=np.float64)
     level, scale = float(scores.mean()), float(scores.std()) or 1.0
     mean, sd = matern_posterior(known, (scores - level) / scale, points)
-    return [
-        replace(candidate, mean=level + scale * float(m), sd=scale * float(s))
-        for candidate, m, s in zip(candidates, mean, sd, strict=True)
-    ]
+    return with_forecasts(candidates, level + scale * mean, scale * sd)
 
 
 def matern_posterior(known: np.ndarray, scores: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,28 +108,21 @@ def matern_posterior(known: np.ndarray, scores: np.ndarray, points: np.ndarray) 
     Two parameters need no restarts: the grid sees every basin, and is the same on every machine.
     """
     squared = ((known[:, None] - known[None]) ** 2).sum(2)
+    noise = ALPHA * np.eye(len(scores))
     centre, reach = np.array([0.0, 0.0]), np.array([np.log(1e3), np.log(100.0)])
     for _ in range(3):
         axes = [np.linspace(c - r, c + r, 17) for c, r in zip(centre, reach, strict=True)]
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
-        centre = grid[np.argmin(_losses(squared, scores, grid))]
+        centre = grid[np.argmin(negative_log_likelihood(_kernel(squared, grid) + noise, scores))]
         reach = reach / 8
-    factor = cho_factor(_matern(squared, centre) + ALPHA * np.eye(len(scores)), lower=True)
-    cross = _matern(((points[:, None] - known[None]) ** 2).sum(2), centre)
+    factor = cho_factor(_kernel(squared, centre) + noise, lower=True)
+    cross = _kernel(((points[:, None] - known[None]) ** 2).sum(2), centre)
     variance = np.exp(centre[0]) - (cross * cho_solve(factor, cross.T).T).sum(1)
     return cross @ cho_solve(factor, scores), np.sqrt(np.maximum(variance, 1e-12))
 
 
-def _losses(squared: np.ndarray, scores: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each (log C, log ℓ), [grid]."""
-    factor = np.linalg.cholesky(_matern(squared, grid) + ALPHA * np.eye(len(scores)))
-    solved = np.linalg.solve(factor, np.broadcast_to(scores, (len(grid), len(scores)))[..., None])[..., 0]
-    return 0.5 * (solved**2).sum(1) + np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
-
-
-def _matern(squared: np.ndarray, hyper: np.ndarray) -> np.ndarray:
+def _kernel(squared: np.ndarray, hyper: np.ndarray) -> np.ndarray:
     """C (1 + r + r²/3) e^{−r} with r = √5 d/ℓ, for one (log C, log ℓ) or a stack of them."""
     constant, scale = np.exp(hyper[..., 0])[..., None, None], np.exp(hyper[..., 1])[..., None, None]
-    radius = np.sqrt(5 * squared) / scale
-    value = constant * (1 + radius + radius**2 / 3) * np.exp(-radius)
+    value = matern(np.sqrt(5 * squared) / scale, constant)
     return value if hyper.ndim > 1 else value.reshape(squared.shape)

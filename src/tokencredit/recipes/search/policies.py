@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.recipes.evaluate.history import Evaluation, usable
 from tokencredit.recipes.pool.samples import Positions
 from tokencredit.recipes.program.execute import Executor, Subset
 from tokencredit.recipes.program.recipe import Recipe, make_recipe, make_step
 from tokencredit.recipes.program.state import State, StateReader, feature_vector
 from tokencredit.recipes.search.config import SearchConfig
-from tokencredit.recipes.search.history import Evaluation, usable
 from tokencredit.recipes.search.propose import (
     Space,
     edit,
@@ -46,6 +46,16 @@ class Candidate:
     sd: float | None = None
 
 
+class Choice(NamedTuple):
+    """The candidate to pay for, and all that were considered."""
+
+    candidate: Candidate
+    considered: Sequence[Candidate] = ()
+
+
+Anchor = tuple[Recipe, int | None]  # a recipe to edit, and its slot where it was evaluated
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Chooser:
     """What all policies share: materials, space, configuration, and the subsets that were paid for."""
@@ -62,13 +72,13 @@ class Chooser:
 
     def materialise(self, recipe: Recipe, kind: str = "search", parent: int | None = None) -> Candidate:
         """Execute and describe a recipe, and say why it may not be evaluated, if so."""
+        candidate = Candidate(recipe=recipe, subset=None, state={}, kind=kind, parent=parent)
         try:
             subset = self.executor.run(recipe)
         except TokenCreditError as error:
-            return Candidate(recipe=recipe, subset=None, state={}, kind=kind, parent=parent, why=error.message)
+            return replace(candidate, why=error.message)
         state = self.reader.read(subset.positions)
-        why = self._reject(subset, state)
-        return Candidate(recipe=recipe, subset=subset, state=state, kind=kind, parent=parent, why=why)
+        return replace(candidate, subset=subset, state=state, why=self._reject(subset, state))
 
     def _reject(self, subset: Subset, state: State) -> str:
         settings = self.config.search
@@ -86,13 +96,23 @@ class Chooser:
                 return f"Jaccard above {SAME} with an evaluated subset"
         return ""
 
-    def vectors(self, states: Sequence[State], recipes: Sequence[Recipe]) -> tuple[np.ndarray, list[str]]:
+    def edits(self, anchors: Sequence[Anchor], count: int, rng: np.random.Generator) -> list[Candidate]:
+        """`count` edits of the anchors in turn; one tightens and one relaxes, whatever the dice say."""
+        signs = [-1, 1] + [0] * (count - 2)
+        turns = [(*anchors[number % len(anchors)], sign) for number, sign in enumerate(signs[:count])]
+        return [self.materialise(edit(r, self.space, rng, sign), parent=parent) for r, parent, sign in turns]
+
+    def programs(self, recipes: Sequence[Recipe]) -> np.ndarray:
+        """ψ of recipes, [n, axes]."""
+        order, ranges = operator_order(self.space), {"k": self.space.samples}
+        return np.stack([operator_vector(recipe, order, ranges) for recipe in recipes])
+
+    def vectors(self, points: Sequence[Evaluation | Candidate]) -> tuple[np.ndarray, list[str]]:
         """Inputs of the surrogate, [n, D], with the group of each column."""
-        rows, groups = zip(*(feature_vector(state) for state in states), strict=True)
+        rows, groups = zip(*(feature_vector(point.state) for point in points), strict=True)
         table, labels = np.stack(rows), list(groups[0])
         if "program" in self.config.search.inputs:
-            order = operator_order(self.space)
-            psi = np.stack([operator_vector(recipe, order, {"k": self.space.samples}) for recipe in recipes])
+            psi = self.programs([point.recipe for point in points])
             table, labels = np.concatenate([table, psi], axis=1), labels + ["program"] * psi.shape[1]
         return table, labels
 
@@ -100,38 +120,42 @@ class Chooser:
         """Posterior means at the evaluated points, from the history alone; kept, for a history only grows."""
         key = tuple(evaluation.slot for evaluation in history)
         if key not in self._posteriors:
-            self._posteriors[key] = self._posterior(history)
+            table, groups = self.vectors(history)
+            inputs, _ = standardise(table, table[:0])
+            self._posteriors[key] = self.fit(inputs, groups, history).predict(inputs)[0]
         return self._posteriors[key]
-
-    def _posterior(self, history: Sequence[Evaluation]) -> np.ndarray:
-        table, groups = self.vectors([e.state for e in history], [e.recipe for e in history])
-        inputs, _ = standardise(table, table[:0])
-        return self.fit(inputs, groups, history).predict(inputs)[0]
 
     def fit(self, inputs: np.ndarray, groups: Sequence[str], history: Sequence[Evaluation]) -> Surrogate:
         scores = np.array([evaluation.score for evaluation in history], dtype=np.float64)
         return fit(inputs, groups, scores, noise_sd=self.config.noise_sd)
 
 
-def choose_default(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> tuple[Candidate, list[Candidate]]:
+def choose_default(chooser: Chooser, history: Sequence[Evaluation]) -> Choice:
     """Warm-up over token ratios, a size control, then the best of 48 candidates by expected improvement."""
-    settings = chooser.config.search
+    settings, slot = chooser.config.search, len(history) + 1
     if slot <= settings.warmup:
-        return warm_up(chooser, slot)
+        return Choice(warm_up(chooser, slot))
     good = usable(history)
     if settings.control and slot == settings.warmup + 1:
-        return control(chooser, good), []
+        return Choice(control(chooser, good))
     if not good:
-        return fresh(chooser, slot), []
-    candidates = propose(chooser, slot, history)
+        return Choice(fresh(chooser, slot))
+    candidates = propose(chooser, history)
     open_candidates = [candidate for candidate in candidates if not candidate.why]
     if not open_candidates:
-        return fresh(chooser, slot), candidates
-    scored = score(chooser, good, open_candidates)
-    return scored[rank(chooser, slot, good, scored)], [c for c in candidates if c.why] + scored
+        return Choice(fresh(chooser, slot), candidates)
+    return choose_best(chooser, history, candidates, score(chooser, good, open_candidates))
 
 
-def warm_up(chooser: Chooser, slot: int) -> tuple[Candidate, list[Candidate]]:
+def choose_best(
+    chooser: Chooser, history: Sequence[Evaluation], candidates: Sequence[Candidate], scored: Sequence[Candidate]
+) -> Choice:
+    """The scored candidate that the ranker prefers; rejected candidates are kept in what was considered."""
+    best = scored[rank(chooser, history, scored)]
+    return Choice(best, [candidate for candidate in candidates if candidate.why] + list(scored))
+
+
+def warm_up(chooser: Chooser, slot: int) -> Candidate:
     """A random program whose realised token ratio lies in the slot's bin; after 400 draws the nearest one."""
     low, high = BINS[(slot - 1) % len(BINS)]
     rng = chooser.rng("warm-up", slot)
@@ -147,111 +171,116 @@ def warm_up(chooser: Chooser, slot: int) -> tuple[Candidate, list[Candidate]]:
         if away == 0:
             break
     if nearest is None:
-        raise TokenCreditError(
-            f"none of {BIN_DRAWS} random recipes may be evaluated; the last was rejected: {candidate.why}",
-            hint="lower search.min_samples or search.min_token_ratio",
-        )
-    return nearest, []
+        raise _no_recipe(candidate, "lower search.min_samples or search.min_token_ratio")
+    return nearest
+
+
+def _no_recipe(last: Candidate, hint: str) -> TokenCreditError:
+    return TokenCreditError(
+        f"none of {BIN_DRAWS} random recipes may be evaluated; the last was rejected: {last.why}", hint=hint
+    )
 
 
 def control(chooser: Chooser, good: Sequence[Evaluation]) -> Candidate:
     """`random_k` alone with the tokens of the best warm-up: what size by itself is worth."""
-    best = max(good, key=lambda evaluation: evaluation.score or 0.0) if good else None
+    best = max(good, key=lambda evaluation: evaluation.value, default=None)
     ratio = best.state["token_ratio"] if best else 0.5
     k = max(1, round(ratio * chooser.space.samples))
     return chooser.materialise(make_recipe([make_step("random_k", k=k, seed=chooser.space.seed)]), kind="control")
 
 
-def fresh(chooser: Chooser, slot: int, steps: tuple[int, int] = (2, 4)) -> Candidate:
-    """The first random program that may be evaluated."""
-    rng = chooser.rng("fresh", slot)
+def fresh(chooser: Chooser, slot: int, *, single: bool = False) -> Candidate:
+    """The first random program that may be evaluated; with `single`, of one step."""
+    rng, space = chooser.rng("fresh", slot), chooser.space
     for _ in range(BIN_DRAWS):
-        program = (
-            make_recipe([random_step(str(rng.choice(chooser.space.operators)), chooser.space, rng)])
-            if steps == (1, 1)
-            else random_program(chooser.space, rng, steps)
-        )
+        if single:
+            program = make_recipe([random_step(str(rng.choice(space.operators)), space, rng)])
+        else:
+            program = random_program(space, rng)
         candidate = chooser.materialise(program)
         if not candidate.why:
             return candidate
-    raise TokenCreditError(
-        f"none of {BIN_DRAWS} random recipes may be evaluated; the last was rejected: {candidate.why}",
-        hint="lower search.min_samples or search.min_token_ratio, or allow more operators",
-    )
+    raise _no_recipe(candidate, "lower search.min_samples or search.min_token_ratio, or allow more operators")
 
 
-def propose(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> list[Candidate]:
+def propose(chooser: Chooser, history: Sequence[Evaluation]) -> list[Candidate]:
     """Half fresh random programs, half edits of the three recipes with the highest posterior mean."""
-    settings = chooser.config.search
-    rng = chooser.rng("propose", slot)
-    anchors = edit_anchors(chooser, slot, history)
-    candidates = [chooser.materialise(random_program(chooser.space, rng)) for _ in range(settings.candidates // 2)]
-    for number in range(settings.candidates - len(candidates)):
-        recipe, parent = anchors[number % len(anchors)]
-        sign = (-1, 1)[number] if number < 2 else 0  # one tightens and one relaxes, whatever the dice say
-        candidates.append(chooser.materialise(edit(recipe, chooser.space, rng, sign), parent=parent))
-    return candidates
+    rng = chooser.rng("propose", len(history) + 1)
+    anchors = edit_anchors(chooser, history)
+    total = chooser.config.search.candidates
+    candidates = [chooser.materialise(random_program(chooser.space, rng)) for _ in range(total // 2)]
+    return candidates + chooser.edits(anchors, total - len(candidates), rng)
 
 
-def edit_anchors(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> list[tuple[Recipe, int | None]]:
+def edit_anchors(chooser: Chooser, history: Sequence[Evaluation]) -> list[Anchor]:
     """The recipes to edit; after `patience` runs without a new leader the last is replaced by a reseeded motif."""
     good = usable(history)
     order = np.argsort(-chooser.posterior(good), kind="stable")[:PARENTS]
-    anchors: list[tuple[Recipe, int | None]] = [(good[i].recipe, good[i].slot) for i in order.tolist()]
+    anchors: list[Anchor] = [(good[i].recipe, good[i].slot) for i in order.tolist()]
     if history[-1].reseed:
-        motif = reseed(scores_of(good), transitions_of(good), chooser.space, chooser.rng("reseed", slot))
-        anchors[-1] = (motif, None)
+        anchors[-1] = (reseeded_motif(chooser, good, len(history) + 1), None)
     return anchors
 
 
-def scores_of(good: Sequence[Evaluation]) -> list[tuple[Recipe, float]]:
-    """Recipes with their scores."""
-    return [(evaluation.recipe, evaluation.score or 0.0) for evaluation in good]
+def reseeded_motif(chooser: Chooser, good: Sequence[Evaluation], slot: int) -> Recipe:
+    """A recipe built from the credit of past edits."""
+    scores = [(evaluation.recipe, evaluation.value) for evaluation in good]
+    return reseed(scores, transitions_of(good), chooser.space, chooser.rng("reseed", slot))
 
 
 def transitions_of(good: Sequence[Evaluation]) -> list[tuple[Recipe, Recipe, float]]:
     """(parent, child, change of score) of every run that came from an edit."""
     by_slot = {evaluation.slot: evaluation for evaluation in good}
-    return [
-        (by_slot[e.parent].recipe, e.recipe, (e.score or 0.0) - (by_slot[e.parent].score or 0.0))
-        for e in good
-        if e.parent in by_slot
-    ]
+    edits = [(by_slot[e.parent], e) for e in good if e.parent in by_slot]
+    return [(parent.recipe, child.recipe, child.value - parent.value) for parent, child in edits]
 
 
 def score(chooser: Chooser, good: Sequence[Evaluation], candidates: Sequence[Candidate]) -> list[Candidate]:
     """Mean and standard deviation of the surrogate at each candidate."""
-    states = [e.state for e in good] + [c.state for c in candidates]
-    table, groups = chooser.vectors(states, [e.recipe for e in good] + [c.recipe for c in candidates])
+    table, groups = chooser.vectors([*good, *candidates])
     known, points = standardise(table[: len(good)], table[len(good) :])
-    mean, sd = chooser.fit(known, groups, good).predict(points)
+    return with_forecasts(candidates, *chooser.fit(known, groups, good).predict(points))
+
+
+def with_forecasts(candidates: Sequence[Candidate], mean: np.ndarray, sd: np.ndarray) -> list[Candidate]:
+    """The candidates with their forecasts."""
     return [replace(c, mean=float(m), sd=float(s)) for c, m, s in zip(candidates, mean, sd, strict=True)]
 
 
-def rank(chooser: Chooser, slot: int, good: Sequence[Evaluation], scored: Sequence[Candidate]) -> int:
-    """Index of the candidate to pay for.
+def improvements(chooser: Chooser, good: Sequence[Evaluation], scored: Sequence[Candidate]) -> np.ndarray:
+    """Log expected improvement of each candidate over the incumbent.
 
-    The incumbent of the expected improvement is the largest posterior mean at an evaluated point, never the largest
-    score: the latter is inflated by luck.
+    The incumbent is the largest posterior mean at an evaluated point, never the largest score: the latter is inflated
+    by luck.
     """
+    mean, sd = _forecasts(scored)
+    return log_expected_improvement(mean, sd, float(chooser.posterior(good).max()))
+
+
+def _forecasts(scored: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
     mean = np.array([candidate.mean for candidate in scored], dtype=np.float64)
-    sd = np.array([candidate.sd for candidate in scored], dtype=np.float64)
+    return mean, np.array([candidate.sd for candidate in scored], dtype=np.float64)
+
+
+def rank(chooser: Chooser, history: Sequence[Evaluation], scored: Sequence[Candidate]) -> int:
+    """Index of the candidate to pay for, by `search.ranker`."""
+    mean, sd = _forecasts(scored)
     ranker = chooser.config.search.ranker
     if ranker == "ucb":
         return int(np.argmax(mean + 1.5 * sd))
     if ranker == "thompson":
-        return int(np.argmax(mean + sd * chooser.rng("thompson", slot).standard_normal(len(mean))))
-    return int(np.argmax(log_expected_improvement(mean, sd, float(chooser.posterior(good).max()))))
+        return int(np.argmax(mean + sd * chooser.rng("thompson", len(history) + 1).standard_normal(len(mean))))
+    return int(np.argmax(improvements(chooser, usable(history), scored)))
 
 
-def choose_random(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> tuple[Candidate, list[Candidate]]:
+def choose_random(chooser: Chooser, history: Sequence[Evaluation]) -> Choice:
     """A random program in every slot."""
-    return fresh(chooser, slot), []
+    return Choice(fresh(chooser, len(history) + 1))
 
 
-def choose_single(chooser: Chooser, slot: int, history: Sequence[Evaluation]) -> tuple[Candidate, list[Candidate]]:
+def choose_single(chooser: Chooser, history: Sequence[Evaluation]) -> Choice:
     """A recipe of length one in every slot."""
-    return fresh(chooser, slot, steps=(1, 1)), []
+    return Choice(fresh(chooser, len(history) + 1, single=True))
 
 
 def reseed_due(leaders: Sequence[Any], patience: int) -> bool:
@@ -261,9 +290,5 @@ def reseed_due(leaders: Sequence[Any], patience: int) -> bool:
     """
     count = 0
     for before, after in pairwise(leaders):
-        count = 0 if after != before else count + 1
-        if count == patience:
-            due, count = True, 0
-        else:
-            due = False
-    return len(leaders) > 1 and due
+        count = 0 if after != before else count % patience + 1
+    return count == patience

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from tokencredit.recipes.pool.materials import Materials
 from tokencredit.recipes.program.recipe import Recipe, Step, diff, make_recipe, make_step
+from tokencredit.recipes.search.config import SearchSettings
+from tokencredit.recipes.signals.materials import Materials
 from tokencredit.recipes.signals.neardup import FLOOR
 
 # Neither end of these is plainly the good one, so a search tries both directions.
@@ -29,7 +30,7 @@ class Space:
     max_steps: int = 5
 
 
-def make_space(materials: Materials, operators: Sequence[str], seed: int, clusters: int, max_steps: int) -> Space:
+def make_space(materials: Materials, settings: SearchSettings, seed: int) -> Space:
     """The operators that these materials can serve."""
     relevance = tuple(sorted(name for name in materials.signals if name.startswith("rel.")))
     scalars = tuple(sorted(name for name in materials.signals if not name.startswith("rel.")))
@@ -44,12 +45,12 @@ def make_space(materials: Materials, operators: Sequence[str], seed: int, cluste
         lacking.add("minhash")
     return Space(
         samples=len(materials.pool),
-        operators=tuple(name for name in operators if name not in lacking),
+        operators=tuple(name for name in settings.operators if name not in lacking),
         scalars=scalars,
         relevance=relevance,
         seed=seed,
-        clusters=clusters,
-        max_steps=max_steps,
+        clusters=settings.clusters,
+        max_steps=settings.max_steps,
     )
 
 
@@ -75,9 +76,9 @@ def random_step(op: str, space: Space, rng: np.random.Generator) -> Step:
     return make_step(op)
 
 
-def random_program(space: Space, rng: np.random.Generator, steps: tuple[int, int] = (2, 4)) -> Recipe:
-    """A program of a random length; only `top` may occur twice."""
-    count = min(int(rng.integers(steps[0], steps[1] + 1)), space.max_steps)
+def random_program(space: Space, rng: np.random.Generator) -> Recipe:
+    """A program of two to four steps; only `top` and `band` may occur twice."""
+    count = min(int(rng.integers(2, 5)), space.max_steps)
     made: list[Step] = []
     used: set[str] = set()
     while len(made) < count:
@@ -136,9 +137,7 @@ def _edit_once(steps: list[Step], space: Space, rng: np.random.Generator, kind: 
         step = random_step(str(rng.choice(space.operators)), space, rng)
         steps.insert(int(rng.integers(len(steps) + 1)), step)
     elif steps:
-        tunable = [
-            i for i, step in enumerate(steps) if {"fraction", "k", "cosine", "jaccard", "low"} & set(step.params)
-        ]
+        tunable = [place for place, step in enumerate(steps) if TUNABLE & set(step.params)]
         if tunable:
             place = int(rng.choice(tunable))
             steps[place] = retune(steps[place], rng, sign)

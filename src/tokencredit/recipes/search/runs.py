@@ -1,33 +1,25 @@
 """Run folders: the resolved configuration beside the history, and a search opened from either."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import dump_yaml, make_folder, read_text, write_text
-from tokencredit.recipes.evaluate.evaluators import make_evaluator
-from tokencredit.recipes.pool.store import load_materials
+from tokencredit.recipes.evaluate.history import load_history
+from tokencredit.recipes.evaluate.table import make_evaluator
 from tokencredit.recipes.search.config import SearchConfig, load_config
-from tokencredit.recipes.search.history import load_history
 from tokencredit.recipes.search.llm import Adviser
 from tokencredit.recipes.search.loop import Search
 from tokencredit.recipes.search.policies import warm_up
+from tokencredit.recipes.signals.store import load_materials
 
 CONFIG = "search.yaml"
 
 
 def as_yaml(config: SearchConfig) -> str:
     """The resolved configuration as the text of a search file."""
-    content = {key: value for key, value in asdict(config).items() if value is not None}
-    return dump_yaml(_plain(content))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    return dump_yaml({key: value for key, value in config.to_mapping().items() if value is not None})
 
 
 def save_config(config: SearchConfig, folder: Path) -> None:
@@ -39,10 +31,8 @@ def save_config(config: SearchConfig, folder: Path) -> None:
     path, text = folder / CONFIG, as_yaml(config)
     if path.is_file() and load_history(folder) and read_text(path) != text:
         before = load_config(path)
-        if (
-            replace(before, search=config.search, confirm=config.confirm) != config
-            or replace(before.search, budget=config.search.budget) != config.search
-        ):
+        search = before.search.replace(budget=config.search.budget)
+        if before.replace(search=search, confirm=config.confirm) != config:
             raise TokenCreditError(
                 f"{folder} was started with another configuration than this one",
                 hint=f"compare {path}; only budget and confirm may change, or take another folder",
@@ -70,7 +60,7 @@ def open_run(folder: Path, confirm: Mapping[str, Any] | None = None) -> Search:
         raise TokenCreditError(f"{folder} is not a run folder ({CONFIG} is missing)")
     config = load_config(folder / CONFIG)
     if confirm:
-        config = replace(config, confirm=replace(config.confirm, **confirm))
+        config = config.replace(confirm=config.confirm.replace(**confirm))
     search = make_search(config, folder)
     search.load()
     if not search.history:
@@ -81,10 +71,10 @@ def open_run(folder: Path, confirm: Mapping[str, Any] | None = None) -> Search:
 def dry_run(config: SearchConfig, folder: Path) -> list[dict[str, Any]]:
     """The warm-up recipes and their sizes, without an evaluation."""
     search = make_search(config, folder)
-    rows = []
+    draws = []
     for slot in range(1, config.search.warmup + 1):
-        candidate, _ = warm_up(search.chooser, slot)
+        candidate = warm_up(search.chooser, slot)
         assert candidate.subset is not None
         state = candidate.state
-        rows.append({"slot": slot, "recipe": str(candidate.recipe), "samples": len(candidate.subset), **state})
-    return rows
+        draws.append({"slot": slot, "recipe": str(candidate.recipe), "samples": len(candidate.subset), **state})
+    return draws

@@ -32,8 +32,8 @@ class Surrogate:
         mean = self.level + cross @ self.weights
         solved = np.linalg.solve(self.factor, cross.T)
         square = (points**2).mean(1)
-        own = np.exp(2 * self.hyper[0]) * (0.5 + 0.25 * square + 0.25 * square**2) + OFFSET_VARIANCE
-        return mean, np.sqrt(np.maximum(own - (solved**2).sum(0), 1e-12))
+        prior = np.exp(2 * self.hyper[0]) * (0.5 + 0.25 * square + 0.25 * square**2) + OFFSET_VARIANCE
+        return mean, np.sqrt(np.maximum(prior - (solved**2).sum(0), 1e-12))
 
     @property
     def noise_sd(self) -> float:
@@ -54,12 +54,11 @@ def fit(
     scores: Float[np.ndarray, " n"],
     *,
     noise_sd: float = 0.5,
-    replicates: np.ndarray | None = None,
 ) -> Surrogate:
     """MAP fit.
 
         k(x, x′) = a² [½ M₅₂(√Σ_g d_g²/ℓ_g²) + ¼ u + ¼ u²] + 4,   u = x·x′/D
-        y ~ N(median(y), k + σ²/R)
+        y ~ N(median(y), k + σ²)
 
     d_g² is the mean squared difference inside group g. Priors: a ~ LN(ln 1.5, 0.7), σ ~ LN(ln noise_sd, 0.3), ℓ_g ~
     LN(0, 0.7). The polynomial half is what lets fifteen points say more than "near what was good": u that more of
@@ -72,16 +71,12 @@ def fit(
     level = float(np.median(scores))
     residual = scores - level
     distances, inner = _distances(inputs, inputs, groups), inputs @ inputs.T / inputs.shape[1]
-    share = 1.0 / (np.ones(len(scores)) if replicates is None else np.asarray(replicates, dtype=np.float64))
 
     def losses(hypers: np.ndarray) -> np.ndarray:
         """Negative log posterior of a stack of hyperparameters, [stack]."""
-        noise = np.exp(2 * hypers[:, 1])[:, None, None] * np.diag(share)
-        covariance = _covariance(distances, inner, hypers) + noise
-        factor = np.linalg.cholesky(covariance)
-        solved = np.linalg.solve(factor, np.broadcast_to(residual, (len(hypers), len(residual)))[..., None])[..., 0]
-        logdet = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1)
-        return 0.5 * (solved**2).sum(1) + logdet + 0.5 * (((hypers - centre) / spread) ** 2).sum(1)
+        noise = np.exp(2 * hypers[:, 1])[:, None, None] * np.eye(len(scores))
+        fit = negative_log_likelihood(_covariance(distances, inner, hypers) + noise, residual)
+        return fit + 0.5 * (((hypers - centre) / spread) ** 2).sum(1)
 
     def with_gradient(hyper: np.ndarray) -> tuple[float, np.ndarray]:
         step = 1e-5
@@ -89,18 +84,11 @@ def fit(
         return float(values[0]), (values[1:] - values[0]) / step
 
     bounds = list(zip(centre - 4 * spread, centre + 4 * spread, strict=True))
-    found = minimize(with_gradient, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
-    hyper = found.x
-    noise = np.exp(2 * hyper[1]) * np.diag(share)
+    hyper = minimize(with_gradient, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30}).x
+    noise = np.exp(2 * hyper[1]) * np.eye(len(scores))
     factor = np.linalg.cholesky(_covariance(distances, inner, hyper) + noise)
-    return Surrogate(
-        inputs=inputs,
-        groups=groups,
-        hyper=hyper,
-        factor=factor,
-        weights=cho_solve((factor, True), residual),
-        level=level,
-    )
+    weights = cho_solve((factor, True), residual)
+    return Surrogate(inputs=inputs, groups=groups, hyper=hyper, factor=factor, weights=weights, level=level)
 
 
 def _distances(a: np.ndarray, b: np.ndarray, groups: Sequence[str]) -> np.ndarray:
@@ -118,8 +106,19 @@ def _covariance(distances: np.ndarray, inner: np.ndarray, hyper: np.ndarray) -> 
     amplitude = np.exp(2 * hyper[..., 0])[..., None, None]
     scaled = np.exp(-2 * hyper[..., 2:]) @ distances.reshape(len(distances), -1)
     radius = np.sqrt(5 * scaled).reshape(*hyper.shape[:-1], *inner.shape)
-    matern = (1 + radius + radius**2 / 3) * np.exp(-radius)
-    return amplitude * (0.5 * matern + 0.25 * inner + 0.25 * inner**2) + OFFSET_VARIANCE
+    return amplitude * (0.5 * matern(radius) + 0.25 * inner + 0.25 * inner**2) + OFFSET_VARIANCE
+
+
+def matern(radius: np.ndarray, amplitude: np.ndarray | float = 1.0) -> np.ndarray:
+    """C (1 + r + r²/3) e^{−r}: the Matérn-5/2 kernel of r = √5 d/ℓ."""
+    return np.asarray(amplitude * (1 + radius + radius**2 / 3) * np.exp(-radius))
+
+
+def negative_log_likelihood(covariances: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """½ yᵀK⁻¹y + ½ log |K| for each covariance of a stack, [stack]."""
+    factor = np.linalg.cholesky(covariances)
+    solved = np.linalg.solve(factor, np.broadcast_to(values, covariances.shape[:2])[..., None])[..., 0]
+    return np.asarray(0.5 * (solved**2).sum(1) + np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(1))
 
 
 def log_expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> np.ndarray:

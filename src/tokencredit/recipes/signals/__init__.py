@@ -1,5 +1,5 @@
-"""Signals of samples: from texts, from one pass of a model, and near-duplicates."""
+"""Signals of samples and their store: from texts, from one pass of a model, near-duplicates, relevance to queries."""
 
 from tokencredit.lazy import attributes_of
 
-__getattr__ = attributes_of("tokencredit.recipes.signals.compute")
+__getattr__ = attributes_of("tokencredit.recipes.signals.computation")

@@ -42,21 +42,20 @@ def reader_of(model: nn.Module, rows: Sequence[Sequence[int]]) -> Read:
       TokenCreditError: the model's logits cannot be rebuilt from its hidden states.
     """
     row = next((list(row[:PROBE]) for row in rows if len(row) > 1), [0, 0])
-    device = next(model.parameters()).device
-    ids = torch.tensor([row], device=device)
+    ids = torch.tensor([row], device=next(model.parameters()).device)
     with eval_mode(model):
-        own = causal_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+        logits = causal_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
         hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
     tolerance = TOLERANCE if hidden.dtype in (torch.float32, torch.float64) else COARSE
-    limit = tolerance * own.abs().max().clamp_min(1e-3)
+    limit = tolerance * logits.abs().max().clamp_min(1e-3)
     for read in _readers(model):
         rebuilt = read(hidden)
-        if rebuilt.shape != own.shape:
+        if rebuilt.shape != logits.shape:
             continue
-        if (rebuilt - own).abs().max() <= limit:
+        if (rebuilt - logits).abs().max() <= limit:
             return read
-        factor = float((rebuilt * own).sum() / rebuilt.square().sum().clamp_min(1e-30))
-        if (factor * rebuilt - own).abs().max() <= limit:
+        factor = float((rebuilt * logits).sum() / rebuilt.square().sum().clamp_min(1e-30))
+        if (factor * rebuilt - logits).abs().max() <= limit:
             return partial(_scaled, read, factor)
     raise TokenCreditError(
         f"the logits of {type(causal_of(model)).__name__} cannot be rebuilt from its hidden states",

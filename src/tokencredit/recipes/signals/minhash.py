@@ -135,17 +135,17 @@ def _band_keys(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
     return keys
 
 
-def _has_match(shingles: Shingles, position: int, found: list[list[int]], jaccard: float) -> bool:
-    if not found:
+def _has_match(shingles: Shingles, position: int, buckets: list[list[int]], jaccard: float) -> bool:
+    if not buckets:
         return False
-    candidates = np.fromiter({candidate for bucket in found for candidate in bucket}, np.int64)
+    candidates = np.fromiter({candidate for bucket in buckets for candidate in bucket}, np.int64)
     candidates.sort()
     if len(candidates) > 8:
         agree = (shingles.signatures[candidates] == shingles.signatures[position]).mean(axis=1)
         # Four standard deviations of the estimate below the threshold, so that exactness is not lost here.
         candidates = candidates[agree >= jaccard - 4 * np.sqrt(jaccard * (1 - jaccard) / PERMUTATIONS)]
-    own = shingles.of(position)
-    return any(_jaccard(own, shingles.of(candidate)) >= jaccard for candidate in candidates.tolist())
+    sample = shingles.of(position)
+    return any(_jaccard(sample, shingles.of(candidate)) >= jaccard for candidate in candidates.tolist())
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -72,21 +72,21 @@ def build_graph(features: np.ndarray, clusters: int, *, exact: bool = False, flo
         labels = spherical_kmeans(project(features[rows] / norms[rows, None]), min(clusters, len(rows)))
         order = np.argsort(labels, kind="stable")
         groups = np.split(rows[order], np.flatnonzero(np.diff(labels[order])) + 1)
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     edges = 0
     with bar("near-duplicate pairs", len(rows)) as advance:
         for group in groups:
             unit = np.asarray(features[group], dtype=np.float32) / norms[group, None].astype(np.float32)
             for pairs in _pairs_of(group, unit, floor):
                 edges += len(pairs[0])
-                found.append(pairs)
+                parts.append(pairs)
             if edges > MAX_EDGES:
                 raise TokenCreditError(
                     f"more than {MAX_EDGES:,} pairs have a cosine of at least {floor}",
                     hint="these features hardly tell samples apart: centre them, or use more clusters",
                 )
             advance(len(group))
-    first, second, cosine = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    first, second, cosine = (np.concatenate(column) for column in zip(*parts, strict=True))
     return make_graph(first, second, cosine, covered)
 
 

@@ -17,6 +17,7 @@ from tokencredit.recipes.signals.neardup import has_features
 from tokencredit.seeds import derive
 
 QUERIES = 128  # per task
+Queries = list[list[dict[str, Any]]]  # conversations
 
 
 def max_cosine(
@@ -56,7 +57,7 @@ def overlap(activations: csr_matrix, target: Float[np.ndarray, " width"]) -> Flo
     return (smaller / np.maximum(larger + target.sum() - row_sums(t), 1e-12)).astype(np.float32)
 
 
-def read_queries(path: Path, task: str) -> list[list[dict[str, Any]]]:
+def read_queries(path: Path, task: str) -> Queries:
     """Read at most 128 conversations of a query file.
 
     Any format of the pool, `{task, prompt, answer}` as the evaluation splits have it, or a question alone: `text`,

@@ -1,9 +1,7 @@
 """Sparse-autoencoder features: mean activation of each latent over the real tokens of a sample, as sparse rows."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +11,10 @@ from torch import Tensor
 
 from tokencredit.collect.models import backbone_of
 from tokencredit.errors import TokenCreditError
-from tokencredit.files import make_folder
-from tokencredit.progress import bar
-from tokencredit.recipes.pool.encode import encode_all
+from tokencredit.recipes.pool.encode import Conversations
 from tokencredit.recipes.pool.samples import Pool
-from tokencredit.recipes.signals.forward import SHARD, Scorer, _batches, _pad
+from tokencredit.recipes.signals.forward import run_shards
+from tokencredit.recipes.signals.load import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,38 +59,22 @@ def mean_activations(
 
 
 @torch.no_grad()
-def activate(
-    scorer: Scorer, sae: Autoencoder, conversations: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]
-) -> csr_matrix:
-    """Sparse rows of some samples; empty for a sample that could not be encoded."""
-    unread = scorer.unread if scorer.skip_bad else None
-    encoded = encode_all(scorer.tokenizer, conversations, scorer.max_length, unread)
-    there = [row for row, item in enumerate(encoded) if item.ids]
-    rows = {row: csr_matrix((1, sae.weight.shape[1]), dtype=np.float32) for row in range(len(encoded))}
-    for places in _batches([len(encoded[row].ids) for row in there], scorer.batch_tokens):
-        batch = [there[place] for place in places]
-        ids, real = _pad(scorer, [encoded[row].ids for row in batch])
-        backbone = backbone_of(scorer.model)
+def activate(scorer: Scorer, sae: Autoencoder, conversations: Conversations) -> csr_matrix:
+    """Return sparse rows of some samples; empty for a sample that could not be encoded."""
+    encoded = scorer.encode(conversations)
+    sparse = [csr_matrix((1, sae.weight.shape[1]), dtype=np.float32)] * len(encoded)
+    backbone = backbone_of(scorer.model)
+    for places, ids, real in scorer.batches(encoded):
         states = backbone(input_ids=ids, attention_mask=real, output_hidden_states=True).hidden_states
         if not -len(states) <= sae.layer < len(states):
             raise TokenCreditError(f"layer {sae.layer} does not exist; the model has states 0…{len(states) - 1}")
         dense = mean_activations(sae, states[sae.layer], real.bool()).numpy(force=True)
-        rows |= {row: csr_matrix(values[None]) for row, values in zip(batch, dense, strict=True)}
-    return vstack([rows[row] for row in range(len(encoded))]).tocsr()
+        for place, values in zip(places, dense, strict=True):
+            sparse[place] = csr_matrix(values[None])
+    return vstack(sparse).tocsr()
 
 
 def activate_pool(scorer: Scorer, sae: Autoencoder, pool: Pool, work: Path) -> csr_matrix:
-    """Sparse rows of the pool; a killed pass goes on at its last shard."""
-    make_folder(work)
-    paths = []
-    with bar("sae pass", len(pool)) as advance:
-        for start in range(0, len(pool), SHARD):
-            positions = np.arange(start, min(start + SHARD, len(pool)), dtype=np.int32)
-            paths.append(work / f"{start:09d}.npz")
-            if not paths[-1].is_file():
-                rows = activate(scorer, sae, list(pool.samples(positions)))
-                partial = paths[-1].with_suffix(".partial.npz")
-                save_npz(partial, rows)
-                partial.replace(paths[-1])
-            advance(len(positions))
+    """Return sparse rows of the pool; a killed pass goes on at its last shard."""
+    paths = run_shards(pool, work, "sae pass", lambda samples, file: save_npz(file, activate(scorer, sae, samples)))
     return vstack([load_npz(path) for path in paths]).tocsr()

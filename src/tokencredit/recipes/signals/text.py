@@ -60,18 +60,18 @@ def hashed_features(pool: Pool, width: int = 256, extra: list[list[dict[str, Any
     (queries), their rows are returned instead of the pool's, with the pool's rarities.
     """
     frequency = np.zeros(_BUCKETS)
-    rows = []
+    texts = []
     for sample in pool.samples():
-        rows.append(_log_counts(all_text(sample)))
-        frequency[rows[-1][0]] += 1
-    rarity = np.log((1 + len(rows)) / (1 + frequency)).astype(np.float32)
+        texts.append(_log_counts(all_text(sample)))
+        frequency[texts[-1][0]] += 1
+    rarity = np.log((1 + len(texts)) / (1 + frequency)).astype(np.float32)
     if extra is not None:
-        rows = [_log_counts(all_text({"messages": messages})) for messages in extra]
+        texts = [_log_counts(all_text({"messages": messages})) for messages in extra]
     rng = np.random.default_rng(derive("hashed features", width))
     places = rng.integers(0, width, (_BUCKETS, 4))
     signs = rng.choice(np.array([-1.0, 1.0], np.float32), (_BUCKETS, 4))
-    features = np.zeros((len(rows), width), np.float32)
-    for row, (buckets, counts) in enumerate(rows):
+    features = np.zeros((len(texts), width), np.float32)
+    for row, (buckets, counts) in enumerate(texts):
         values = (counts * rarity[buckets])[:, None] * signs[buckets]
         features[row] = np.bincount(places[buckets].ravel(), values.ravel(), width)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
