@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit.batch.records import COLLECTORS
+from tokencredit.collect.table import fields_of
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.pipeline.pipeline import Pipeline
 
 SUPPORTED = (1, 5), (2, 0)  # TRL versions: from, and before
 
-# Fields that TRL's own passes supply, with no collector.
-HOST_FIELDS = frozenset(
-    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages", "step"}
-)
-
-ADAPTER_FIELDS = frozenset({"adapter_residuals", "doubling_ratios"})  # only a LoRA model has them
+HOST_FIELDS = fields_of(trl="host")  # fields that TRL's own passes supply, with no collector
+ADAPTER_FIELDS = fields_of(needs="adapter") - HOST_FIELDS  # only a LoRA model has them
 
 # With a ratio per sequence these losses see only the sum of a row's advantages.
 ERASED_BY_SEQUENCE_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "luspo")

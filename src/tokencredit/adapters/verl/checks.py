@@ -12,7 +12,7 @@ from tokencredit.adapters.verl.batch import SOURCES, stored_names
 from tokencredit.adapters.verl.names import MODES, PREFIX
 from tokencredit.adapters.verl.settings import CreditSettings, section_of
 from tokencredit.batch.records import COLLECTORS
-from tokencredit.collect.options import SHARED
+from tokencredit.collect.table import fields_of
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.pipeline import Pipeline
 
@@ -140,7 +140,7 @@ def check_fields(pipeline: Pipeline, settings: CreditSettings, config: DictConfi
 
 def check_signals(pipeline: Pipeline, timing: str, config: DictConfig) -> None:
     """Signals of hidden states come from the FSDP engine, whole sequences at a time, in verl's scoring pass."""
-    wanted = sorted(pipeline.requires & SHARED)
+    wanted = sorted(pipeline.requires & fields_of(verl="tapped"))
     if not wanted:
         return
     who = f"{pipeline.name} needs {' and '.join(f'`{name}`' for name in wanted)}"
