@@ -77,15 +77,13 @@ class ModelTeacher(_Scoring):
     @classmethod
     def load(cls, given: Mapping[str, Any]) -> "ModelTeacher":
         """From a folder or a hub name; `trust_remote_code` is off unless asked for."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from tokencredit.collect.load import load_model, load_tokenizer
 
         shared = {"revision": given["revision"], "trust_remote_code": given["trust_remote_code"]}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(given["tokenizer"] or given["model"], **shared)
-            model = AutoModelForCausalLM.from_pretrained(
-                given["model"], dtype=given["dtype"], **_quantized(given), **shared
-            )
-        except (OSError, ValueError, ImportError) as error:
+            tokenizer = load_tokenizer(given["tokenizer"] or given["model"], **shared)
+            model: Any = load_model(given["model"], dtype=given["dtype"], **_quantized(given), **shared)
+        except (TokenCreditError, ImportError) as error:
             raise TokenCreditError(
                 f"cannot load the teacher {given['model']!r}: {error}", hint="give a folder or a name of the hub"
             ) from error

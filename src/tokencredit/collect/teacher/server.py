@@ -108,13 +108,13 @@ class ServerTeacher(BaseTeacher):
         self.limit = self.limit or entry.get("max_model_len")
 
     def _check_named_tokenizer(self, student: Any, policy: Any, rows: Sequence[Row]) -> None:
-        from transformers import AutoTokenizer
+        from tokencredit.collect.load import load_tokenizer
 
         try:
-            teacher = AutoTokenizer.from_pretrained(self.given["tokenizer"])
-        except (OSError, ValueError) as error:
+            teacher = load_tokenizer(self.given["tokenizer"])
+        except TokenCreditError as error:
             raise TokenCreditError(
-                f"cannot load the teacher's tokenizer {self.given['tokenizer']!r}: {error}"
+                f"cannot load the teacher's tokenizer {self.given['tokenizer']!r}: {error.message}", hint=error.hint
             ) from error
         check_tokenizers(student, teacher)
         check_end(end_ids(student, policy), end_ids(teacher), student, self.given["eos"])
