@@ -36,14 +36,17 @@ def built_in(
 def _collector_of(name: str, row: Collector, options: Mapping[str, Any]) -> CollectorFunction:
     """The function of a row with its options; fields of one function are filled by one call."""
 
+    def measure(rollout: Rollout) -> Any:
+        return load_attribute(str(row.function), f"the collector of {name}")(rollout, **options)
+
     def collector(rollout: Rollout) -> Tensor:
         if row.text_only:
             _check_text_pass(name, rollout)
+        if row.output is None:
+            return measure(rollout)
         if row.function not in rollout.shared:
-            function = load_attribute(str(row.function), f"the collector of {name}")
-            rollout.shared[row.function] = function(rollout, **options)
-        values = rollout.shared[row.function]
-        return values if row.output is None else values[row.output]
+            rollout.shared[row.function] = measure(rollout)
+        return rollout.shared[row.function][row.output]
 
     return collector
 

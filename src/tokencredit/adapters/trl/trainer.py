@@ -43,7 +43,6 @@ from tokencredit.adapters.trl.passes import (
 from tokencredit.adapters.trl.rewards import check_models, guard_rewards
 from tokencredit.adapters.trl.sampling import plain_sampling, warn_of_shipped
 from tokencredit.adapters.trl.taps import PassTaps, draws_dropout
-from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.batch.store import RecordStore
@@ -363,7 +362,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         """Log and store what the first update of a rollout batch is trained on."""
         advantages = inputs["advantages"].detach().to(batch.response_mask.device)
         if advantages.ndim == 1:
-            advantages = chosen(advantages[:, None].expand(batch.response_mask.shape), batch.response_mask)
+            advantages = torch.where(batch.response_mask, advantages[:, None].expand(batch.response_mask.shape), 0.0)
         for name, value in credit_metrics(batch, advantages, batch.host_advantages).items():
             self._metrics["train"][name].append(value)
         if self._recorder is not None and self._recorder.records(self.state.global_step):

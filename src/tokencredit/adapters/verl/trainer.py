@@ -25,7 +25,6 @@ from tokencredit.adapters.verl.loss import credit_loss
 from tokencredit.adapters.verl.names import PREFIX
 from tokencredit.adapters.verl.rows import SCHEDULE, pack_schedule, steps_done
 from tokencredit.adapters.verl.settings import read_settings
-from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import CreditRecord, TokenBatch
 from tokencredit.batch.store import RecordStore
 from tokencredit.collect.table import fields_of
@@ -126,7 +125,7 @@ class CreditStep:
     @staticmethod
     def _host_advantages(batch: TokenBatch) -> Tensor:
         host = batch.require("host_advantages")
-        return chosen(host[:, None].expand(batch.response_mask.shape), batch.response_mask)
+        return torch.where(batch.response_mask, host[:, None].expand(batch.response_mask.shape), 0.0)
 
     def _check_sessions(self, keys: list[str]) -> None:
         """Sessions of several rows: exact where each row is credited by itself, refused where rows are pooled."""
