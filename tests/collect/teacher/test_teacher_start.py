@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback_vllm import CHAT, Loopback, serving
+from collect.loopback_vllm import CHAT, Loopback, serving
 from test_teacher_model import ALPHABET, PROMPTS, RESPONSES, rollouts
 
 from tokencredit.collect.teacher.build import build_teacher, resolve_teacher

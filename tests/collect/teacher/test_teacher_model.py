@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback_vllm import CHAT
+from collect.loopback_vllm import CHAT
 from torch import Tensor
 
 from tokencredit.collect.teacher.build import Teacher, build_teacher
