@@ -31,7 +31,8 @@ from tokencredit.collect.models import backbone_of
 from tokencredit.lab import data
 from tokencredit.lab.model import warm_start
 from tokencredit.methods.attention.weights import lowest_or_highest, position_matched_shuffle
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 from tokencredit.progress import track
 from tokencredit.seeds import generator
 

@@ -149,7 +149,7 @@ def test_an_override_goes_to_the_step_that_takes_it() -> None:
 @pytest.fixture
 def two_alphas(monkeypatch: pytest.MonkeyPatch) -> None:
     with_two = PRESETS | {"two": ["group_normalized", "entropy_bonus", {"entropy_capacity": {"phi": 3.0}}]}
-    monkeypatch.setattr("tokencredit.pipeline.pipeline.presets", lambda: with_two)
+    monkeypatch.setattr("tokencredit.pipeline.parse.presets", lambda: with_two)
 
 
 def test_an_ambiguous_override_asks_which(two_alphas: None) -> None:

@@ -19,7 +19,7 @@ MOVED = {
     "store": "batch.store",
     "loading": "pipeline.plugins",
     "steps": "pipeline.steps",
-    "credit": "pipeline.pipeline",
+    "credit": "pipeline",
     "labels": "pipeline.labels",
     "evaluate": "diagnostics.success_rates",
     "methods.rules": "methods.probability",

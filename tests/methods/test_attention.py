@@ -18,7 +18,8 @@ from tokencredit.methods.attention.weights import (
     position_matched_shuffle,
     rank_quantiles,
 )
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 
 ENTROPIES = [0.30, 0.85, 0.10, 0.55, 0.55, 0.95, 0.40, 0.20, 0.70, 0.60]
 # ranks 3, 9, 1, 5.5, 5.5, 10, 4, 2, 8, 7

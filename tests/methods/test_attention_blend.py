@@ -11,7 +11,8 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.attention.weights import attention_blend, keep_positions
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 from tokencredit.seeds import generator
 
 NAN = math.nan

@@ -18,7 +18,8 @@ from tokencredit.methods.controls import (
     shuffle_within_response,
     token_uniforms,
 )
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.seeds import generator
 
 NAN = math.nan

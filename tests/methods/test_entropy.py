@@ -15,7 +15,8 @@ import torch
 
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.entropy.rules import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 
 NAN = math.nan
 ADVANTAGES = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64)

@@ -38,6 +38,7 @@ class MethodSpec:
     * `scope`: the largest unit whose other tokens change the credit of a token; a function of the hyperparameters where
       they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
+    * `is_host_baseline`: inside a host, the estimator returns the host's own advantages.
     * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
     * `renamed`: choices of a hyperparameter that had another name before, so that older configs still read.
     """
@@ -49,6 +50,7 @@ class MethodSpec:
     domains: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
+    is_host_baseline: bool = False
     conserves: str | None = None
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 

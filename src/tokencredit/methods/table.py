@@ -59,7 +59,11 @@ WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", 
 
 ESTIMATORS: dict[str, MethodSpec] = {
     "group_normalized": MethodSpec(
-        fn=group_normalized, paper="arXiv:2402.03300", scope="group", domains={"eps": "[0, inf)"}
+        fn=group_normalized,
+        paper="arXiv:2402.03300",
+        scope="group",
+        domains={"eps": "[0, inf)"},
+        is_host_baseline=True,
     ),
     "group_centered": MethodSpec(fn=group_centered, paper="arXiv:2503.20783", scope="group"),
     "leave_one_out": MethodSpec(fn=leave_one_out, paper="arXiv:2402.14740", scope="group"),

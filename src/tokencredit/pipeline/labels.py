@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokencredit.methods.table import estimators, presets
-from tokencredit.pipeline.pipeline import Pipeline, Step
+from tokencredit.pipeline.pipeline import Pipeline
+from tokencredit.pipeline.steps import Step
 
 
 def label_of(credit: Any) -> str:

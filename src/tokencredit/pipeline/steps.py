@@ -1,9 +1,10 @@
-"""The steps of a pipeline: a function of the tables, or a user's own, with all its hyperparameters."""
+"""The parts of a pipeline: steps with their hyperparameters, chains of steps and weighted sums of chains."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
 from tokencredit.methods.table import estimators, presets, transforms
 from tokencredit.pipeline.plugins import load_function
 
+Sum = TypeVar("Sum", bound="WeightedSum")  # a `Pipeline` stays one
 CALLS = {"estimator": ("batch",), "transform": ("advantages", "batch")}
 
 
@@ -62,6 +64,46 @@ class Chain:
     def active(self) -> tuple[Step, ...]:
         """The steps that do something."""
         return (self.estimator, *(step for step in self.transforms if not step.is_identity))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """A weighted sum of chains, with the name it is shown under."""
+
+    chains: tuple[Chain, ...]
+    name: str = "custom"
+
+    def then(self: Sum, *steps: Any) -> Sum:
+        """This sum with more transforms at the end of every chain."""
+        more = tuple(make_step(item, "transform") for item in steps)
+        chains = tuple(replace(chain, transforms=chain.transforms + more) for chain in self.chains)
+        return replace(self, chains=chains, name=" → ".join((self.name, *(step.name for step in more))))
+
+    def __mul__(self: Sum, weight: int | float) -> Sum:
+        factor = as_weight(weight, "a pipeline is multiplied by a number")
+        product = f"{factor:g} * {self.name}"
+        chains = tuple(replace(chain, weight=as_weight(chain.weight * factor, product)) for chain in self.chains)
+        return replace(self, chains=chains, name=product)
+
+    __rmul__ = __mul__
+
+    def __add__(self: Sum, other: "WeightedSum") -> Sum:
+        if not isinstance(other, WeightedSum):
+            return NotImplemented
+        return replace(self, chains=self.chains + other.chains, name=f"{self.name} + {other.name}")
+
+
+def as_weight(value: object, where: str) -> float:
+    """A finite weight, from a number or its text."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TokenCreditError(f"{shown(value)} is not a finite weight in {where}")
+    return number
 
 
 def make_step(item: Any, kind: str) -> Step:
@@ -181,34 +223,3 @@ def _unknown_step(item: Any, kind: str) -> TokenCreditError:
         )
     accepted = estimators().keys() | presets().keys() if kind == "estimator" else transforms().keys()
     return unknown(kind, item, accepted)
-
-
-def as_pair(item: Any) -> tuple[str, dict[str, Any]]:
-    """A step of a preset as its name and a copy of its hyperparameters."""
-    name, given = named_step(item)
-    return name, dict(hyperparameters_of(name, given))
-
-
-def override(preset: str, steps: list[tuple[str, dict[str, Any]]], key: str, value: Any) -> None:
-    """Set a hyperparameter of the one step of a preset that has it; `step.key` says which where several do."""
-    wanted, _, parameter = key.rpartition(".")
-    accepting = [(step, given) for step, given in steps if parameter in _spec(step).defaults]
-    able = [given for step, given in accepting if wanted in ("", step)]
-    if len(able) > 1:
-        owners = [step for step, _ in accepting]
-        raise TokenCreditError(
-            f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {[f'{o}.{parameter}' for o in owners]}"
-        )
-    if not able:
-        accepted = sorted({name for step, _ in steps for name in _spec(step).defaults})
-        raise TokenCreditError(
-            f"{preset} has no hyperparameter {shown(key)}; accepted: {', '.join(accepted) or '(none)'}"
-        )
-    able[0][parameter] = value
-
-
-def _spec(step: str) -> MethodSpec:
-    """The row of a step of a preset."""
-    if ":" in step:
-        return user_function(step)[1]
-    return estimators()[step] if step in estimators() else transforms()[step]

@@ -46,7 +46,8 @@ from tokencredit.collect.options import SHARED, resolve_options
 from tokencredit.collect.record_texts import prompt_texts
 from tokencredit.collect.teacher.prompts import first_rows
 from tokencredit.diagnostics.summary import credit_metrics
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 
 
 class CreditGRPOTrainer(GRPOTrainer):
