@@ -9,7 +9,10 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, compact, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.spec import Limit, MethodSpec, Rows
 
+ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
+WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 EPS = 1e-8  # below this greatest score a response has no signal
 
 
@@ -129,3 +132,44 @@ def score_weights(
         weights = torch.where(mask, weights.clamp(floor, cap), 0.0)
         weights = weights * length / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return torch.where(mask, weights, 0.0)
+
+
+ROWS = Rows(
+    transforms={
+        "surprisal": MethodSpec(
+            fn=surprisal,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=OLD,
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+        "entropy_reduction": MethodSpec(
+            fn=entropy_reduction,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=ENTROPIES,
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+        "policy_divergence": MethodSpec(
+            fn=policy_divergence,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=OLD | {"ref_logprobs"},
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "surprisal": ["group_normalized", "surprisal"],
+        "entropy_reduction": ["group_normalized", "entropy_reduction"],
+        "policy_divergence": ["group_normalized", "policy_divergence"],
+    },
+)
