@@ -17,8 +17,8 @@ def label_of(credit: Any) -> str:
     if isinstance(credit, str):
         return credit
     if isinstance(credit, Mapping) and len(credit) == 1 and "weighted_sum" not in credit:
-        (name, given), *_ = credit.items()
-        return _with_settings(str(name), given if isinstance(given, Mapping) else {})
+        (name, settings), *_ = credit.items()
+        return _with_settings(str(name), settings if isinstance(settings, Mapping) else {})
     head = _preset_at_start(credit)
     if head is None:
         return " + ".join(_label_of_chain(chain.weight, chain) for chain in Pipeline.parse(credit).chains)
@@ -61,5 +61,5 @@ def _label_of_step(step: Step) -> str:
     return _with_settings(step.name, {step.written.get(key, key): value for key, value in step.changed.items()})
 
 
-def _with_settings(name: str, given: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name
+def _with_settings(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})" if settings else name

@@ -28,10 +28,10 @@ def parse_config(config: Any) -> WeightedSum:
     if isinstance(config, str):
         return parse_expression(config)
     if isinstance(config, Mapping) and len(config) == 1:
-        name, given = named_step(config)
+        name, settings = named_step(config)
         if name == "weighted_sum" or not isinstance(name, str):
             return _parse_start(config)
-        return parse_name(name, hyperparameters_of(name, given))
+        return parse_name(name, hyperparameters_of(name, settings))
     if isinstance(config, Sequence) and not isinstance(config, bytes | bytearray | memoryview) and len(config) > 0:
         return parse_steps(config)
     raise TokenCreditError(
@@ -55,7 +55,7 @@ def parse_name(name: str, overrides: Mapping[str, Any]) -> WeightedSum:
     steps = [_as_pair(item) for item in _steps_of(name)]
     for key, value in overrides.items():
         _override(name, steps, key, value)
-    return parse_steps([{step: given} for step, given in steps], name)
+    return parse_steps([{step: settings} for step, settings in steps], name)
 
 
 def parse_expression(text: str) -> WeightedSum:
@@ -78,15 +78,15 @@ def _parse_start(item: Any) -> WeightedSum:
     """The chains that the first step of a list stands for: an estimator, a preset, or a sum of them."""
     if isinstance(item, WeightedSum):
         return item
-    first, given = named_step(item)
+    first, settings = named_step(item)
     if isinstance(item, Mapping) and first == "weighted_sum":
-        return _parse_weighted_sum(given)
+        return _parse_weighted_sum(settings)
     if isinstance(first, str) and first not in estimators():
         if find_preset(first) is not None:
-            return parse_name(first, hyperparameters_of(first, given))
+            return parse_name(first, hyperparameters_of(first, settings))
         if first in transforms():
             raise _lacks_estimator(first)
-        if given is None and any(sign in first for sign in "*+"):
+        if settings is None and any(sign in first for sign in "*+"):
             return parse_expression(first)
     step = make_step(item, "estimator")
     return WeightedSum((Chain(1.0, step),), step.name)
@@ -126,15 +126,15 @@ def _lacks_estimator(name: str) -> TokenCreditError:
 
 
 def _as_pair(item: Any) -> Pair:
-    name, given = named_step(item)
-    return name, dict(hyperparameters_of(name, given))
+    name, settings = named_step(item)
+    return name, dict(hyperparameters_of(name, settings))
 
 
 def _override(preset: str, steps: list[Pair], key: str, value: Any) -> None:
     """Set a hyperparameter of the one step of a preset that has it; `step.key` says which where several do."""
     step_name, _, parameter = key.rpartition(".")
-    accepting = [(step, given) for step, given in steps if _spec_of(step).accepts(parameter)]
-    targets = [(step, given) for step, given in accepting if step_name in ("", step)]
+    accepting = [(step, settings) for step, settings in steps if _spec_of(step).accepts(parameter)]
+    targets = [(step, settings) for step, settings in accepting if step_name in ("", step)]
     if len(targets) > 1:
         choices = [f"{step}.{parameter}" for step, _ in accepting]
         raise TokenCreditError(f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {choices}")
@@ -143,11 +143,11 @@ def _override(preset: str, steps: list[Pair], key: str, value: Any) -> None:
         raise TokenCreditError(
             f"{preset} has no hyperparameter {shown(key)}; accepted: {', '.join(accepted) or '(none)'}"
         )
-    ((step, given),) = targets
+    ((step, settings),) = targets
     current = _spec_of(step).current_name
-    for name in [name for name in given if current(name) == current(parameter)]:
-        del given[name]
-    given[parameter] = value
+    for name in [name for name in settings if current(name) == current(parameter)]:
+        del settings[name]
+    settings[parameter] = value
 
 
 def _spec_of(step: str) -> MethodSpec:

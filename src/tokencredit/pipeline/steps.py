@@ -118,7 +118,7 @@ def make_step(item: Any, kind: str) -> Step:
       item: the step.
       kind: "estimator" for the first step of a chain, "transform" for the others.
     """
-    item, given = named_step(item)
+    item, settings = named_step(item)
     table = estimators() if kind == "estimator" else transforms()
     if isinstance(item, str) and item in table:
         name, spec = item, table[item]
@@ -126,7 +126,7 @@ def make_step(item: Any, kind: str) -> Step:
         name, spec = user_function(item, kind)
     else:
         raise _unknown_step(item, kind)
-    hyperparameters = hyperparameters_of(name, given)
+    hyperparameters = hyperparameters_of(name, settings)
     older = {spec.current_name(key): key for key in hyperparameters if spec.current_name(key) != key}
     return Step(name, spec, resolve(name, spec, hyperparameters), older)
 
@@ -136,8 +136,8 @@ def named_step(item: Any) -> tuple[Any, Any]:
     if isinstance(item, Mapping):
         if len(item) != 1:
             raise TokenCreditError(f"a step is a name or {{name: hyperparameters}}, got {shown(dict(item))}")
-        (item, given), *_ = item.items()
-        return item, given
+        (item, settings), *_ = item.items()
+        return item, settings
     if isinstance(item, tuple):
         if len(item) != 2:
             raise TokenCreditError(f"a step is (function, hyperparameters), got {shown(item)}")
@@ -145,17 +145,17 @@ def named_step(item: Any) -> tuple[Any, Any]:
     return item, None
 
 
-def hyperparameters_of(name: str, given: Any) -> Mapping[str, Any]:
+def hyperparameters_of(name: str, settings: Any) -> Mapping[str, Any]:
     """What YAML holds behind the name of a step; nothing there means the defaults."""
-    given = {} if given is None else given
-    if not isinstance(given, Mapping):
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
         raise TokenCreditError(
-            f"hyperparameters of {name} are a mapping, got {shown(given)}", hint=f"write `{name}: {{alpha: 0.3}}`"
+            f"hyperparameters of {name} are a mapping, got {shown(settings)}", hint=f"write `{name}: {{alpha: 0.3}}`"
         )
-    for key in given:
+    for key in settings:
         if not isinstance(key, str):
             raise TokenCreditError(f"{name} has no hyperparameter {shown(key)}: names are text")
-    return given
+    return settings
 
 
 def user_function(item: Any, kind: str | None = None) -> tuple[str, MethodSpec]:

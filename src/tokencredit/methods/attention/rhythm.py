@@ -59,8 +59,8 @@ def answer_attention(
         Â′_t = Â_t · max(floor, σ(z(ln m_t)))        Â′_t = Â_t on answer tokens
 
     m_t > 0 is the mean attention that the answer pays to token t in the last layer (`batch.importances`, from
-    `collect.attention.answer` or a collector of your own); m_t ≤ 0 marks answer tokens. z standardises over the reasoning tokens
-    of the response. floor = 1 is the identity.
+    `collect.attention.answer` or a collector of your own); m_t ≤ 0 marks answer tokens. z standardises over the
+    reasoning tokens of the response. floor = 1 is the identity.
 
     Source: project notes of ATPO, abandoned by their authors: attention is no causal contribution, and without the
     floor length and accuracy collapse. That the floor is a maximum is ours.

@@ -186,9 +186,9 @@ def prefix_ratio(
 
 def _sum_by_position(compacted: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "1 response"]:
     """Sum over the batch, position by position; ranks may be padded to different lengths."""
-    own = compacted.shape[1]
-    longest = int(batch.reducer.maximum(torch.tensor(own, device=compacted.device)))
-    return batch.reducer.total(torch.nn.functional.pad(compacted.sum(0, keepdim=True), (0, longest - own)))[:, :own]
+    width = compacted.shape[1]
+    longest = int(batch.reducer.maximum(torch.tensor(width, device=compacted.device)))
+    return batch.reducer.total(torch.nn.functional.pad(compacted.sum(0, keepdim=True), (0, longest - width)))[:, :width]
 
 
 ROWS = Rows(

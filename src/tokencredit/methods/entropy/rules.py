@@ -96,9 +96,9 @@ def gtpo(
     alive = compact(torch.ones_like(a), mask)
     shaped = torch.zeros_like(a)
     for side, weight in ((1.0, entropies), (-1.0, 1.0 / entropies.clamp_min(floor))):
-        mine = torch.where(polarity == side, alive, 0.0)
-        total = _sum_by_position(mine * weight, batch)
-        count = _sum_by_position(mine, batch)
+        members = torch.where(polarity == side, alive, 0.0)
+        total = _sum_by_position(members * weight, batch)
+        count = _sum_by_position(members, batch)
         share = count * weight / torch.where(total > 0, total, 1.0)
         shaped = torch.where(polarity == side, side * (base_share + (1.0 - base_share) * share), shaped)
     shaped = spread(shaped, mask)
@@ -107,9 +107,9 @@ def gtpo(
 
 def _sum_by_position(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Sum over the rows of a group, position by position; ranks may be padded to different lengths."""
-    own = x.shape[1]
-    longest = int(batch.reducer.maximum(torch.tensor(own, device=x.device)))
-    return group_totals(torch.nn.functional.pad(x, (0, longest - own)), batch.group_ids, batch.reducer)[:, :own]
+    width = x.shape[1]
+    longest = int(batch.reducer.maximum(torch.tensor(width, device=x.device)))
+    return group_totals(torch.nn.functional.pad(x, (0, longest - width)), batch.group_ids, batch.reducer)[:, :width]
 
 
 def _standardize_per_polarity(
@@ -117,11 +117,11 @@ def _standardize_per_polarity(
 ) -> Float[Tensor, "batch response"]:
     result = torch.zeros_like(shaped)
     for side in (1.0, -1.0):
-        mine = chosen((polarity == side).double().expand_as(shaped), batch.response_mask)
-        count = unit_sums(mine, batch, "group").clamp_min(1.0)
-        centred = shaped - unit_sums(mine * shaped, batch, "group") / count
-        std = (unit_sums(mine * centred.square(), batch, "group") / count).sqrt()
-        result = torch.where(mine > 0, centred / (std + EPS), result)
+        members = chosen((polarity == side).double().expand_as(shaped), batch.response_mask)
+        count = unit_sums(members, batch, "group").clamp_min(1.0)
+        centred = shaped - unit_sums(members * shaped, batch, "group") / count
+        std = (unit_sums(members * centred.square(), batch, "group") / count).sqrt()
+        result = torch.where(members > 0, centred / (std + EPS), result)
     return result
 
 
