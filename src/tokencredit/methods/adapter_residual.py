@@ -10,7 +10,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.likelihood import WEIGHT_DOMAINS, score_weights
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 
 def residual_fields(hyperparameters: Mapping[str, Any]) -> frozenset[str]:
@@ -53,18 +53,16 @@ def adapter_residual(
 
 
 ROWS = Rows(
-    transforms={
-        "adapter_residual": MethodSpec(
-            fn=adapter_residual,
-            report_section="signals",
-            paper="arXiv:2606.00257",
-            requires=residual_fields,
-            scope="response",
-            domains=WEIGHT_DOMAINS | {"gate": "[0, 2]"},
-            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        adapter_residual,
+        "arXiv:2606.00257",
+        requires=residual_fields,
+        scope="response",
+        domains=WEIGHT_DOMAINS | {"gate": "[0, 2]"},
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
     presets={
         "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],
         "arca_released": ["group_normalized", {"adapter_residual": {"sharpening": 2.0}}],

@@ -11,7 +11,7 @@ from tokencredit.batch.draws import draw_uniforms, shuffle_tokens
 from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import Mass, Normalize, keep_selected, kept_count, rescale_mass, selection_scope
-from tokencredit.methods.spec import Limit, MethodSpec, Rows, Scope
+from tokencredit.methods.spec import MethodSpec, Rows, Scope, at
 
 
 def shuffle_within_response(
@@ -161,26 +161,15 @@ def position_matched_shuffle(
 
 
 ROWS = Rows(
-    transforms={
-        "shuffle_within_response": MethodSpec(
-            fn=shuffle_within_response, paper="-", scope="response", domains={"bins": "[1, inf)"}, conserves="multiset"
-        ),
-        "reverse": MethodSpec(fn=reverse, paper="-", scope="response", conserves="multiset"),
-        "random_mask": MethodSpec(
-            fn=random_mask,
-            paper="-",
-            scope=selection_scope,
-            domains={"keep": "(0, 1]"},
-            limits=(Limit({"keep": 1.0}),),
-            keeps_sign=True,
-        ),
-        "constant_scale": MethodSpec(
-            fn=constant_scale, paper="-", limits=(Limit({"multiplier": 1.0}),), renamed={"scale": "multiplier"}
-        ),
-        "mean_within_response": MethodSpec(fn=mean_within_response, paper="-", scope="response"),
-        "mean_weight": MethodSpec(fn=mean_weight, paper="-", scope="batch"),
-        "match_mass": MethodSpec(fn=match_mass, paper="-", scope=mass_scope, keeps_sign=True, conserves="mass"),
-    },
+    MethodSpec(shuffle_within_response, "-", scope="response", domains={"bins": "[1, inf)"}, conserves="multiset"),
+    MethodSpec(reverse, "-", scope="response", conserves="multiset"),
+    MethodSpec(
+        random_mask, "-", scope=selection_scope, domains={"keep": "(0, 1]"}, limits=(at(keep=1.0),), keeps_sign=True
+    ),
+    MethodSpec(constant_scale, "-", limits=(at(multiplier=1.0),), renamed={"scale": "multiplier"}),
+    MethodSpec(mean_within_response, "-", scope="response"),
+    MethodSpec(mean_weight, "-", scope="batch"),
+    MethodSpec(match_mass, "-", scope=mass_scope, keeps_sign=True, conserves="mass"),
     presets={
         "random_tokens": ["group_normalized", {"random_mask": {"keep": 0.2, "normalize": "selected"}}],
         "opd_random": ["teacher_log_ratio", {"random_mask": {"keep": 0.3}}],

@@ -80,11 +80,7 @@ def outcome_information(
 
 
 ROWS = Rows(
-    estimators={
-        "exact_advantage": MethodSpec(
-            fn=exact_advantage, is_exact=True, paper="-", requires=frozenset({"values"}), scope="response"
-        ),
-    },
+    MethodSpec(exact_advantage, "-", requires=frozenset({"values"}), scope="response", is_exact=True),
     presets={
         "exact": ["exact_advantage"],
     },

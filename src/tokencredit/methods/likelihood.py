@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, compact, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.spec import Limit, Method, MethodSpec, Rows
+from tokencredit.methods.spec import Method, MethodSpec, Rows, at
 
 ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
 WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
@@ -128,38 +128,36 @@ def score_weights(
 
 
 ROWS = Rows(
-    transforms={
-        "surprisal": MethodSpec(
-            fn=surprisal,
-            report_section="signals",
-            paper="arXiv:2606.00257",
-            requires=OLD,
-            scope="response",
-            domains=WEIGHT_DOMAINS,
-            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
-            keeps_sign=True,
-        ),
-        "entropy_reduction": MethodSpec(
-            fn=entropy_reduction,
-            report_section="signals",
-            paper="arXiv:2606.00257",
-            requires=ENTROPIES,
-            scope="response",
-            domains=WEIGHT_DOMAINS,
-            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
-            keeps_sign=True,
-        ),
-        "policy_divergence": MethodSpec(
-            fn=policy_divergence,
-            report_section="signals",
-            paper="arXiv:2606.00257",
-            requires=OLD | {"ref_logprobs"},
-            scope="response",
-            domains=WEIGHT_DOMAINS,
-            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        surprisal,
+        "arXiv:2606.00257",
+        requires=OLD,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    MethodSpec(
+        entropy_reduction,
+        "arXiv:2606.00257",
+        requires=ENTROPIES,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    MethodSpec(
+        policy_divergence,
+        "arXiv:2606.00257",
+        requires=OLD | {"ref_logprobs"},
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
     presets={
         "surprisal": ["group_normalized", "surprisal"],
         "entropy_reduction": ["group_normalized", "entropy_reduction"],

@@ -96,23 +96,12 @@ def _spread_to_tokens(per_response: Float[Tensor, " batch"], batch: TokenBatch) 
 
 
 ROWS = Rows(
-    estimators={
-        "group_normalized": MethodSpec(
-            fn=group_normalized,
-            paper="arXiv:2402.03300",
-            scope="group",
-            domains={"eps": "[0, inf)"},
-            is_host_baseline=True,
-        ),
-        "group_centered": MethodSpec(fn=group_centered, paper="arXiv:2503.20783", scope="group"),
-        "leave_one_out": MethodSpec(fn=leave_one_out, paper="arXiv:2402.14740", scope="group"),
-        "signed_outcome": MethodSpec(
-            fn=signed_outcome,
-            paper="arXiv:2506.01347",
-            scope="response",
-            domains={"positive": "[0, inf)", "negative": "[0, inf)"},
-        ),
-    },
+    MethodSpec(group_normalized, "arXiv:2402.03300", scope="group", domains={"eps": "[0, inf)"}, is_host_baseline=True),
+    MethodSpec(group_centered, "arXiv:2503.20783", scope="group"),
+    MethodSpec(leave_one_out, "arXiv:2402.14740", scope="group"),
+    MethodSpec(
+        signed_outcome, "arXiv:2506.01347", scope="response", domains={"positive": "[0, inf)", "negative": "[0, inf)"}
+    ),
     presets={
         "grpo": ["group_normalized"],
         "dr_grpo": ["group_centered"],

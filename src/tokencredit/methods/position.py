@@ -13,7 +13,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, positions, response_lengths
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import Normalize, count_share, keep_selected, selection_scope
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 IW_OPD = "arXiv:2606.22600"
 THROUGH: dict[str, Any] = {"place": "through", "normalize": "selected"}  # the stretches of arXiv:2605.07660
@@ -157,56 +157,37 @@ def _find_part(batch: TokenBatch, share: float, part: Part = "first") -> Bool[Te
 
 
 ROWS = Rows(
-    transforms={
-        "position_decay": MethodSpec(
-            fn=position_decay,
-            paper="-",
-            scope="response",
-            domains={"gamma": "[0, inf)"},
-            limits=(Limit({"gamma": 0.0}),),
-            keeps_sign=True,
-        ),
-        "prefix_mask": MethodSpec(
-            fn=prefix_mask,
-            paper=IW_OPD,
-            scope="response",
-            domains={"keep": "(0, 1]", "keep_end": "(0, 1]"},
-            limits=(Limit({"keep": 1.0, "schedule": "none"}),),
-            keeps_sign=True,
-        ),
-        "suffix_mask": MethodSpec(
-            fn=suffix_mask,
-            paper=IW_OPD,
-            scope="response",
-            domains={"keep": "(0, 1]"},
-            limits=(Limit({"keep": 1.0}),),
-            keeps_sign=True,
-        ),
-        "middle_mask": MethodSpec(
-            fn=middle_mask,
-            paper="-",
-            scope="response",
-            domains={"keep": "(0, 1]"},
-            limits=(Limit({"keep": 1.0}),),
-            keeps_sign=True,
-        ),
-        "prefix_boost": MethodSpec(
-            fn=prefix_boost,
-            paper=IW_OPD,
-            scope="response",
-            domains={"keep": "(0, 1]", "keep_end": "(0, 1]", "multiplier": "[0, inf)"},
-            limits=(Limit({"multiplier": 1.0}),),
-            keeps_sign=True,
-        ),
-        "keep_positions": MethodSpec(
-            fn=keep_positions,
-            paper="-",
-            scope=selection_scope,
-            domains={"start": "[0, 1]", "stop": "[0, 1]"},
-            limits=(Limit({"start": 0.0, "stop": 1.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        position_decay, "-", scope="response", domains={"gamma": "[0, inf)"}, limits=(at(gamma=0.0),), keeps_sign=True
+    ),
+    MethodSpec(
+        prefix_mask,
+        IW_OPD,
+        scope="response",
+        domains={"keep": "(0, 1]", "keep_end": "(0, 1]"},
+        limits=(at(keep=1.0, schedule="none"),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        suffix_mask, IW_OPD, scope="response", domains={"keep": "(0, 1]"}, limits=(at(keep=1.0),), keeps_sign=True
+    ),
+    MethodSpec(middle_mask, "-", scope="response", domains={"keep": "(0, 1]"}, limits=(at(keep=1.0),), keeps_sign=True),
+    MethodSpec(
+        prefix_boost,
+        IW_OPD,
+        scope="response",
+        domains={"keep": "(0, 1]", "keep_end": "(0, 1]", "multiplier": "[0, inf)"},
+        limits=(at(multiplier=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        keep_positions,
+        "-",
+        scope=selection_scope,
+        domains={"start": "[0, 1]", "stop": "[0, 1]"},
+        limits=(at(start=0.0, stop=1.0),),
+        keeps_sign=True,
+    ),
     presets={
         "first_fifth": ["group_normalized", {"keep_positions": {"stop": 0.2} | THROUGH}],
         "last_fifth": ["group_normalized", {"keep_positions": {"start": 0.8} | THROUGH}],

@@ -10,7 +10,7 @@ from tokencredit.batch.draws import draw_uniforms
 from tokencredit.batch.masked import chosen, response_lengths, row_quantile, unit_moments
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import count_share, keep_selected
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
 
@@ -180,60 +180,58 @@ def future_ratio(
 
 
 ROWS = Rows(
-    transforms={
-        "probability_scaled": MethodSpec(
-            fn=probability_scaled,
-            paper="arXiv:2505.12929",
-            requires=OLD,
-            domains={"alpha": "[0, 1]"},
-            limits=(Limit({"alpha": 0.0}),),
-            keeps_sign=True,
-        ),
-        "steer": MethodSpec(
-            fn=steer,
-            paper="arXiv:2510.10150",
-            requires=ENTROPIES | OLD,
-            scope="batch",
-            domains={"least": "(0, 1]", "floor": "(0, inf)"},
-            limits=(Limit({"least": 1.0}),),
-            keeps_sign=True,
-        ),
-        "clip_cov": MethodSpec(
-            fn=clip_cov,
-            paper="arXiv:2505.22617",
-            requires=OLD,
-            scope="batch",
-            domains={"share": "[0, 1]"},
-            limits=(Limit({"share": 0.0}),),
-            keeps_sign=True,
-        ),
-        "a3po": MethodSpec(
-            fn=a3po,
-            paper="arXiv:2512.21625",
-            requires=OLD,
-            scope="response",
-            domains={"share": "[0, 1]", "until": "(0, inf)", "gain": "(0, inf)"},
-            limits=(Limit({"gain": 1.0}),),
-            keeps_sign=True,
-        ),
-        "outcome_importance": MethodSpec(
-            fn=outcome_importance,
-            paper="OAR (ACL 2026)",
-            requires=frozenset({"importances"}),
-            scope="response",
-            domains={"tau": "[0, 1]", "beta": "[0, inf)"},
-            keeps_sign=True,
-        ),
-        "future_ratio": MethodSpec(
-            fn=future_ratio,
-            paper="arXiv:2603.19835",
-            requires=OLD | {"current_logprobs"},
-            scope="response",
-            domains={"half_life": "(0, inf)", "low": "(0, inf)", "high": "(0, inf)", "clip_ratio_c": "[1, inf)"},
-            limits=(Limit({"low": 1.0, "high": 1.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        probability_scaled,
+        "arXiv:2505.12929",
+        requires=OLD,
+        domains={"alpha": "[0, 1]"},
+        limits=(at(alpha=0.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        steer,
+        "arXiv:2510.10150",
+        requires=ENTROPIES | OLD,
+        scope="batch",
+        domains={"least": "(0, 1]", "floor": "(0, inf)"},
+        limits=(at(least=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        clip_cov,
+        "arXiv:2505.22617",
+        requires=OLD,
+        scope="batch",
+        domains={"share": "[0, 1]"},
+        limits=(at(share=0.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        a3po,
+        "arXiv:2512.21625",
+        requires=OLD,
+        scope="response",
+        domains={"share": "[0, 1]", "until": "(0, inf)", "gain": "(0, inf)"},
+        limits=(at(gain=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        outcome_importance,
+        "OAR (ACL 2026)",
+        requires=frozenset({"importances"}),
+        scope="response",
+        domains={"tau": "[0, 1]", "beta": "[0, inf)"},
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        future_ratio,
+        "arXiv:2603.19835",
+        requires=OLD | {"current_logprobs"},
+        scope="response",
+        domains={"half_life": "(0, inf)", "low": "(0, inf)", "high": "(0, inf)", "clip_ratio_c": "[1, inf)"},
+        limits=(at(low=1.0, high=1.0),),
+        keeps_sign=True,
+    ),
     presets={
         "advantage_reweighting": ["group_normalized", "probability_scaled"],
         "steer": ["group_normalized", "steer"],

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
@@ -30,7 +30,12 @@ class Limit:
     equals: str = "identity"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def at(**hyperparameters: Any) -> Limit:
+    """The limit where a method is the identity."""
+    return Limit(hyperparameters)
+
+
+@dataclass(frozen=True, slots=True)
 class MethodSpec:
     """One row of the table of methods.
 
@@ -50,6 +55,7 @@ class MethodSpec:
 
     fn: Method
     paper: str
+    _: KW_ONLY
     requires: frozenset[str] | Callable[[Mapping[str, Any]], frozenset[str]] = frozenset()
     scope: Scope | Callable[[Mapping[str, Any]], Scope] = "token"
     domains: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +91,11 @@ class MethodSpec:
         return {name: parameter.default for name, parameter in _hyperparameters(self.fn).items()}
 
     @property
+    def is_estimator(self) -> bool:
+        """Whether the method starts a pipeline: it takes the batch, and no advantages."""
+        return "advantages" not in inspect.signature(self.fn).parameters
+
+    @property
     def draws(self) -> bool:
         """Whether the method takes a generator."""
         return "generator" in inspect.signature(self.fn).parameters
@@ -103,19 +114,24 @@ class Alias:
     differs: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What one file of methods adds to the tables: its `ROWS`.
+    """What one file of methods adds to the tables: its `ROWS`. A method has the name of its function.
 
     `controls` are pipelines that the benchmark runs beside the presets: a method with its credit shuffled, reversed or
     averaged.
     """
 
-    estimators: Mapping[str, MethodSpec] = field(default_factory=dict)
-    transforms: Mapping[str, MethodSpec] = field(default_factory=dict)
-    presets: Mapping[str, list[Any]] = field(default_factory=dict)
-    aliases: Mapping[str, Alias] = field(default_factory=dict)
-    controls: Mapping[str, list[Any]] = field(default_factory=dict)
+    def __init__(
+        self,
+        *methods: MethodSpec,
+        presets: Mapping[str, list[Any]] | None = None,
+        aliases: Mapping[str, Alias] | None = None,
+        controls: Mapping[str, list[Any]] | None = None,
+    ) -> None:
+        self.methods = methods
+        self.estimators = {spec.fn.__name__: spec for spec in methods if spec.is_estimator}
+        self.transforms = {spec.fn.__name__: spec for spec in methods if not spec.is_estimator}
+        self.presets, self.aliases, self.controls = presets or {}, aliases or {}, controls or {}
 
 
 def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:

@@ -130,11 +130,7 @@ def _met(keys: Int[Tensor, "batch prefix"], passes: Bool[Tensor, "batch prefix"]
 
 
 ROWS = Rows(
-    estimators={
-        "success_trie": MethodSpec(
-            fn=success_trie, paper="-", requires=OLD, scope="group", domains={"kappa": "[0, inf)"}
-        ),
-    },
+    MethodSpec(success_trie, "-", requires=OLD, scope="group", domains={"kappa": "[0, inf)"}),
     presets={
         "success_trie": ["success_trie"],
     },

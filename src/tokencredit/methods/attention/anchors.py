@@ -9,7 +9,7 @@ from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.attention.weights import ENTROPY_FIELDS, RENAMED, Entropy, entropy_fields
 from tokencredit.methods.selection import Normalize, Side, keep_selected, lowest_or_highest, selection_scope
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 FIFTH: dict[str, Any] = {"keep": 0.2, "normalize": "selected"}  # the hard subsets of arXiv:2605.07660
 
@@ -39,18 +39,16 @@ def keep_attention(
 
 
 ROWS = Rows(
-    transforms={
-        "keep_attention": MethodSpec(
-            fn=keep_attention,
-            paper="arXiv:2605.07660",
-            requires=entropy_fields,
-            renamed=RENAMED,
-            scope=selection_scope,
-            domains={"keep": "(0, 1]"},
-            limits=(Limit({"keep": 1.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        keep_attention,
+        "arXiv:2605.07660",
+        requires=entropy_fields,
+        scope=selection_scope,
+        domains={"keep": "(0, 1]"},
+        limits=(at(keep=1.0),),
+        keeps_sign=True,
+        renamed=RENAMED,
+    ),
     presets={
         "anchors": ["group_normalized", {"keep_attention": FIFTH | {"side": "low"}}],
         "explorers": ["group_normalized", {"keep_attention": FIFTH | {"side": "high"}}],

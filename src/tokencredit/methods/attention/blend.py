@@ -14,7 +14,7 @@ from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import extrema
 from tokencredit.methods.attention.weights import ENTROPY_FIELDS, RENAMED, Entropy, Sign, entropy_fields, weigh
-from tokencredit.methods.spec import Endpoints, Limit, MethodSpec, Rows
+from tokencredit.methods.spec import Endpoints, MethodSpec, Rows, at
 
 Blend = Literal["low_to_high", "high_to_low", "static_anchor", "static_explorer"]
 
@@ -122,19 +122,18 @@ def _share_done(batch: TokenBatch, warmup_steps: int, warmup_share: float | None
 
 
 ROWS = Rows(
-    transforms={
-        "attention_blend": MethodSpec(
-            fn=attention_blend,
-            paper="arXiv:2605.07660",
-            requires=blend_fields,
-            renamed=RENAMED,
-            scope="batch",
-            domains={"tau": "(0, inf)", "warmup_steps": "[1, inf)", "warmup_share": "(0, 1]"},
-            limits=(Limit({"low": (1.0, 1.0), "high": (1.0, 1.0)}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        attention_blend,
+        "arXiv:2605.07660",
+        requires=blend_fields,
+        scope="batch",
+        domains={"tau": "(0, inf)", "warmup_steps": "[1, inf)", "warmup_share": "(0, 1]"},
+        limits=(at(low=(1.0, 1.0), high=(1.0, 1.0)),),
+        keeps_sign=True,
+        renamed=RENAMED,
+    ),
     presets={
+        # arXiv:2605.07660 as published, then the same with the size of its step taken away, then that size alone.
         "attention": ["group_normalized", {"attention_blend": {"direction": "low_to_high"}}],
         "attention_high_to_low": ["group_normalized", {"attention_blend": {"direction": "high_to_low"}}],
         "static_anchor": ["group_normalized", {"attention_blend": {"direction": "static_anchor"}}],

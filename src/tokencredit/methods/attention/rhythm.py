@@ -9,7 +9,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, compact, response_lengths, row_quantile, spread
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import lowest_or_highest
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 
 def attention_rhythm(
@@ -116,26 +116,24 @@ def _hand_back(
 
 
 ROWS = Rows(
-    transforms={
-        "attention_rhythm": MethodSpec(
-            fn=attention_rhythm,
-            paper="arXiv:2510.13554",
-            requires=frozenset({"attention_distances", "attention_influences"}),
-            scope="response",
-            domains={"share": "(0, 1]", "gain": "[1, inf)", "alpha": "[0, 1]", "reach": "[1, inf)"},
-            limits=(Limit({"gain": 1.0}),),
-            keeps_sign=True,
-        ),
-        "answer_attention": MethodSpec(
-            fn=answer_attention,
-            paper="-",
-            requires=frozenset({"importances"}),
-            scope="response",
-            domains={"floor": "(0, 1]"},
-            limits=(Limit({"floor": 1.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        attention_rhythm,
+        "arXiv:2510.13554",
+        requires=frozenset({"attention_distances", "attention_influences"}),
+        scope="response",
+        domains={"share": "(0, 1]", "gain": "[1, inf)", "alpha": "[0, 1]", "reach": "[1, inf)"},
+        limits=(at(gain=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        answer_attention,
+        "-",
+        requires=frozenset({"importances"}),
+        scope="response",
+        domains={"floor": "(0, 1]"},
+        limits=(at(floor=1.0),),
+        keeps_sign=True,
+    ),
     presets={
         "attention_illuminates": ["group_normalized", "attention_rhythm"],
         "atpo": ["group_normalized", "answer_attention"],

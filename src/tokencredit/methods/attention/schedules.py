@@ -17,7 +17,7 @@ from tokencredit.methods.attention.weights import (
     scale_to_mean_one,
     weigh,
 )
-from tokencredit.methods.spec import Limit, MethodSpec, Rows
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 Direction = Literal["low_to_high", "high_to_low", "anchors", "explorers", "low_to_uniform", "uniform"]
 
@@ -129,38 +129,36 @@ def rank_quantiles(
 
 
 ROWS = Rows(
-    transforms={
-        "attention_schedule": MethodSpec(
-            fn=attention_schedule,
-            paper="-",
-            requires=entropy_fields,
-            renamed=RENAMED,
-            scope="response",
-            domains={"beta": "[0, 1)"},
-            limits=(Limit({"beta": 0.0}), Limit({"direction": "uniform"})),
-            keeps_sign=True,
-        ),
-        "attention_tilt": MethodSpec(
-            fn=attention_tilt,
-            paper="-",
-            requires=entropy_fields,
-            renamed=RENAMED,
-            scope="response",
-            domains={"kappa": "[0, inf)"},
-            limits=(Limit({"kappa": 0.0}), Limit({"direction": "uniform"})),
-            keeps_sign=True,
-        ),
-        "attention_gate": MethodSpec(
-            fn=attention_gate,
-            paper="-",
-            requires=entropy_fields,
-            renamed=RENAMED,
-            scope="response",
-            domains={"floor": "(0, 1]", "tau": "(0, inf)"},
-            limits=(Limit({"floor": 1.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        attention_schedule,
+        "-",
+        requires=entropy_fields,
+        scope="response",
+        domains={"beta": "[0, 1)"},
+        limits=(at(beta=0.0), at(direction="uniform")),
+        keeps_sign=True,
+        renamed=RENAMED,
+    ),
+    MethodSpec(
+        attention_tilt,
+        "-",
+        requires=entropy_fields,
+        scope="response",
+        domains={"kappa": "[0, inf)"},
+        limits=(at(kappa=0.0), at(direction="uniform")),
+        keeps_sign=True,
+        renamed=RENAMED,
+    ),
+    MethodSpec(
+        attention_gate,
+        "-",
+        requires=entropy_fields,
+        scope="response",
+        domains={"floor": "(0, 1]", "tau": "(0, inf)"},
+        limits=(at(floor=1.0),),
+        keeps_sign=True,
+        renamed=RENAMED,
+    ),
     presets={
         "attention_rank_linear": [
             "group_normalized",

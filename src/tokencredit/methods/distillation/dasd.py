@@ -17,7 +17,7 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import group_totals
 from tokencredit.methods.distillation.log_ratio import GAP, teacher_gap
 from tokencredit.methods.outcome import correct_rows
-from tokencredit.methods.spec import Limit, MethodSpec, Rows, Scope
+from tokencredit.methods.spec import MethodSpec, Rows, Scope, at
 
 DASD = "arXiv:2605.22263"
 EPS = 1e-6
@@ -232,28 +232,26 @@ def _find_mixed_groups(batch: TokenBatch) -> Bool[Tensor, "batch 1"]:
 
 
 ROWS = Rows(
-    transforms={
-        "directed_self_distillation": MethodSpec(
-            fn=directed_self_distillation,
-            report_section="bonus",
-            paper=DASD,
-            requires=direction_fields,
-            scope=direction_scope,
-            domains={"beta": "[0, inf)", "rho": "[0, 1]", "cap": "(0, inf)", "skip_first": "[0, inf)"},
-            renamed={"direction": "pull", "gate": "sigmoid", "only": "responses"},
-            limits=(Limit({"beta": 0.0}),),
-        ),
-        "randomly_directed_self_distillation": MethodSpec(
-            fn=randomly_directed_self_distillation,
-            report_section="bonus",
-            paper="-",
-            requires=GAP | {"entropies"},
-            scope="response",
-            renamed={"gate": "sigmoid"},
-            domains={"beta": "[0, inf)", "rho": "[0, 1]", "cap": "(0, inf)"},
-            limits=(Limit({"beta": 0.0}),),
-        ),
-    },
+    MethodSpec(
+        directed_self_distillation,
+        DASD,
+        requires=direction_fields,
+        scope=direction_scope,
+        domains={"beta": "[0, inf)", "rho": "[0, 1]", "cap": "(0, inf)", "skip_first": "[0, inf)"},
+        limits=(at(beta=0.0),),
+        report_section="bonus",
+        renamed={"direction": "pull", "gate": "sigmoid", "only": "responses"},
+    ),
+    MethodSpec(
+        randomly_directed_self_distillation,
+        "-",
+        requires=GAP | {"entropies"},
+        scope="response",
+        domains={"beta": "[0, inf)", "rho": "[0, 1]", "cap": "(0, inf)"},
+        limits=(at(beta=0.0),),
+        report_section="bonus",
+        renamed={"gate": "sigmoid"},
+    ),
     presets={
         "dasd": ["group_normalized", {"directed_self_distillation": {"beta": 0.1, "rho": 0.2}}],
         "dasd_bottom": ["group_normalized", {"directed_self_distillation": {"tail": "bottom"}}],

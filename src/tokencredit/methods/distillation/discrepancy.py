@@ -11,7 +11,7 @@ from tokencredit.batch.draws import fingerprint_responses, shuffle_tokens
 from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.distillation.log_ratio import GAP, IW_OPD, teacher_gap
-from tokencredit.methods.spec import Limit, MethodSpec, Rows, Scope
+from tokencredit.methods.spec import MethodSpec, Rows, Scope, at
 
 EPS = 1e-8
 GRID = 256  # samples of a weight profile that one rollout lends to another
@@ -192,44 +192,42 @@ def _sum_by_position(compacted: Float[Tensor, "batch response"], batch: TokenBat
 
 
 ROWS = Rows(
-    transforms={
-        "prefix_discrepancy": MethodSpec(
-            fn=prefix_discrepancy,
-            paper=IW_OPD,
-            requires=GAP,
-            scope="response",
-            domains={"gamma": "[0, inf)"},
-            renamed={"floor": "at_least_one", "scale": "renorm"},
-            limits=(Limit({"gamma": 0.0, "at_least_one": True}),),
-            keeps_sign=True,
-        ),
-        "lambda_discrepancy": MethodSpec(
-            fn=lambda_discrepancy,
-            paper=IW_OPD,
-            requires=GAP | {"ref_logprobs"},
-            scope="response",
-            domains={"gamma": "[0, inf)"},
-            limits=(Limit({"gamma": 0.0}),),
-        ),
-        "reordered_discrepancy": MethodSpec(
-            fn=reordered_discrepancy,
-            paper="-",
-            requires=GAP,
-            scope=order_scope,
-            domains={"gamma": "[0, inf)"},
-            limits=(Limit({"gamma": 0.0}),),
-            keeps_sign=True,
-        ),
-        "prefix_ratio": MethodSpec(
-            fn=prefix_ratio,
-            paper=IW_OPD,
-            requires=GAP,
-            scope="batch",
-            domains={"alpha": "[0, inf)", "gamma": "[0, inf)"},
-            limits=(Limit({"alpha": 0.0, "blend": False}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        prefix_discrepancy,
+        IW_OPD,
+        requires=GAP,
+        scope="response",
+        domains={"gamma": "[0, inf)"},
+        limits=(at(gamma=0.0, at_least_one=True),),
+        keeps_sign=True,
+        renamed={"floor": "at_least_one", "scale": "renorm"},
+    ),
+    MethodSpec(
+        lambda_discrepancy,
+        IW_OPD,
+        requires=GAP | {"ref_logprobs"},
+        scope="response",
+        domains={"gamma": "[0, inf)"},
+        limits=(at(gamma=0.0),),
+    ),
+    MethodSpec(
+        reordered_discrepancy,
+        "-",
+        requires=GAP,
+        scope=order_scope,
+        domains={"gamma": "[0, inf)"},
+        limits=(at(gamma=0.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        prefix_ratio,
+        IW_OPD,
+        requires=GAP,
+        scope="batch",
+        domains={"alpha": "[0, inf)", "gamma": "[0, inf)"},
+        limits=(at(alpha=0.0, blend=False),),
+        keeps_sign=True,
+    ),
     presets={
         "iw_opd": ["teacher_log_ratio", {"prefix_discrepancy": {"gamma": 0.5}}],
         "iw_exopd": [{"teacher_log_ratio": {"lam": 1.25}}, {"prefix_discrepancy": {"gamma": 0.5}}],

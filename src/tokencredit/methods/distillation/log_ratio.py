@@ -13,7 +13,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, compact, spread
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import share_of
-from tokencredit.methods.spec import Alias, Limit, MethodSpec, Rows
+from tokencredit.methods.spec import Alias, MethodSpec, Rows, at
 
 GAP = frozenset({"teacher_logprobs", "old_logprobs"})
 IW_OPD = "arXiv:2606.22600"
@@ -135,26 +135,22 @@ def _worst_mean(surprise: Float[Tensor, "batch response"], start: int, window: i
 
 
 ROWS = Rows(
-    estimators={
-        "teacher_log_ratio": MethodSpec(
-            fn=teacher_log_ratio,
-            ignores_reward=True,
-            paper="OPD; ExOPD arXiv:2602.12125",
-            requires=ratio_fields,
-            domains={"lam": "[0, inf)"},
-        ),
-    },
-    transforms={
-        "teacher_confidence": MethodSpec(
-            fn=teacher_confidence,
-            paper=IW_OPD,
-            requires=frozenset({"teacher_logprobs"}),
-            scope="response",
-            domains={"window": "[1, inf)", "q": "[0, 1]", "alpha": "[0, inf)", "w_min": "[0, 1]"},
-            limits=(Limit({"alpha": 0.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        teacher_log_ratio,
+        "OPD; ExOPD arXiv:2602.12125",
+        requires=ratio_fields,
+        domains={"lam": "[0, inf)"},
+        ignores_reward=True,
+    ),
+    MethodSpec(
+        teacher_confidence,
+        IW_OPD,
+        requires=frozenset({"teacher_logprobs"}),
+        scope="response",
+        domains={"window": "[1, inf)", "q": "[0, 1]", "alpha": "[0, inf)", "w_min": "[0, 1]"},
+        limits=(at(alpha=0.0),),
+        keeps_sign=True,
+    ),
     presets={
         "opd": ["teacher_log_ratio"],
         "exopd": [{"teacher_log_ratio": {"lam": 1.25}}],
@@ -162,17 +158,13 @@ ROWS = Rows(
     },
     aliases={
         # Sampled forms: the teacher's prompt and weights make the difference (see docs/teachers.md).
-        "opsd": Alias(
-            of="opd",
-            differs="OPSD (arXiv:2601.18734): the teacher is the base model, shown the solution.",
-        ),
+        "opsd": Alias(of="opd", differs="OPSD (arXiv:2601.18734): the teacher is the base model, shown the solution."),
         "sdpo": Alias(
             of="opd",
             differs="SDPO (arXiv:2601.20802): the teacher is a moving average, shown another correct response.",
         ),
         "sdft": Alias(
-            of="opd",
-            differs="SDFT (arXiv:2601.19897): the teacher is the initial policy, shown a demonstration.",
+            of="opd", differs="SDFT (arXiv:2601.19897): the teacher is the initial policy, shown a demonstration."
         ),
     },
 )

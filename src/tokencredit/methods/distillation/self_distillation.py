@@ -16,7 +16,7 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import quantile
 from tokencredit.methods.distillation.log_ratio import GAP, teacher_gap
 from tokencredit.methods.outcome import correct_rows
-from tokencredit.methods.spec import Limit, MethodSpec, Rows, Scope
+from tokencredit.methods.spec import MethodSpec, Rows, Scope, at
 
 HEALTHY = 0.93  # share of the first entropy below which AntiSD pauses
 
@@ -172,56 +172,38 @@ def switch_scope(hyperparameters: Mapping[str, Any]) -> Scope:
 
 
 ROWS = Rows(
-    transforms={
-        "add_teacher_gap": MethodSpec(
-            fn=add_teacher_gap,
-            report_section="bonus",
-            paper="arXiv:2605.11609 (+SD)",
-            requires=GAP,
-            limits=(Limit({"lam": 0.0}),),
-        ),
-        "rlsd": MethodSpec(
-            fn=rlsd,
-            report_section="bonus",
-            paper="arXiv:2604.03128",
-            requires=rlsd_fields,
-            domains={
-                "lam": "[0, 1]",
-                "lam_end": "[0, 1]",
-                "eps": "[0, 1]",
-                "warmup": "[0, 1]",
-                "decay_steps": "[1, inf)",
-            },
-            limits=(Limit({"lam": 0.0, "lam_end": 0.0}), Limit({"lam": 0.0, "lam_end": None})),
-            keeps_sign=True,
-            renamed={"form": {"released": "product", "paper": "minimum"}},
-        ),
-        "rlrt": MethodSpec(
-            fn=rlrt,
-            report_section="bonus",
-            paper="arXiv:2605.10781",
-            requires=GAP,
-            domains={"lam": "[0, 1]", "eps": "[0, 1]"},
-            limits=(Limit({"lam": 0.0}),),
-            keeps_sign=True,
-        ),
-        "srpo": MethodSpec(
-            fn=srpo,
-            paper="arXiv:2604.02288",
-            requires=GAP | {"teacher_entropies"},
-            scope="batch",
-            domains={"beta": "[0, inf)"},
-        ),
-        "antisd": MethodSpec(
-            fn=antisd,
-            report_section="bonus",
-            paper="arXiv:2605.11609",
-            requires=switch_fields,
-            scope=switch_scope,
-            domains={"lam": "[0, inf)", "g": "[0, 1]", "h_warm": "(0, inf)"},
-            limits=(Limit({"lam": 0.0}), Limit({"g": 0.0})),
-        ),
-    },
+    MethodSpec(add_teacher_gap, "arXiv:2605.11609 (+SD)", requires=GAP, limits=(at(lam=0.0),), report_section="bonus"),
+    MethodSpec(
+        rlsd,
+        "arXiv:2604.03128",
+        requires=rlsd_fields,
+        domains={"lam": "[0, 1]", "lam_end": "[0, 1]", "eps": "[0, 1]", "warmup": "[0, 1]", "decay_steps": "[1, inf)"},
+        limits=(at(lam=0.0, lam_end=0.0), at(lam=0.0, lam_end=None)),
+        keeps_sign=True,
+        report_section="bonus",
+        renamed={"form": {"released": "product", "paper": "minimum"}},
+    ),
+    MethodSpec(
+        rlrt,
+        "arXiv:2605.10781",
+        requires=GAP,
+        domains={"lam": "[0, 1]", "eps": "[0, 1]"},
+        limits=(at(lam=0.0),),
+        keeps_sign=True,
+        report_section="bonus",
+    ),
+    MethodSpec(
+        srpo, "arXiv:2604.02288", requires=GAP | {"teacher_entropies"}, scope="batch", domains={"beta": "[0, inf)"}
+    ),
+    MethodSpec(
+        antisd,
+        "arXiv:2605.11609",
+        requires=switch_fields,
+        scope=switch_scope,
+        domains={"lam": "[0, inf)", "g": "[0, 1]", "h_warm": "(0, inf)"},
+        limits=(at(lam=0.0), at(g=0.0)),
+        report_section="bonus",
+    ),
     presets={
         "grpo_sd": ["group_normalized", {"add_teacher_gap": {"lam": 1.0}}],
         "rlsd": ["group_normalized", "rlsd"],

@@ -14,7 +14,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, unit_moments
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import rescale_mass
-from tokencredit.methods.spec import SCOPES, Limit, MethodSpec, Rows, Scope
+from tokencredit.methods.spec import SCOPES, MethodSpec, Rows, Scope, at
 
 ENTROPIES = frozenset({"entropies"})
 EPS = 1e-6
@@ -84,25 +84,16 @@ def reward_capacity(
 
 
 ROWS = Rows(
-    transforms={
-        "entropy_capacity": MethodSpec(
-            fn=entropy_capacity,
-            paper="arXiv:2604.11056",
-            requires=ENTROPIES,
-            scope=capacity_scope,
-            domains={"phi": "(0, inf)"},
-            limits=(Limit({"alpha": 0.0, "alpha_negative": None}),),
-            keeps_sign=True,
-        ),
-        "reward_capacity": MethodSpec(
-            fn=reward_capacity,
-            paper="-",
-            requires=ENTROPIES,
-            scope="group",
-            limits=(Limit({"alpha": 0.0}),),
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        entropy_capacity,
+        "arXiv:2604.11056",
+        requires=ENTROPIES,
+        scope=capacity_scope,
+        domains={"phi": "(0, inf)"},
+        limits=(at(alpha=0.0, alpha_negative=None),),
+        keeps_sign=True,
+    ),
+    MethodSpec(reward_capacity, "-", requires=ENTROPIES, scope="group", limits=(at(alpha=0.0),), keeps_sign=True),
     presets={
         "hapo": ["group_normalized", {"entropy_capacity": {"alpha": 0.2, "phi": 2.0}}],
         "hapo_balanced": ["group_normalized", {"entropy_capacity": {"alpha": 0.2, "phi": 2.0, "renorm": "polarity"}}],

@@ -93,16 +93,14 @@ def _group_maximum(per_row: Float[Tensor, " batch"], batch: TokenBatch) -> Float
 
 
 ROWS = Rows(
-    transforms={
-        "keep_quadrants": MethodSpec(
-            fn=keep_quadrants,
-            paper="arXiv:2604.11056",
-            requires=ENTROPIES,
-            renamed={"threshold": "mean"},
-            scope=quadrant_scope,
-            keeps_sign=True,
-        ),
-    },
+    MethodSpec(
+        keep_quadrants,
+        "arXiv:2604.11056",
+        requires=ENTROPIES,
+        scope=quadrant_scope,
+        keeps_sign=True,
+        renamed={"threshold": "mean"},
+    ),
     presets={
         "high_entropy_quadrants": ["group_normalized", {"keep_quadrants": {"quadrants": ["PHR", "NHR"]}}],
         "phr": ["group_normalized", {"keep_quadrants": {"quadrants": ["PHR"]}}],

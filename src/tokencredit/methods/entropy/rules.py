@@ -13,7 +13,7 @@ from tokencredit.batch.masked import chosen, compact, positions, response_length
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import extrema, group_totals, kth_smallest, quantile
 from tokencredit.methods.selection import Normalize, count_share, keep_selected
-from tokencredit.methods.spec import Alias, Limit, MethodSpec, Rows
+from tokencredit.methods.spec import Alias, MethodSpec, Rows, at
 
 ENTROPIES = frozenset({"entropies"})
 EPS = 1e-6
@@ -200,40 +200,34 @@ def _next_step(step_values: Float[Tensor, "batch response"], batch: TokenBatch) 
 
 
 ROWS = Rows(
-    transforms={
-        "top_entropy": MethodSpec(
-            fn=top_entropy,
-            paper="arXiv:2506.01939",
-            requires=ENTROPIES,
-            scope="batch",
-            domains={"keep": "(0, 1]"},
-            limits=(Limit({"keep": 1.0}),),
-            keeps_sign=True,
-        ),
-        "entropy_bonus": MethodSpec(
-            fn=entropy_bonus,
-            paper="arXiv:2506.14758",
-            requires=ENTROPIES,
-            domains={"alpha": "[0, inf)", "kappa": "(0, inf)"},
-            limits=(Limit({"alpha": 0.0}),),
-            keeps_sign=True,
-        ),
-        "gtpo": MethodSpec(
-            fn=gtpo,
-            renamed={"normalize": "standardize"},
-            paper="arXiv:2508.04349",
-            requires=ENTROPIES,
-            scope="group",
-            domains={"base_share": "[0, 1]", "floor": "(0, inf)"},
-        ),
-        "empg": MethodSpec(
-            fn=empg,
-            paper="arXiv:2509.09265",
-            requires=ENTROPIES,
-            scope="batch",
-            limits=(Limit({"k": 0.0, "zeta": 0.0, "center": False}),),
-        ),
-    },
+    MethodSpec(
+        top_entropy,
+        "arXiv:2506.01939",
+        requires=ENTROPIES,
+        scope="batch",
+        domains={"keep": "(0, 1]"},
+        limits=(at(keep=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        entropy_bonus,
+        "arXiv:2506.14758",
+        requires=ENTROPIES,
+        domains={"alpha": "[0, inf)", "kappa": "(0, inf)"},
+        limits=(at(alpha=0.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        gtpo,
+        "arXiv:2508.04349",
+        requires=ENTROPIES,
+        scope="group",
+        domains={"base_share": "[0, 1]", "floor": "(0, inf)"},
+        renamed={"normalize": "standardize"},
+    ),
+    MethodSpec(
+        empg, "arXiv:2509.09265", requires=ENTROPIES, scope="batch", limits=(at(k=0.0, zeta=0.0, center=False),)
+    ),
     presets={
         "forking_tokens": ["group_normalized", {"top_entropy": {"keep": 0.2, "normalize": "selected"}}],
         "entropy_advantage": ["group_normalized", {"entropy_bonus": {"alpha": 0.4, "kappa": 2.0}}],
