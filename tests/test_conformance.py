@@ -22,7 +22,8 @@ from tokencredit.batch.records import OPTIONAL_FIELDS, RUN_FIELDS, TOKEN_FIELDS,
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.spec import SCOPES
 from tokencredit.methods.table import presets
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 from tokencredit.seeds import generator
 
 CASES = all_cases()

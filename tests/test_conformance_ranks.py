@@ -11,7 +11,8 @@ from batches import Case, all_cases, make_batch, permuted, token_advantages, wid
 
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import ProcessGroupReducer
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.seeds import generator
 
 CASES = all_cases()

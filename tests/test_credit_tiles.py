@@ -12,7 +12,7 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LocalReducer
 from tokencredit.methods.distillation import log_ratio as distillation
 from tokencredit.methods.distillation.log_ratio import teacher_confidence
-from tokencredit.pipeline import pipeline as credit
+from tokencredit.pipeline import assign as credit
 from tokencredit.pipeline.pipeline import Pipeline
 
 GROUPED = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) == "group"]

@@ -14,7 +14,7 @@ import torch
 from tokencredit.batch.masked import compact, positions, row_quantile, spread, unit_moments, unit_sums
 from tokencredit.batch.records import COLLECTORS, OPTIONAL_FIELDS, CreditRecord, TokenBatch, with_a_column
 from tokencredit.errors import TokenCreditError
-from tokencredit.pipeline.pipeline import assign_credit
+from tokencredit.pipeline.assign import assign_credit
 
 NAN = math.nan
 

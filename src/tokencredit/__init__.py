@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from tokencredit.batch.records import CreditRecord, TokenBatch
     from tokencredit.errors import TokenCreditError
     from tokencredit.methods.table import ESTIMATORS, PRESETS, TRANSFORMS
-    from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
+    from tokencredit.pipeline.assign import assign_credit
+    from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +29,8 @@ __all__ = [
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "pipeline.pipeline": ("Pipeline", "assign_credit", "get_pipeline"),
+        "pipeline.pipeline": ("Pipeline", "get_pipeline"),
+        "pipeline.assign": ("assign_credit",),
         "errors": ("TokenCreditError",),
         "methods.table": ("ESTIMATORS", "PRESETS", "TRANSFORMS"),
         "batch.records": ("CreditRecord", "TokenBatch"),

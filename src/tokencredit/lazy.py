@@ -18,14 +18,16 @@ def lazy_attributes(package: str, homes: Mapping[str, tuple[str, ...]]) -> Calla
     return __getattr__
 
 
-def attributes_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose public names are those of one of its modules."""
+def attributes_of(*modules: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose public names are those of some of its modules, the first that has one."""
 
     def __getattr__(name: str) -> Any:
-        package = module.rpartition(".")[0]
-        # `from package import submodule` asks here first, maybe while `module` is being imported.
-        if name.startswith("_") or find_spec(f"{package}.{name}") is not None:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(module), name)
+        package = modules[0].rpartition(".")[0]
+        # `from package import submodule` asks here first, maybe while a module is being imported.
+        if not name.startswith("_") and find_spec(f"{package}.{name}") is None:
+            for module in modules:
+                if hasattr(import_module(module), name):
+                    return getattr(import_module(module), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return __getattr__

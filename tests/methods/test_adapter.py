@@ -8,7 +8,8 @@ import torch
 from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.adapter_residual import adapter_residual
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 
 # h_adapted − h_base = (.3, .4), (0, .5), (0, 0), (.06, .08): norms .5, .5, 0, .1
 BASE = torch.tensor([[1.0, 0], [0, 1], [2, 2], [1, 1]], dtype=torch.float64)

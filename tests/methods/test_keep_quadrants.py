@@ -10,7 +10,8 @@ import torch
 from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.entropy.quadrants import QUADRANTS, high_entropy, keep_quadrants, quadrant_masks
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 
 
 def batch_of(entropies: list[list[float]], rewards: list[float], group_ids: list[int] | None = None) -> TokenBatch:

@@ -9,7 +9,8 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.likelihood import entropy_drops, score_weights, surprisal
 from tokencredit.methods.table import TRANSFORMS
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 
 LOGPROBS = torch.tensor([[-0.1, -2.3, -0.5, -1.1]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-0.2, -2.0, -0.5, -1.9]], dtype=torch.float64)

@@ -7,7 +7,8 @@ import torch
 
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.outcome import correct_rows, group_centered, group_normalized, leave_one_out, signed_outcome
-from tokencredit.pipeline.pipeline import assign_credit, get_pipeline
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import get_pipeline
 
 
 def outcomes(rewards: list[float], group_ids: list[int] | None = None) -> TokenBatch:

@@ -15,7 +15,7 @@ from tokencredit.methods.probability import (
     probability_scaled,
     steer,
 )
-from tokencredit.pipeline.pipeline import assign_credit
+from tokencredit.pipeline.assign import assign_credit
 from tokencredit.seeds import generator
 
 NAN = math.nan

@@ -34,7 +34,8 @@ from tokencredit.collect.exact.gradient import trainable
 from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.methods.exact import exact_advantage
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.progress import bar
 from tokencredit.seeds import generator
 

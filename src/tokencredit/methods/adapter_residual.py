@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.likelihood import score_weights
+from tokencredit.methods.likelihood import WEIGHT_DOMAINS, score_weights
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 
 def residual_fields(hyperparameters: Mapping[str, Any]) -> frozenset[str]:
@@ -49,3 +50,21 @@ def adapter_residual(
         scores = torch.where(trusted[:, None], scores, 0.0)
     weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
     return chosen(advantages, mask) * weights
+
+
+ROWS = Rows(
+    MethodSpec(
+        adapter_residual,
+        "arXiv:2606.00257",
+        requires=residual_fields,
+        scope="response",
+        domains=WEIGHT_DOMAINS | {"gate": "[0, 2]"},
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    presets={
+        "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],
+        "arca_released": ["group_normalized", {"adapter_residual": {"sharpening": 2.0}}],
+    },
+)

@@ -1,7 +1,10 @@
 """Transforms that move credit by how likely the policy found a token: surprisal, entropy reduction, policy divergence.
 
-Each is a score per token turned into weights of mean one within the response; `adapter_residual` uses the same weights.
+Each function is a score per token, which `weigh_by_scores` turns into weights of mean one within the response;
+`adapter_residual` uses the same weights.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,19 +12,34 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, compact, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.spec import Method, MethodSpec, Rows, at
 
+ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
+WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 EPS = 1e-8  # below this greatest score a response has no signal
 
 
-def surprisal(
-    advantages: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    *,
-    sharpening: float = 1.0,
-    mix: float = 1.0,
-    floor: float = 0.0,
-    cap: float | None = None,
-) -> Float[Tensor, "batch response"]:
+def weigh_by_scores(score: Callable[[TokenBatch], Tensor]) -> Method:
+    """The transform that weights credit in proportion to a score of each token; its text is that of the score."""
+
+    def weigh(
+        advantages: Float[Tensor, "batch response"],
+        batch: TokenBatch,
+        *,
+        sharpening: float = 1.0,
+        mix: float = 1.0,
+        floor: float = 0.0,
+        cap: float | None = None,
+    ) -> Float[Tensor, "batch response"]:
+        weights = score_weights(score(batch), batch.response_mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+        return chosen(advantages, batch.response_mask) * weights
+
+    weigh.__doc__, weigh.__name__, weigh.__qualname__ = score.__doc__, score.__name__, score.__qualname__
+    return weigh
+
+
+@weigh_by_scores
+def surprisal(batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how surprising a token was.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = −log π(y_t | s_t)
@@ -31,21 +49,11 @@ def surprisal(
 
     Paper: ARCA (arXiv:2606.00257), a baseline of its table 1, which was run at p = 2.
     """
-    mask = batch.response_mask
-    scores = -chosen(batch.require("old_logprobs"), mask)
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return -chosen(batch.require("old_logprobs"), batch.response_mask)
 
 
-def entropy_reduction(
-    advantages: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    *,
-    sharpening: float = 1.0,
-    mix: float = 1.0,
-    floor: float = 0.0,
-    cap: float | None = None,
-) -> Float[Tensor, "batch response"]:
+@weigh_by_scores
+def entropy_reduction(batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how much uncertainty a token took away.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = max(0, H_t − H_{t+1})
@@ -56,21 +64,11 @@ def entropy_reduction(
     Paper: ARCA (arXiv:2606.00257). Deviation: its release zeroes the last column of the padded batch, so shorter
     responses end with the entropy of padding; ours ends each response where it ends, EOS counted.
     """
-    mask = batch.response_mask
-    scores = entropy_drops(batch.require("entropies"), mask)
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return entropy_drops(batch.require("entropies"), batch.response_mask)
 
 
-def policy_divergence(
-    advantages: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    *,
-    sharpening: float = 1.0,
-    mix: float = 1.0,
-    floor: float = 0.0,
-    cap: float | None = None,
-) -> Float[Tensor, "batch response"]:
+@weigh_by_scores
+def policy_divergence(batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how far the policy has moved from the reference at a token.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = |log π(y_t | s_t) − log π_ref(y_t | s_t)|
@@ -81,9 +79,7 @@ def policy_divergence(
     Paper: ARCA (arXiv:2606.00257); its reference is the model with the adapter off.
     """
     mask = batch.response_mask
-    scores = (chosen(batch.require("old_logprobs"), mask) - chosen(batch.require("ref_logprobs"), mask)).abs()
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return (chosen(batch.require("old_logprobs"), mask) - chosen(batch.require("ref_logprobs"), mask)).abs()
 
 
 def entropy_drops(
@@ -129,3 +125,42 @@ def score_weights(
         weights = torch.where(mask, weights.clamp(floor, cap), 0.0)
         weights = weights * length / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     return torch.where(mask, weights, 0.0)
+
+
+ROWS = Rows(
+    MethodSpec(
+        surprisal,
+        "arXiv:2606.00257",
+        requires=OLD,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    MethodSpec(
+        entropy_reduction,
+        "arXiv:2606.00257",
+        requires=ENTROPIES,
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    MethodSpec(
+        policy_divergence,
+        "arXiv:2606.00257",
+        requires=OLD | {"ref_logprobs"},
+        scope="response",
+        domains=WEIGHT_DOMAINS,
+        limits=(at(sharpening=0.0), at(mix=0.0)),
+        keeps_sign=True,
+        report_section="signals",
+    ),
+    presets={
+        "surprisal": ["group_normalized", "surprisal"],
+        "entropy_reduction": ["group_normalized", "entropy_reduction"],
+        "policy_divergence": ["group_normalized", "policy_divergence"],
+    },
+)

@@ -44,10 +44,10 @@ def load_attribute(name: str, what: str) -> Any:
             hint="for example my_rewards:length or ./my_rewards.py:length",
         )
     module = _load_file(source, name, what) if source.endswith(".py") else _load_module(source, name, what)
-    found: Any = module
+    loaded: Any = module
     for part in attribute.split("."):
         try:
-            found = getattr(found, part)
+            loaded = getattr(loaded, part)
         except AttributeError as error:
             where = getattr(module, "__file__", None) or "built into Python"
             raise TokenCreditError(
@@ -55,15 +55,15 @@ def load_attribute(name: str, what: str) -> Any:
                 hint="check the spelling; if this is not your file, another module has its name: write "
                 f"./{source}.py:{attribute} for a file",
             ) from error
-    return found
+    return loaded
 
 
 def load_function(name: str, what: str) -> Any:
     """`load_attribute`, for an object that must be callable."""
-    found = load_attribute(name, what)
-    if not callable(found):
-        raise TokenCreditError(f"{what} must be a function, but {shown(name)} is a {type(found).__name__}")
-    return found
+    loaded = load_attribute(name, what)
+    if not callable(loaded):
+        raise TokenCreditError(f"{what} must be a function, but {shown(name)} is a {type(loaded).__name__}")
+    return loaded
 
 
 def _load_module(source: str, name: str, what: str) -> ModuleType:
@@ -84,9 +84,9 @@ def _load_module(source: str, name: str, what: str) -> ModuleType:
                 f"cannot load {what} {shown(name)}: No module named {missing!r}",
                 hint="looked in sys.path, in the current folder and beside the config; is it installed, or elsewhere?",
             ) from error
-        raise _failed(source, name, what, error) from error
+        raise _import_error(source, name, what, error) from error
     except (Exception, SystemExit) as error:
-        raise _failed(source, name, what, error) from error
+        raise _import_error(source, name, what, error) from error
 
 
 def _load_file(source: str, name: str, what: str) -> ModuleType:
@@ -108,7 +108,7 @@ def _load_file(source: str, name: str, what: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise _failed(source, name, what, error) from error
+        raise _import_error(source, name, what, error) from error
     return module
 
 
@@ -122,7 +122,7 @@ def _find_file(path: Path) -> Path | None:
     return None
 
 
-def _failed(source: str, name: str, what: str, error: BaseException) -> TokenCreditError:
+def _import_error(source: str, name: str, what: str, error: BaseException) -> TokenCreditError:
     """The error for a module that exists and fails while it is imported: its own message and line."""
     if isinstance(error, SyntaxError):
         place = f"{error.filename}, line {error.lineno}"
@@ -132,7 +132,7 @@ def _failed(source: str, name: str, what: str, error: BaseException) -> TokenCre
     message = " ".join(str(error).split()) or "(no message)"
     return TokenCreditError(
         f"cannot load {what} {shown(name)}: importing it raised {type(error).__name__}: {message} ({place})",
-        hint="the module was found; mend the error in it, or install what it imports",
+        hint="the module was found; fix the error in it, or install what it imports",
     )
 
 

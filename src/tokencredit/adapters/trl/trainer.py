@@ -52,7 +52,8 @@ from tokencredit.collect.rollout import Rollout
 from tokencredit.collect.table import fields_of, resolve_options
 from tokencredit.collect.teacher.prompts import first_rows
 from tokencredit.diagnostics.summary import credit_metrics
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.assign import assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tokencredit.adapters.verl.batch import SOURCES, nested_like, one_per_respon
 from tokencredit.adapters.verl.rows import SCHEDULE, read_schedule, scored_rows
 from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
-from tokencredit.pipeline.pipeline import assign_credit
+from tokencredit.pipeline.assign import assign_credit
 
 
 def credit_loss(

@@ -30,7 +30,7 @@ from tokencredit.batch.store import RecordStore
 from tokencredit.collect.table import fields_of
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
-from tokencredit.pipeline.pipeline import assign_credit
+from tokencredit.pipeline.assign import assign_credit
 
 
 class CreditStep:

@@ -1,107 +1,22 @@
-"""Transforms that move credit by the entropy of the policy at each token.
+"""Published rules that move credit by the entropy of the policy at each token.
 
 Entropies are nats and detached: never an objective.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread, unit_moments, unit_sums
+from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread, unit_sums
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import extrema, group_totals, kth_smallest, quantile
-from tokencredit.methods.spec import SCOPES, Scope
+from tokencredit.methods.selection import Normalize, count_share, keep_selected
+from tokencredit.methods.spec import Alias, MethodSpec, Rows, at
 
-Unit = Literal["response", "group", "batch"]
+ENTROPIES = frozenset({"entropies"})
 EPS = 1e-6
-
-
-def entropy_capacity(  # noqa: PLR0913 - the named options of one published formula
-    advantages: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    *,
-    alpha: float = 0.2,
-    phi: float = 2.0,
-    alpha_negative: float | None = None,
-    stats: Unit = "group",
-    scale: Literal["advantage", "free"] = "advantage",
-    renorm: Literal["none", "response", "group", "polarity"] = "none",
-    signed: bool = True,
-) -> Float[Tensor, "batch response"]:
-    """HAPO (as EAPO): more credit, of either sign, where the policy was uncertain.
-
-        z  = (H − μ) / (σ + ε)
-        Â′ = Â + α · sign(Â) · clip(z, −|Â|/φ, +|Â|/φ)    =  Â · w,   w ∈ [1 − |α|/φ, 1 + |α|/φ]
-
-    H is the entropy of the policy at the token, μ and σ (population) its moments over the chosen tokens of the `stats`
-    unit. Keeps the sign of Â while |α| < φ; α = 0 is the identity; constant H or Â = 0 change nothing.
-
-    * `alpha_negative`: another α where Â < 0. `signed=False` drops sign(Â), a control.
-    * `scale="free"`: clip at ±1/φ and multiply by |Â|, for advantages that are not group-normalised.
-    * `renorm`: rescale so that Σ|Â| of each response, group, or sign within a group stays what it was.
-
-    Paper: arXiv:2604.11056 v1, Eq. 6-7, there EAPO. Version 2 names its method HAPO with equations unknown to us, so
-    this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
-    """
-    mask = batch.response_mask
-    a = chosen(advantages, mask)
-    moments = unit_moments(batch.require("entropies"), batch, stats)
-    z = (chosen(batch.require("entropies"), mask) - moments.mean) / (moments.std + EPS)
-    # Filled, not `where` of two numbers: that would be float32.
-    strength = torch.full_like(a, alpha).masked_fill(a < 0, alpha if alpha_negative is None else alpha_negative)
-    bound = a.abs() / phi if scale == "advantage" else torch.full_like(a, 1.0 / phi)
-    score = z.clamp(-bound, bound) * (1.0 if scale == "advantage" else a.abs())
-    credit = chosen(a + strength * (a.sign() if signed else 1.0) * score, mask)
-    return credit if renorm == "none" else rescale_mass(credit, a, batch, renorm)
-
-
-def capacity_scope(hyperparameters: Mapping[str, Any]) -> Scope:
-    """The scope of `entropy_capacity`: the unit of its moments, or of `renorm` where that is larger."""
-    renorm = {"none": "token", "polarity": "group"}.get(hyperparameters["renorm"], hyperparameters["renorm"])
-    return max(hyperparameters["stats"], renorm, key=SCOPES.index)
-
-
-def rescale_mass(
-    credit: Float[Tensor, "batch response"],
-    reference: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    per: Literal["response", "group", "polarity", "batch"],
-) -> Float[Tensor, "batch response"]:
-    """Scale `credit` so that Σ|credit| equals Σ|reference| in each unit.
-
-    "polarity" treats the positive and the negative tokens of a group apart, by the sign of `reference`. Where
-    the credit of a unit is all 0 it stays 0.
-    """
-    signs = (reference > 0, reference <= 0) if per == "polarity" else (torch.ones_like(reference, dtype=torch.bool),)
-    unit = "group" if per == "polarity" else per
-    result = torch.zeros_like(credit)
-    for side in signs:
-        mass = unit_sums(torch.where(side, credit.abs(), 0.0), batch, unit)
-        wanted = unit_sums(torch.where(side, reference.abs(), 0.0), batch, unit)
-        factor = torch.where(mass > 0, wanted / torch.where(mass > 0, mass, 1.0), 1.0)
-        result = torch.where(side, credit * factor, result)
-    return result
-
-
-def reward_capacity(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, alpha: float = 0.2
-) -> Float[Tensor, "batch response"]:
-    """Credit by how much one token can tell about a binary reward, which is at most ln 2.
-
-        Â′ = Â · (1 + α (c − mean c)),   c = min(H, ln 2) / ln 2
-
-    The mean runs over the chosen tokens of the group, so the weights have mean one; the sign is kept for α < 1.
-
-    Source: ours, after the bound I ≤ min(H, h_b(V)) ≤ ln 2 for binary rewards.
-    """
-    a = chosen(advantages, batch.response_mask)
-    capacity = chosen(batch.require("entropies"), batch.response_mask).clamp(0.0, math.log(2)) / math.log(2)
-    mean = unit_moments(capacity, batch, "group").mean
-    return chosen(a * (1.0 + alpha * (capacity - mean)), batch.response_mask)
 
 
 def top_entropy(
@@ -109,7 +24,7 @@ def top_entropy(
     batch: TokenBatch,
     *,
     keep: float = 0.2,
-    normalize: Literal["all", "selected"] = "all",
+    normalize: Normalize = "all",
     select: Literal["count", "quantile"] = "count",
 ) -> Float[Tensor, "batch response"]:
     """The 80/20 rule: credit only the most uncertain tokens of the batch.
@@ -125,17 +40,15 @@ def top_entropy(
     """
     mask = batch.response_mask
     entropies = chosen(batch.require("entropies"), mask)
-    count = int(batch.reducer.total(mask.sum()))
-    if count == 0:
+    count = batch.reducer.total(mask.sum())
+    if int(count) == 0:
         return chosen(advantages, mask)
     if select == "count":
-        kept = max(1, math.ceil(round(keep * count, 9)))
-        threshold = kth_smallest(entropies, mask, count - kept, batch.reducer)
+        below = int(count - count_share(keep, count, "ceil"))
+        threshold = kth_smallest(entropies, mask, below, batch.reducer)
     else:
         threshold = quantile(entropies, mask, 1.0 - keep, batch.reducer)
-    high = mask & (entropies.float() >= threshold)
-    factor = count / int(batch.reducer.total(high.sum())) if normalize == "selected" else 1.0
-    return torch.where(high, chosen(advantages, mask) * factor, 0.0)
+    return keep_selected(advantages, mask & (entropies.float() >= threshold), batch, normalize)
 
 
 def entropy_bonus(
@@ -160,18 +73,18 @@ def gtpo(
     *,
     base_share: float = 0.9,
     floor: float = 1e-3,
-    normalize: bool = True,
+    standardize: bool = True,
 ) -> Float[Tensor, "batch response"]:
     """GTPO: shaped rewards from entropies aligned by position, then normalised per polarity.
 
         correct:    r̃_t =  α₁ + α₂ d_t H_t / Σ H_t            incorrect:  r̃_t = −α₁ − α₂ h_t (1/H_t) / Σ (1/H_t)
-        Â′ = (r̃ − mean r̃) / (std r̃ + ε)   over the tokens of one polarity of the group     (normalize)
+        Â′ = (r̃ − mean r̃) / (std r̃ + ε)   over the tokens of one polarity of the group     (standardize)
 
     Sums run over the responses of the group with the same outcome that still have a token at position t; d_t, h_t count
     them; α₁ = `base_share`, α₂ = 1 − α₁; polarity is the sign of Â, and Â = 0 stays 0. H is at least `floor`.
-    `normalize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
+    `standardize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
 
-    With `normalize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
+    With `standardize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
     gets a credit of exactly 0 on every token, since its r̃ is constant (the paper's Eq. 6 does the same).
 
     Paper: GTPO (arXiv:2508.04349), from a secondary summary: α₁ + α₂ = 1; the split 0.9/0.1 and the floor are ours.
@@ -183,32 +96,32 @@ def gtpo(
     alive = compact(torch.ones_like(a), mask)
     shaped = torch.zeros_like(a)
     for side, weight in ((1.0, entropies), (-1.0, 1.0 / entropies.clamp_min(floor))):
-        mine = torch.where(polarity == side, alive, 0.0)
-        total = _aligned_totals(mine * weight, batch)
-        count = _aligned_totals(mine, batch)
+        members = torch.where(polarity == side, alive, 0.0)
+        total = _sum_by_position(members * weight, batch)
+        count = _sum_by_position(members, batch)
         share = count * weight / torch.where(total > 0, total, 1.0)
         shaped = torch.where(polarity == side, side * (base_share + (1.0 - base_share) * share), shaped)
     shaped = spread(shaped, mask)
-    return _normalized_per_polarity(shaped, polarity, batch) if normalize else chosen(shaped, mask)
+    return _standardize_per_polarity(shaped, polarity, batch) if standardize else chosen(shaped, mask)
 
 
-def _aligned_totals(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def _sum_by_position(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Sum over the rows of a group, position by position; ranks may be padded to different lengths."""
-    own = x.shape[1]
-    longest = int(batch.reducer.maximum(torch.tensor(own, device=x.device)))
-    return group_totals(torch.nn.functional.pad(x, (0, longest - own)), batch.group_ids, batch.reducer)[:, :own]
+    width = x.shape[1]
+    longest = int(batch.reducer.maximum(torch.tensor(width, device=x.device)))
+    return group_totals(torch.nn.functional.pad(x, (0, longest - width)), batch.group_ids, batch.reducer)[:, :width]
 
 
-def _normalized_per_polarity(
+def _standardize_per_polarity(
     shaped: Float[Tensor, "batch response"], polarity: Float[Tensor, "batch 1"], batch: TokenBatch
 ) -> Float[Tensor, "batch response"]:
     result = torch.zeros_like(shaped)
     for side in (1.0, -1.0):
-        mine = chosen((polarity == side).double().expand_as(shaped), batch.response_mask)
-        count = unit_sums(mine, batch, "group").clamp_min(1.0)
-        centred = shaped - unit_sums(mine * shaped, batch, "group") / count
-        std = (unit_sums(mine * centred.square(), batch, "group") / count).sqrt()
-        result = torch.where(mine > 0, centred / (std + EPS), result)
+        members = chosen((polarity == side).double().expand_as(shaped), batch.response_mask)
+        count = unit_sums(members, batch, "group").clamp_min(1.0)
+        centred = shaped - unit_sums(members * shaped, batch, "group") / count
+        std = (unit_sums(members * centred.square(), batch, "group") / count).sqrt()
+        result = torch.where(members > 0, centred / (std + EPS), result)
     return result
 
 
@@ -284,3 +197,50 @@ def _next_step(step_values: Float[Tensor, "batch response"], batch: TokenBatch) 
     wide = step_values.new_full((mask.shape[0], mask.shape[1] + 2), torch.nan)
     wide.scatter_(1, torch.where(mask, step, mask.shape[1] + 1), torch.where(mask, step_values, torch.nan))
     return wide.gather(1, step + 1)
+
+
+ROWS = Rows(
+    MethodSpec(
+        top_entropy,
+        "arXiv:2506.01939",
+        requires=ENTROPIES,
+        scope="batch",
+        domains={"keep": "(0, 1]"},
+        limits=(at(keep=1.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        entropy_bonus,
+        "arXiv:2506.14758",
+        requires=ENTROPIES,
+        domains={"alpha": "[0, inf)", "kappa": "(0, inf)"},
+        limits=(at(alpha=0.0),),
+        keeps_sign=True,
+    ),
+    MethodSpec(
+        gtpo,
+        "arXiv:2508.04349",
+        requires=ENTROPIES,
+        scope="group",
+        domains={"base_share": "[0, 1]", "floor": "(0, inf)"},
+        renamed={"normalize": "standardize"},
+    ),
+    MethodSpec(
+        empg, "arXiv:2509.09265", requires=ENTROPIES, scope="batch", limits=(at(k=0.0, zeta=0.0, center=False),)
+    ),
+    presets={
+        "forking_tokens": ["group_normalized", {"top_entropy": {"keep": 0.2, "normalize": "selected"}}],
+        "entropy_advantage": ["group_normalized", {"entropy_bonus": {"alpha": 0.4, "kappa": 2.0}}],
+        "gtpo": ["group_normalized", "gtpo"],
+        "empg": ["group_normalized", "empg"],
+    },
+    aliases={
+        "hepo": Alias(
+            of="forking_tokens",
+            differs="the name under which DASD (arXiv:2605.22263) runs the rule of arXiv:2506.01939 as a baseline.",
+        ),
+    },
+    controls={
+        "forking_tokens (shuffled)": ["group_normalized", "top_entropy", "shuffle_within_response"],
+    },
+)
