@@ -148,8 +148,8 @@ def is_natural(name: object) -> bool:
 def parse_task(given: str | Mapping[str, Any]) -> NaturalTask:
     """Read `gym:NAME,key=value,…` or `{name: gym:NAME, key: value, …}`; `answer` and `partial` are our own keys.
 
-    `answer` names the rule that finds the answer. Without it, "last_number" is taken where the answers of a few problems
-    are all numbers, and "tag" elsewhere.
+    `answer` names the rule that finds the answer. Without it, "last_number" is taken where the answers of a few
+    problems are all numbers, and "tag" elsewhere.
 
     Raises:
       TokenCreditError: the family, a parameter or the answer rule is unknown; it names the nearest one.
