@@ -117,7 +117,7 @@ def test_the_ending_is_found_where_a_template_rewrites_what_comes_before(tokeniz
 def test_a_template_that_refuses_is_one_line(tokenizer: Any) -> None:
     chat = build_tokenizer(ALPHABET)
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TokenCreditError, match=r"cannot render the prompt .*roles must alternate"):
+    with pytest.raises(TokenCreditError, match=r"refuses a prompt: .*roles must alternate"):
         render([{"role": "user", "content": "1"}], chat, {})
 
 
