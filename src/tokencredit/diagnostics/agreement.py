@@ -79,8 +79,8 @@ def top_overlap(
     """Share of the tokens with the largest |credit| of one method that are among those of the other, per response.
 
     Both take the `share` of the chosen tokens with the largest magnitude, at least one; of equal ones the first.
-    Methods without relation overlap by `share`. NaN where a response has fewer than two tokens or either method is constant on
-    it: uniform credit has no largest tokens.
+    Methods without relation overlap by `share`. NaN where a response has fewer than two tokens or either method is
+    constant on it: uniform credit has no largest tokens.
     """
     n = response_lengths(mask)
     count = (share * n.double()).round().long().clamp_min(1)
