@@ -35,7 +35,7 @@ CLIPPED = 0.995  # the share of tokens within the colour scale: a single outlier
 TALLEST = 26  # pixels of a bar
 
 NOTES = {
-    "weight": "Pale: the advantage of the response itself. Blue: more than that, orange: less, or the other sign.",
+    "weight": "White: the advantage of the response itself. Blue: more than that, orange: less, or the other sign.",
     "difference": "Blue: more credit than the first method gives, orange: less.",
 }
 

@@ -47,6 +47,8 @@
     return [value, value / data.fields[view].scale];
   };
   const perMethod = () => !(view in data.fields);
+  // A square root, so that small values show beside the largest.
+  const shade = (strength) => Math.sqrt(Math.min(1, Math.abs(strength))).toFixed(3);
   const number = (value) => Number.isFinite(value) ? Number(value.toPrecision(3)).toString() : "–";
 
   const draw = () => {
@@ -61,7 +63,7 @@
     ].join(" · ");
     const listed = perMethod() ? methods.map((_, index) => index).filter((index) => shown.has(index)) : [0];
     for (const method of listed) place.append(panel(item, method));
-    element("note").textContent = data.notes[view] || "Pale: 0. Full colour: the largest value of the page.";
+    element("note").textContent = data.notes[view] || "White: 0. Full colour: the largest value of the page; the shade grows with the square root.";
     map();
   };
   const panel = (item, method) => {
@@ -83,7 +85,7 @@
       else {
         const strength = valueOf(item, method, place)[1];
         span.classList.add(!perMethod() ? "g" : strength < 0 ? "d" : "u");
-        span.style.setProperty("--a", Math.min(1, Math.abs(strength)).toFixed(3));
+        span.style.setProperty("--a", shade(strength));
       }
       tokens.append(span);
       own.push(span);
@@ -108,7 +110,7 @@
         if (item.hidden.has(place)) continue;
         const strength = valueOf(item, method, place)[1];
         const kind = !perMethod() ? "g" : strength < 0 ? "d" : "u";
-        pen.fillStyle = "rgb(" + colours[kind] + " / " + Math.min(1, Math.abs(strength)).toFixed(3) + ")";
+        pen.fillStyle = "rgb(" + colours[kind] + " / " + shade(strength) + ")";
         pen.fillRect(column * width, place * height, width - ratio, Math.max(height, 1));
       }
     });
@@ -175,5 +177,7 @@
     if (event.key === "v") { view = views[(views.indexOf(view) + 1) % views.length]; element("view").value = view; draw(); }
   });
   addEventListener("resize", map);
-  if (responses.length) draw();
+  // Begin where there is something to see: a response that did better than its group.
+  const best = responses.reduce((top, item, index) => (item.base > responses[top].base ? index : top), 0);
+  if (responses.length) go(best);
 })();
