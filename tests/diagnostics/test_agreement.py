@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import rankdata, spearmanr
 
-from tokencredit.diagnostics.agreement import agreement, agreement_table, average_ranks, spearman
+from tokencredit.diagnostics.agreement import agreement, agreement_table, average_ranks, spearman, top_overlap
 
 
 def make(seed: int, levels: int) -> torch.Tensor:
@@ -47,3 +47,15 @@ def test_table_holds_every_pair_once() -> None:
     found = agreement_table({"a": x, "b": -x, "c": x * 2}, MASK)
     assert set(found) == {("a", "b"), ("a", "c"), ("b", "c")}
     assert found["a", "c"].value == pytest.approx(1.0) and found["b", "c"].value == pytest.approx(-1.0)
+
+
+def test_the_overlap_of_the_largest_fifth() -> None:
+    # Ten tokens, two of them are the largest fifth: {0, 1} and {1, 9} share one of two; signs do not matter.
+    first = torch.tensor([[9.0, -8, 1, 1, 1, 1, 1, 1, 1, 1]])
+    second = torch.tensor([[1.0, 5, 1, 1, 1, 1, 1, 1, 1, -7]])
+    mask = torch.ones(1, 10, dtype=torch.bool)
+    assert top_overlap(first, second, mask).tolist() == [0.5]
+    assert top_overlap(first, first, mask).tolist() == [1.0]
+    assert top_overlap(first, torch.ones(1, 10), mask).isnan().all()  # uniform credit has no largest tokens
+    mask[0, 9] = False  # nine tokens: still two of them; 9 is out of the running
+    assert top_overlap(first, second, mask).tolist() == [1.0]  # {0, 1} and {1, 0}: of equal ones the first

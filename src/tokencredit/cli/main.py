@@ -19,6 +19,7 @@ VERBS = {
     "train": "one run: TRL's GRPO trainer with a credit pipeline",
     "compare": "runs side by side, a table with intervals, a report",
     "bench": "every method against the exact credit and the exact gradient",
+    "audit": "where each method would put the credit, on the same responses of a model",
     "report": "a self-contained HTML page of one run or several",
     "recipes": "data recipes for SFT: measure a pool of samples, choose from it, search for the best choice",
     "methods": "list the methods: equation, inputs, hyperparameters, paper",

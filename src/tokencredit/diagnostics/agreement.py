@@ -68,3 +68,31 @@ def agreement_table(
     names = list(credits)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     return {(a, b): agreement(credits[a], credits[b], mask, scope=scope) for a, b in pairs}
+
+
+def top_overlap(
+    first: Float[Tensor, "batch response"],
+    second: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    share: float = 0.2,
+) -> Float[Tensor, " batch"]:
+    """Share of the tokens with the largest |credit| of one method that are among those of the other, per response.
+
+    Both take the `share` of the chosen tokens with the largest magnitude, at least one; of equal ones the first.
+    Methods without relation overlap by `share`. NaN where a response has fewer than two tokens or either method is
+    constant on it: uniform credit has no largest tokens.
+    """
+    n = response_lengths(mask)
+    count = (share * n.double()).round().long().clamp_min(1)
+    tops, defined = [], n[:, 0] >= 2
+    for values in (first, second):
+        size = torch.where(mask, values.detach().double().abs(), -1.0)
+        order = size.argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(size.shape[1], device=size.device).expand_as(order)
+        )
+        tops.append((rank < count) & mask)
+        least = torch.where(mask, size, torch.inf).amin(1)
+        defined = defined & (size.amax(1) > least)
+    both = (tops[0] & tops[1]).sum(1).double()
+    return torch.where(defined, both / count[:, 0], torch.nan)
