@@ -40,7 +40,9 @@ def test_every_kind_of_value_moves_with_its_row() -> None:
             ),
         }
 
-    one, two = regroup([batch([0, 1], [0, 1]), batch([1, 0], [2, 3])])
+    before = [batch([0, 1], [0, 1]), batch([1, 0], [2, 3])]
+    (one, two), current = regroup(before, before[1])
+    assert current is two
     assert one["completion_ids"][:, 0].tolist() == [0, 3] and two["completion_ids"][:, 0].tolist() == [1, 2]
     assert one["num_images"] == [1, 2] and one["pixel_values"].flatten().tolist() == [0.0, 3.0, 3.0]
     assert two["num_images"] == [2, 1] and two["pixel_values"].flatten().tolist() == [1.0, 1.0, 2.0]

@@ -27,8 +27,8 @@ def needs_whole_groups(timing: str, pipeline: Pipeline, config: Any) -> bool:
     return grouped and steps_per_generation(config) > 1
 
 
-def regroup(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The same rows in as many micro-batches of the same size, each of whole groups.
+def regroup(micro_batches: Sequence[MicroBatch], current: MicroBatch) -> tuple[list[MicroBatch], MicroBatch]:
+    """The same rows in as many micro-batches of the same size, each of whole groups; and the one in place of `current`.
 
     Raises:
       TokenCreditError: if groups do not fit into micro-batches, as after `auto_find_batch_size` has halved them.
@@ -36,7 +36,8 @@ def regroup(micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     order = group_order(torch.cat([batch[RowKeys.GROUP] for batch in micro_batches]).tolist(), len(micro_batches))
     rows = [split_pixel_values_by_grid(dict(batch)) for batch in micro_batches]
     whole = {name: _select([batch[name] for batch in rows], order) for name in rows[0]}
-    return [unsplit_pixel_values_by_grid(batch) for batch in split_tensor_dict(whole, len(micro_batches))]
+    regrouped = [unsplit_pixel_values_by_grid(batch) for batch in split_tensor_dict(whole, len(micro_batches))]
+    return regrouped, next(new for new, old in zip(regrouped, micro_batches, strict=True) if old is current)
 
 
 def group_order(groups: Sequence[int], micro_batches: int) -> list[int]:

@@ -56,10 +56,9 @@ class CreditGRPOTrainer(GRPOTrainer):
     Takes everything that `GRPOTrainer` takes, and:
 
     * `credit`: a preset (`"hapo"`), an expression, a list of steps, or a `Pipeline`.
-    * `timing`: "update" measures entropies and log-probs in the forward of the loss (no extra cost; methods that look
-      at whole groups need micro-batches that hold them), "rollout" measures them once for each rollout batch and keeps
-      them over inner updates (one no-grad forward, unless TRL computes old log-probs anyway), "auto" takes "update"
-      where it is exact and "rollout" elsewhere.
+    * `timing`: "update" measures entropies and log-probs in the forward of the loss (no extra cost; micro-batches must
+      hold whole groups if the method looks at them), "rollout" once for each rollout batch, for all inner updates (one
+      no-grad forward, unless TRL computes old log-probs anyway), "auto" takes "update" where it is exact.
     * `records`: a folder; every `record_every` steps a `CreditRecord` is stored there; training is identical.
     * `collectors`: by the `TokenBatch` field they fill, functions `Rollout -> [batch, response]` of your own, or
       options of the collectors that are here already (docs/configs.md lists them). Adapter residuals and attention
@@ -68,6 +67,8 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     Raises `TokenCreditError` before training where a setting would erase or distort token credit.
     """
+
+    _buffered_inputs: Any  # TRL's micro-batches
 
     def __init__(
         self,
@@ -137,9 +138,8 @@ class CreditGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is before or not needs_whole_groups(self.timing, self.pipeline, self.args):
             return inputs
-        index = next(number for number, batch in enumerate(self._buffered_inputs) if batch is inputs)
-        self._buffered_inputs = regroup(self._buffered_inputs)
-        return self._buffered_inputs[index]
+        self._buffered_inputs, inputs = regroup(self._buffered_inputs, inputs)
+        return inputs
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with plain_sampling(self.model, getattr(self, "generation_config", None)):
