@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.collect.head.gemm import accumulate_tn, host_operands, product_nn, tiling, without_autocast
+from tokencredit.collect.head.gemm import accumulate_tn, exact, host_operands, product_nn, tiling, without_autocast
 from tokencredit.collect.head.logprobs import empty_gradient, wide_tile
 from tokencredit.collect.head.tiles import (
     PLAIN,
@@ -101,7 +101,7 @@ class _Divergence(torch.autograd.Function):
                 p, q = softmax_tile(ours), softmax_tile(theirs)
                 tile_lse[index, block], teacher_tile_lse[index, block] = p.lse, q.lse
                 gaps[index, block] = torch.linalg.vecdot(p.probs if pair.reverse else q.probs, ours - theirs)
-        lse, teacher_lse = (torch.logsumexp(stat.double(), 0) for stat in (tile_lse, teacher_tile_lse))
+        lse, teacher_lse = (torch.logsumexp(exact(stat), 0) for stat in (tile_lse, teacher_tile_lse))
         share = torch.exp(tile_lse - lse) if pair.reverse else torch.exp(teacher_tile_lse - teacher_lse)
         gap = (share * gaps).sum(0) - lse + teacher_lse
         divergence = gap if pair.reverse else -gap
@@ -149,13 +149,13 @@ def _tile_gradient(
     wide = stats.tile_lse.dtype
     ours, theirs = logits
     bend = slope(ours, pair.readout)
-    scale = (incoming.double() * torch.exp(stats.tile_lse[index] - stats.lse)).to(wide)[:, None]
+    scale = (exact(incoming) * torch.exp(stats.tile_lse[index] - stats.lse)).to(wide)[:, None]
     p = softmax_tile(ours).probs
     if pair.reverse:
         offset = (stats.teacher_lse - stats.lse - stats.divergence).to(wide)[:, None]
         grad = ours.sub_(theirs).add_(offset).mul_(scale).mul_(p)
     else:
         share = torch.exp(stats.teacher_tile_lse[index] - stats.teacher_lse)
-        teacher_scale = (incoming.double() * share).to(wide)[:, None]
+        teacher_scale = (exact(incoming) * share).to(wide)[:, None]
         grad = p.mul_(scale).addcmul_(softmax_tile(theirs).probs, -teacher_scale)
     return grad if bend is None else grad.mul_(bend)

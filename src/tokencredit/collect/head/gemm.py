@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.errors import TokenCreditError
+
 TILE = 2048  # vocabulary entries on the CPU; with `TOKENS` rows a tile is 8 MiB and stays in the cache
 TOKENS = 1024
 CUDA_TOKENS = 4096
@@ -56,11 +58,29 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def exact(values: Tensor) -> Tensor:
+    """In float64, where sums of tiles are merged; in float32 on Apple's GPUs, which have none."""
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def whole_matrix(weight: Tensor) -> Tensor:
+    """The output matrix gathered from all processes (FSDP 2); a part that cannot be gathered from here is refused."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise TokenCreditError(
+            f"the output matrix has shape {tuple(weight.shape)}: its parameters are spread over processes",
+            hint="take log-probs from the host's own pass, or train with DDP",
+        )
+    return weight
+
+
 def host_operands(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both matrices in the host's autocast type on CUDA, where products of float32 are many times slower; else as is.
 
     Only operands are rounded, as in the host's own head; the logits stay float32.
     """
+    weight = whole_matrix(weight)
     if not hidden.is_cuda or not torch.is_autocast_enabled("cuda"):
         return hidden, weight
     dtype = torch.get_autocast_dtype("cuda")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokencredit.collect.head import fused
 from tokencredit.collect.head.frozen import FrozenHead
-from tokencredit.collect.head.gemm import accumulate_tn, host_operands, product_nn, product_nt, without_autocast
+from tokencredit.collect.head.gemm import accumulate_tn, exact, host_operands, product_nn, product_nt, without_autocast
 from tokencredit.collect.head.tiles import (
     PLAIN,
     HeadInputs,
@@ -147,10 +147,10 @@ class _Job(NamedTuple):
 
 
 def _job(found: TokenStatistics, on_logprob: Tensor, on_entropy: Tensor | None, wide: torch.dtype) -> _Job:
-    a = on_logprob.double()
+    a = exact(on_logprob)
     constant, at_target = -a, a * found.others
     if on_entropy is not None:
-        b = on_entropy.double()
+        b = exact(on_entropy)
         constant = constant + b * (found.lse - found.entropies)
         at_target = at_target - b * found.logprobs.exp() * (found.logprobs + found.entropies)
     slopes = None if on_entropy is None else on_entropy.to(wide)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.collect.head.gemm import CUDA_WORKSPACE, accumulate_tn, product_nn, without_autocast
+from tokencredit.collect.head.gemm import CUDA_WORKSPACE, accumulate_tn, exact, product_nn, without_autocast
 from tokencredit.collect.head.tiles import (
     PLAIN,
     HeadInputs,
@@ -55,7 +55,7 @@ class _Objective(torch.autograd.Function):
         hidden, weight, wide = inputs.hidden, inputs.weight, inputs.wide
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = exact(hidden.new_zeros(()))
         logprobs, entropies = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for block in spans(hidden.shape[0], _block_size(inputs)):
             tiles = _Tiles(inputs.at(block))
@@ -111,7 +111,7 @@ class _Tiles:
             lse.append(tile.lse)
             means.append(torch.linalg.vecdot(tile.probs, logits))
         self.lse = torch.stack(lse)
-        self.target_logits = target_logits.double()
+        self.target_logits = exact(target_logits)
         self.found: TokenStatistics = statistics(target_logits, self.lse, torch.stack(means))
 
     def backward(self, a: Tensor, b: Tensor | None, d_weight: Tensor | None) -> Tensor:
@@ -119,7 +119,7 @@ class _Tiles:
         inputs, wide = self.inputs, self.inputs.wide
         kept = self._kept(a, b)
         found = TokenStatistics(*(item[kept] for item in self.found))
-        a, b, targets = a[kept].double(), None if b is None else b[kept].double(), inputs.targets[kept]
+        a, b, targets = exact(a[kept]), None if b is None else exact(b[kept]), inputs.targets[kept]
         at_target = a * found.others
         if b is not None:
             at_target = at_target - b * found.logprobs.exp() * (found.logprobs + found.entropies)

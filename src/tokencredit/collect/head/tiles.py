@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.collect.head import fused
-from tokencredit.collect.head.gemm import Tiling, product_nt, tiling
+from tokencredit.collect.head.gemm import Tiling, exact, product_nt, tiling
 
 OUT = -1e30  # the score of a vocabulary entry that takes no part; finite, so that 0 · OUT is 0
 
@@ -158,14 +158,14 @@ def statistics(
     tile_mean: Float[Tensor, "tile token"],
 ) -> TokenStatistics:
     """Merges the tiles: lse and mean logit of each, targets left out."""
-    tile_lse, tile_mean = tile_lse.double(), tile_mean.double()
+    tile_lse, tile_mean = exact(tile_lse), exact(tile_mean)
     lse = torch.logsumexp(tile_lse, dim=0)
     rest = (lse - (torch.exp(tile_lse - lse) * tile_mean).sum(0)).clamp_min(0.0)
-    gap = lse - target_logits.double()
+    gap = lse - exact(target_logits)
     others = torch.sigmoid(gap)
     certain, doubtful = torch.nn.functional.softplus(gap), torch.nn.functional.softplus(-gap)
     entropies = certain * torch.sigmoid(-gap) + doubtful * others + others * rest
-    return TokenStatistics(-certain, entropies, others, target_logits.double() + certain)
+    return TokenStatistics(-certain, entropies, others, exact(target_logits) + certain)
 
 
 def scan(inputs: HeadInputs) -> TokenStatistics:
