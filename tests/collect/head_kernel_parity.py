@@ -39,7 +39,7 @@ def main() -> None:
                 leaves = [part.clone().requires_grad_() for part in (hidden, weight)]
                 values = function(*leaves, targets, readout)
                 loss = (values[0] * torch.arange(1.0, 6.0)).sum() + entropy * (values[1] * torch.arange(5.0)).sum()
-                results.append([*values, *torch.autograd.grad(loss, leaves)])
+                results.append([*(value.detach() for value in values), *torch.autograd.grad(loss, leaves)])
             errors = [float(((one - two) / two.abs().max()).abs().max()) for one, two in zip(*results, strict=True)]
             digits = float(((results[0][0] - results[1][0]) / results[1][0]).abs().max())
             print(f"{readout.temperature} {entropy}: {max(*errors, digits):.2e}")

@@ -129,3 +129,14 @@ def test_16_bit_matrices_are_multiplied_as_they_are() -> None:
         recomputed(*fakecuda.cuda([hidden, weight, targets]))
     # 2 blocks of tokens by 3 tiles, forward, again in the backward, and two products of the gradient
     assert stats.ops["mm"] + stats.ops["addmm"] == 2 * 3 * 4
+
+
+def test_a_hosts_autocast_rounds_the_matrices_and_nothing_else() -> None:
+    hidden, weight, targets = data(70, 1100)
+    with fakecuda.session():
+        parts = fakecuda.cuda([hidden, weight, targets])
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            rounded = head_logprobs(*parts)
+        wanted = head_logprobs(parts[0].bfloat16(), parts[1].bfloat16(), parts[2])
+    for one, other in zip(fakecuda.cpu(list(rounded)), fakecuda.cpu(list(wanted)), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
