@@ -380,6 +380,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
             )
             for module in (torch.cuda, torch.cuda.random)
         ),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "default_generators", (_PretendGenerator(),)),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # else autocast warns
     ]
