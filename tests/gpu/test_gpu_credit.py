@@ -1,5 +1,6 @@
 """Credit, metrics and checks on a real GPU against the CPU."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,6 @@ from tokencredit import TokenCreditError, assign_credit, get_pipeline
 from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.methods.table import PRESETS
-from tokencredit.pipeline import pipeline as pipeline_module
 from tokencredit.seeds import generator
 
 
@@ -32,7 +32,7 @@ def test_every_preset_gives_the_numbers_of_the_cpu(name: str) -> None:
 def test_tiles_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(seed=2, groups=(3, 4, 2, 5))
     whole = assign_credit(name, on_gpu(batch))
-    monkeypatch.setattr(pipeline_module, "TILE", batch.response_ids.numel() // 3)
+    monkeypatch.setattr(sys.modules[assign_credit.__module__], "TILE", batch.response_ids.numel() // 3)
     torch.testing.assert_close(assign_credit(name, on_gpu(batch)), whole)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.head import fused
+import tokencredit.collect.head.fused as fused  # the package gives its names on request, so not `from … import`
 from tokencredit.collect.head.frozen import FrozenHead
 from tokencredit.collect.head.gemm import accumulate_tn, exact, host_operands, product_nn, product_nt, without_autocast
 from tokencredit.collect.head.tiles import (

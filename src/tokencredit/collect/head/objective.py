@@ -1,4 +1,8 @@
-"""The loss is a sum over tokens and known: its gradient is written in the forward pass, no product is done twice."""
+"""The loss is a sum over tokens and known: its gradient is written in the forward pass, no product is done twice.
+
+For training loops of your own: TRL's and verl's trainers have no seam for another head. `benchmarks/head.py` measures
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.collect.head import fused
+import tokencredit.collect.head.fused as fused  # the package gives its names on request, so not `from … import`
 from tokencredit.collect.head.gemm import Tiling, exact, product_nt, tiling
 
 OUT = -1e30  # the score of a vocabulary entry that takes no part; finite, so that 0 · OUT is 0
