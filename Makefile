@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test check slow bench verl matrix clean
+.PHONY: quickstart test check slow bench gpu verl matrix clean
 
 quickstart: .venv/installed  ## set everything up, train GRPO and HAPO side by side, write runs/quickstart/report.html
 	$(BIN)/tokencredit compare examples/quickstart.yaml --credit grpo hapo --seeds 2 --out runs/quickstart
@@ -23,6 +23,9 @@ check: .venv/developing  ## format, lint, types, imports
 
 bench: .venv/developing  ## the benchmarks of speed and memory; each prints ratios measured side by side
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+gpu: .venv/developing  ## everything that a GPU should say: tables and tests, in 450 s; `benchmarks/gpu.py --help`
+	$(BIN)/python benchmarks/gpu.py --out gpu-results
 
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 

@@ -183,7 +183,7 @@ def solved(completions: list[str], problem: list[str], **_: Any) -> list[float]:
 
 
 def make_trainer(options: argparse.Namespace, *, variant: str, callback: Clock, steps: int) -> GRPOTrainer:
-    """A trainer with the settings of docs/speed.md, but for what the options say."""
+    """A trainer with the settings of docs/results/costs.md, but for what the options say."""
     tokenizer = build_tokenizer(get_task("countdown").alphabet)
     model = build_model(tokenizer)
     if options.kv_heads:

@@ -11,6 +11,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tokencredit import TokenCreditError, assign_credit, get_pipeline
 from tokencredit.collect.attention.entropies import attention_entropies, tap_entropies
+from tokencredit.collect.exact.score import node_logprobs
+from tokencredit.collect.exact.trie import build_trie
 from tokencredit.collect.exact.values import exact_credit
 from tokencredit.collect.head.logprobs import head_logprobs
 from tokencredit.collect.logprobs import token_logprobs
@@ -214,3 +216,13 @@ def test_exact_values_of_a_model_on_the_device() -> None:
     with fakecuda.session():
         measured = exact_credit(fakecuda.move_module(model), PROMPTS, accepted, eos_token_id=EOS)
     torch.testing.assert_close(fakecuda.cpu(measured.prompt_values), expected.prompt_values)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_log_probs_of_a_trie_run_on_the_device(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    trie = build_trie([[[2, 3, EOS], [2, 4, EOS]]])
+    monkeypatch.setattr("tokencredit.collect.exact.score.fits_packed", lambda *_: packed)
+    expected = node_logprobs(tiny_model(), PROMPTS[0], trie, 0)
+    with fakecuda.session():
+        measured = node_logprobs(fakecuda.move_module(tiny_model()), PROMPTS[0], trie, 0)
+    torch.testing.assert_close(fakecuda.cpu(measured), expected)

@@ -146,10 +146,14 @@ def test_a_sequence_ratio_does_erase_token_credit(tmp_path: Path) -> None:
 
 
 def test_update_timing_refuses_to_cut_groups(tmp_path: Path) -> None:
-    split = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    cut = config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     with pytest.raises(TokenCreditError, match="steps_per_generation=1"):
-        trainer(CreditGRPOTrainer, split, credit="hapo", timing="update")
-    assert trainer(CreditGRPOTrainer, split, credit="entropy_advantage", timing="update").timing == "update"
+        trainer(CreditGRPOTrainer, cut, credit="hapo", timing="update")
+    assert trainer(CreditGRPOTrainer, cut, credit="hapo").timing == "rollout"
+    assert trainer(CreditGRPOTrainer, cut, credit="entropy_advantage", timing="update").timing == "update"
+    whole = config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    with pytest.raises(TokenCreditError, match="which looks at the whole batch"):
+        trainer(CreditGRPOTrainer, whole, credit="forking_tokens", timing="update")
 
 
 def test_other_refusals(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tokencredit.doctor import hosts as doctor
 # What the rollout's dictionary holds, by number of axes.
 ROLLOUT = {"prompt_ids": 2, "prompt_mask": 2, "completion_ids": 2, "completion_mask": 2, "advantages": 1}
 ATTRIBUTES = (
+    "_buffered_inputs",
     "_metrics",
     "_step",
     "accelerator",

@@ -260,11 +260,22 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     inner_kwargs.pop("pin_memory", None)
     draws = on_cuda and torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
     with _drawing_on_device() if draws else contextlib.nullcontext():
-        result = func(*tree_map(_inner, args), **inner_kwargs)
-    _count(func, name, args, result, pretend=pretend, on_cuda=on_cuda, to_cuda=to_cuda)
+        result = _widened(func)(*tree_map(_inner, args), **inner_kwargs)
+    _count(func, name, args, result, pretend=pretend, on_cuda=on_cuda)
     if not on_cuda or (name == "copy_" and not isinstance(args[0], PretendTensor)):
         return _same_objects(result, tensors)
     return tree_map(functools.partial(_wrapped, known={id(item.inner): item for item in pretend}), result)
+
+
+def _widened(func: Any) -> Any:
+    """Products of 16-bit matrices with a float32 result exist on CUDA only; here both are widened first."""
+    if func is torch.ops.aten.mm.dtype:
+        return lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype)
+    if func is torch.ops.aten.addmm.dtype_out:
+        return lambda start, left, right, out_dtype, **options: torch.addmm(
+            start, left.to(out_dtype), right.to(out_dtype), **options
+        )
+    return func
 
 
 def _check_devices(name: str, args: Any, tensors: list[torch.Tensor], pretend: list[PretendTensor]) -> None:
@@ -287,15 +298,13 @@ def _check_generator(name: str, generator: torch.Generator | None, on_cuda: bool
     _stats.fault(f"{name} at {_line()}: expected a {wanted!r} generator, got one of {got!r}")
 
 
-def _count(
-    func: Any, name: str, args: Any, result: Any, *, pretend: list[PretendTensor], on_cuda: bool, to_cuda: bool
-) -> None:
+def _count(func: Any, name: str, args: Any, result: Any, *, pretend: list[PretendTensor], on_cuda: bool) -> None:
     overloaded = f"{name}.{func._overloadname}"
     if pretend and (name in WAITING or overloaded in WAITING):
         _stats.sync(name)
     if name in INDEXING and pretend and any(getattr(item, "dtype", None) == torch.bool for item in args[1] or ()):
         _stats.sync("boolean index")
-    crosses = name in COPIES and (to_cuda != bool(pretend) if name == "_to_copy" else _crosses(args))
+    crosses = name in COPIES and (on_cuda != bool(pretend) if name == "_to_copy" else _crosses(args))
     if crosses and (on_cuda or pretend):
         _stats.sync("copy between host and device")
     if not on_cuda or func.is_view or name in NO_KERNEL:
@@ -371,6 +380,7 @@ def _patches() -> list[tuple[Any, str, Any]]:
             )
             for module in (torch.cuda, torch.cuda.random)
         ),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "default_generators", (_PretendGenerator(),)),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),  # else autocast warns
     ]

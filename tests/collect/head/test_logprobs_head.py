@@ -216,3 +216,27 @@ def test_bfloat16_gradients_are_rounded_once() -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == torch.bfloat16
         assert relative(ours, theirs) < 2**-8  # half a unit of bfloat16's last place, at the greatest entry
+
+
+def test_a_device_without_float64_loses_no_more_than_its_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = inputs()
+    for module in ("tiles", "logprobs"):
+        monkeypatch.setattr(f"tokencredit.collect.head.{module}.exact", torch.Tensor.float)
+    found = head_logprobs(data["hidden"], data["weight"], data["targets"])
+    for ours, theirs in zip(found, oracle(data["hidden"], data["weight"], data["targets"], PLAIN), strict=True):
+        assert relative(ours, theirs) < 1e-5
+    grads = gradients(lambda h, w: head_logprobs(h, w, data["targets"]), data, torch.float32, True)
+    wanted = gradients(lambda h, w: oracle(h, w, data["targets"], PLAIN), data, torch.float64, True)
+    assert all(relative(f, w) < 1e-5 for f, w in zip(grads, wanted, strict=True))
+
+
+def test_a_matrix_that_is_spread_over_processes_is_refused_or_gathered() -> None:
+    data = inputs()
+    with pytest.raises(TokenCreditError, match="spread over processes"):
+        head_gemm.whole_matrix(torch.empty(0))
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self) -> torch.Tensor:
+            return data["weight"]
+
+    assert head_gemm.whole_matrix(data["weight"][:10].as_subclass(Sharded)) is data["weight"]

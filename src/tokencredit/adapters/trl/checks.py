@@ -37,17 +37,20 @@ def check_all(
 
 
 def resolve_timing(timing: Any, pipeline: Pipeline, config: Any) -> str:
-    """ "update" or "rollout"; refuses "update" where whole groups would be cut apart."""
+    """ "update" or "rollout"; refuses "update" where what the pipeline looks at would be cut apart."""
     if timing not in ("auto", "update", "rollout"):
         raise unknown("timing", timing, ("auto", "update", "rollout"))
-    split = _steps_per_generation(config) > 1
-    cuts_groups = split and pipeline.scope in ("group", "batch")
+    cuts_groups = _cuts_groups(pipeline, config)
     current = "current_logprobs" in pipeline.requires
     if timing == "update" and cuts_groups:
+        what = {"group": "whole groups", "batch": "the whole batch"}[pipeline.scope]
         raise TokenCreditError(
-            f"timing='update' needs steps_per_generation=1 for {pipeline.name}, which looks at whole groups; "
-            f"got steps_per_generation={_steps_per_generation(config)}",
-            hint="use timing='rollout', or steps_per_generation=1",
+            f"timing='update' needs steps_per_generation=1 for {pipeline.name}, which looks at {what}; "
+            f"got steps_per_generation={steps_per_generation(config)} with "
+            f"per_device_train_batch_size={config.per_device_train_batch_size} and "
+            f"num_generations={config.num_generations}",
+            hint="use timing='rollout', steps_per_generation=1, or, for a method that looks at groups, a "
+            "per_device_train_batch_size that is a multiple of num_generations",
         )
     if timing == "rollout" and current:
         raise TokenCreditError(f"{pipeline.name} needs the policy that is being updated", hint="use timing='update'")
@@ -56,7 +59,14 @@ def resolve_timing(timing: Any, pipeline: Pipeline, config: Any) -> str:
     return timing
 
 
-def _steps_per_generation(config: Any) -> int:
+def _cuts_groups(pipeline: Pipeline, config: Any) -> bool:
+    """Whether micro-batches cannot hold what the pipeline looks at; groups that fit are kept whole (`shuffle`)."""
+    if steps_per_generation(config) == 1 or pipeline.scope not in ("group", "batch"):
+        return False
+    return pipeline.scope == "batch" or config.per_device_train_batch_size % config.num_generations != 0
+
+
+def steps_per_generation(config: Any) -> int:
     """TRL's default is `gradient_accumulation_steps`, resolved when the config is built."""
     return int(getattr(config, "steps_per_generation", None) or 1)
 
@@ -65,7 +75,7 @@ def _several_updates(config: Any) -> bool:
     """Whether a rollout batch serves several optimizer steps; then credit is that of the policy that sampled."""
     if config is None:
         return False
-    every = _steps_per_generation(config) * int(config.num_iterations)
+    every = steps_per_generation(config) * int(config.num_iterations)
     return int(config.gradient_accumulation_steps) % every != 0
 
 

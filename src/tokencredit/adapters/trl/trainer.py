@@ -42,6 +42,7 @@ from tokencredit.adapters.trl.passes import (
 )
 from tokencredit.adapters.trl.rewards import check_models, guard_rewards
 from tokencredit.adapters.trl.sampling import plain_sampling, warn_of_shipped
+from tokencredit.adapters.trl.shuffle import needs_whole_groups, regroup
 from tokencredit.adapters.trl.taps import PassTaps, draws_dropout
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LOCAL, ProcessGroupReducer, Reducer
@@ -76,10 +77,9 @@ class CreditGRPOTrainer(GRPOTrainer):
     Takes everything that `GRPOTrainer` takes, and:
 
     * `credit`: a preset (`"hapo"`), an expression, a list of steps, or a `Pipeline`.
-    * `timing`: "update" measures entropies and log-probs in the forward of the loss (no extra cost; needs
-      `steps_per_generation == 1` for methods that look at whole groups), "rollout" measures them once for each rollout
-      batch and keeps them over inner updates (one no-grad forward, unless TRL computes old log-probs anyway), "auto"
-      takes "update" where it is exact and "rollout" elsewhere.
+    * `timing`: "update" measures entropies and log-probs in the forward of the loss (no extra cost; micro-batches must
+      hold whole groups if the method looks at them), "rollout" once for each rollout batch, for all inner updates (one
+      no-grad forward, unless TRL computes old log-probs anyway), "auto" takes "update" where it is exact.
     * `records`: a folder; every `record_every` steps a `CreditRecord` is stored there; training is identical.
     * `collectors`: by the `TokenBatch` field they fill, functions `Rollout -> [batch, response]` of your own, or
       options of the collectors that are here already (docs/configs.md lists them). Adapter residuals and attention
@@ -88,6 +88,8 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     Raises `TokenCreditError` before training where a setting would erase or distort token credit.
     """
+
+    _buffered_inputs: Any  # TRL's micro-batches
 
     def __init__(
         self,
@@ -154,6 +156,14 @@ class CreditGRPOTrainer(GRPOTrainer):
             save_card(self, self.pipeline, model_name)
 
     # -- rollout -------------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or not needs_whole_groups(self.timing, self.pipeline, self.args):
+            return inputs
+        self._buffered_inputs, inputs = regroup(self._buffered_inputs, inputs)
+        return inputs
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with plain_sampling(self.model, getattr(self, "generation_config", None)):

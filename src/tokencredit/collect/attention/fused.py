@@ -3,7 +3,6 @@
 `fits` says whether the kernels can replace the blocks of `attention_rows`; everything else takes the blocks.
 """
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.collect.attention.parts import AttentionRows
+from tokencredit.collect.head.fused import INTERPRETED, available
 
-# The interpreter computes with numpy, which has no bfloat16: it upcasts before the product.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 1 << 26  # entries of the mask that are read at a time
 WIDEST = 256  # head dimension
 
@@ -32,17 +30,6 @@ class Intervals(NamedTuple):
 
     low: Int[Tensor, "batch row"]
     high: Int[Tensor, "batch row"]
-
-
-def available() -> bool:
-    """Whether Triton can be imported and torch was built for a GPU that it compiles for."""
-    if torch.version.cuda is None and torch.version.hip is None and not INTERPRETED:
-        return False
-    try:
-        import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def fits(attention: AttentionRows) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokencredit.collect.exact.packing import pack, packed_logits, stacked, within_windows
 from tokencredit.collect.exact.trie import TokenIds, Trie, build_trie
 from tokencredit.collect.models import eval_mode
+from tokencredit.errors import TokenCreditError
 
 TILE_TOKENS = 4096  # tokens in one forward, padding included
 PROBE_PROMPT, PROBE_DEPTH = 32, 5  # tokens on which packed and plain rows are compared, at most
@@ -205,6 +206,8 @@ def in_float64(model: Any) -> Any:
     Hugging Face's RMS norms go through float32 whatever the dtype, which leaves errors of 1e-7 in everything behind
     them; those of the Llama form (scale times normalised input) are replaced by torch's.
     """
+    if _device(model).type == "mps":
+        raise TokenCreditError("Apple's GPUs have no float64", hint="move the model to the CPU")
     copy = deepcopy(model).double()
     for owner in list(copy.modules()):
         for name, child in list(owner.named_children()):

@@ -1,14 +1,25 @@
 """Kullback-Leibler divergence over the whole vocabulary between two heads, from hidden states, in tiles."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.collect.head.gemm import TILE, TOKENS, accumulate_tn, product_nn, without_autocast
+from tokencredit.collect.head.gemm import accumulate_tn, exact, host_operands, product_nn, tiling, without_autocast
 from tokencredit.collect.head.logprobs import empty_gradient, wide_tile
-from tokencredit.collect.head.tiles import PLAIN, Readout, folded, slope, softmax_tile, spans, tile_logits
+from tokencredit.collect.head.tiles import (
+    PLAIN,
+    Readout,
+    folded,
+    slope,
+    softmax_tile,
+    spans,
+    tile_logits,
+    wide_dtype,
+)
+
+HELD = 6  # tiles of one size that exist at the same time
 
 
 def head_divergence(
@@ -28,88 +39,123 @@ def head_divergence(
     A head is (hidden states, matrix); widths may differ, the vocabulary may not. Gradients go to the student, for
     tokens whose incoming gradient is not zero. Two products forward, four backward.
     """
-    readouts = (student_readout, teacher_readout)
-    return _Divergence.apply(*student, *(part.detach() for part in teacher), direction == "reverse", readouts, onednn)
+    heads = (*host_operands(*student), *host_operands(*(part.detach() for part in teacher)))
+    return _Divergence.apply(*_Pair(*heads, direction == "reverse", student_readout, teacher_readout, onednn))
+
+
+class _Pair(NamedTuple):
+    """Hidden states and matrix of the student and of the teacher, and how both are read."""
+
+    hidden: Float[Tensor, "token hidden"]
+    weight: Float[Tensor, "vocab hidden"]
+    teacher_hidden: Float[Tensor, "token teacher_hidden"]
+    teacher_weight: Float[Tensor, "vocab teacher_hidden"]
+    reverse: bool
+    readout: Readout
+    teacher_readout: Readout
+    onednn: bool | None
+
+    def tiles(self) -> tuple[list[slice], list[slice]]:
+        """The vocabulary and the tokens in tiles."""
+        vocab, tokens = tiling(self.hidden, HELD)
+        return list(spans(self.weight.shape[0], vocab)), list(spans(self.hidden.shape[0], tokens))
+
+    def logits(self, columns: slice, block: slice) -> tuple[Tensor, Tensor]:
+        """A tile of the student's logits and of the teacher's."""
+        ours, theirs = (
+            folded(self.hidden[block], self.readout),
+            folded(self.teacher_hidden[block], self.teacher_readout),
+        )
+        return (
+            tile_logits(ours, self.weight[columns], self.readout, self.onednn),
+            tile_logits(theirs, self.teacher_weight[columns], self.teacher_readout, self.onednn),
+        )
+
+
+class _Statistics(NamedTuple):
+    """Of each token: the lse of every tile of student and teacher, the lse of all, the divergence."""
+
+    tile_lse: Float[Tensor, "tile token"]
+    teacher_tile_lse: Float[Tensor, "tile token"]
+    lse: Float[Tensor, " token"]
+    teacher_lse: Float[Tensor, " token"]
+    divergence: Float[Tensor, " token"]
+
+    def at(self, rows: slice | Tensor) -> "_Statistics":
+        """The statistics of some tokens."""
+        return _Statistics(*(item[..., rows] for item in self))
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        hidden, weight, _, _, reverse, readouts, onednn = args
-        tiles = -(-weight.shape[0] // TILE)
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        stats = [torch.empty(tiles, hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(3)]
-        for index, columns in enumerate(spans(weight.shape[0], TILE)):
-            for block in spans(hidden.shape[0], TOKENS):
-                ours, theirs = _logits(args, columns, block)
+    def forward(ctx: Any, *parts: Any) -> Tensor:
+        pair = _Pair(*parts)
+        wide = wide_dtype(pair.hidden)
+        vocabulary, tokens = pair.tiles()
+        shape = (len(vocabulary), pair.hidden.shape[0])
+        tile_lse, teacher_tile_lse, gaps = (torch.empty(shape, dtype=wide, device=pair.hidden.device) for _ in range(3))
+        for index, columns in enumerate(vocabulary):
+            for block in tokens:
+                ours, theirs = pair.logits(columns, block)
                 p, q = softmax_tile(ours), softmax_tile(theirs)
-                stats[0][index, block], stats[1][index, block] = p.lse, q.lse
-                gap = ours - theirs
-                stats[2][index, block] = torch.linalg.vecdot(p.probs if reverse else q.probs, gap)
-        lse, teacher_lse = (torch.logsumexp(stat.double(), 0) for stat in stats[:2])
-        share = torch.exp(stats[0] - lse) if reverse else torch.exp(stats[1] - teacher_lse)
-        gap = (share * stats[2]).sum(0) - lse + teacher_lse
-        divergence = gap if reverse else -gap
-        ctx.save_for_backward(*args[:4], *stats[:2], lse, teacher_lse, divergence)
-        ctx.options = (reverse, readouts, onednn)
+                tile_lse[index, block], teacher_tile_lse[index, block] = p.lse, q.lse
+                gaps[index, block] = torch.linalg.vecdot(p.probs if pair.reverse else q.probs, ours - theirs)
+        lse, teacher_lse = (torch.logsumexp(exact(stat), 0) for stat in (tile_lse, teacher_tile_lse))
+        share = torch.exp(tile_lse - lse) if pair.reverse else torch.exp(teacher_tile_lse - teacher_lse)
+        gap = (share * gaps).sum(0) - lse + teacher_lse
+        divergence = gap if pair.reverse else -gap
+        ctx.save_for_backward(*parts[:4], tile_lse, teacher_tile_lse, lse, teacher_lse, divergence)
+        ctx.options = parts[4:]
         return divergence.to(wide)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, teacher_hidden, teacher_weight, *stats = ctx.saved_tensors
+        whole = _Pair(*ctx.saved_tensors[:4], *ctx.options)
         rows = (grads[0] != 0).nonzero()[:, 0]
-        args = (hidden[rows], weight, teacher_hidden[rows], teacher_weight, *ctx.options)
-        stats = [stat[..., rows] for stat in stats]
-        d_rows, d_weight = _backward(args, stats, grads[0][rows], ctx.needs_input_grad[:2])
-        d_hidden = None if d_rows is None else torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype))
-        return d_hidden, d_weight, None, None, None, None, None
-
-
-def _logits(args: tuple[Any, ...], columns: slice, block: slice) -> tuple[Tensor, Tensor]:
-    hidden, weight, teacher_hidden, teacher_weight, _, (ours, theirs), onednn = args
-    return (
-        tile_logits(folded(hidden[block], ours), weight[columns], ours, onednn),
-        tile_logits(folded(teacher_hidden[block], theirs), teacher_weight[columns], theirs, onednn),
-    )
+        pair = whole._replace(hidden=whole.hidden[rows], teacher_hidden=whole.teacher_hidden[rows])
+        stats = _Statistics(*ctx.saved_tensors[4:]).at(rows)
+        d_rows, d_weight = _backward(pair, stats, grads[0][rows], ctx.needs_input_grad[:2])
+        if d_rows is not None:
+            d_rows = torch.zeros_like(whole.hidden).index_copy_(0, rows, d_rows.to(whole.hidden.dtype))
+        return d_rows, d_weight, None, None, None, None, None, None
 
 
 def _backward(
-    args: tuple[Any, ...], stats: list[Tensor], incoming: Tensor, wanted: tuple[bool, bool]
+    pair: _Pair, stats: _Statistics, incoming: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    hidden, weight, _, _, _, (readout, _), onednn = args
-    wide = stats[0].dtype
-    rows = folded(hidden, readout).to(wide)
-    d_rows = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wanted[0] else None
-    d_weight = empty_gradient(weight, hidden.shape[0]) if wanted[1] else None
-    for index, columns in enumerate(spans(weight.shape[0], TILE)):
+    wide = stats.tile_lse.dtype
+    rows = folded(pair.hidden, pair.readout)
+    d_rows = torch.zeros(pair.hidden.shape, dtype=wide, device=pair.hidden.device) if wanted[0] else None
+    d_weight = empty_gradient(pair.weight, pair.hidden.shape[0]) if wanted[1] else None
+    vocabulary, tokens = pair.tiles()
+    for index, columns in enumerate(vocabulary):
         d_tile = None if d_weight is None else wide_tile(d_weight, columns, wide)
-        for block in spans(hidden.shape[0], TOKENS):
-            grad = _tile_gradient(args, [stat[..., block] for stat in stats], incoming[block], index, columns, block)
+        for block in tokens:
+            grad = _tile_gradient(pair, stats.at(block), incoming[block], index, pair.logits(columns, block))
             if d_rows is not None:
-                d_rows[block].add_(product_nn(grad, weight[columns], onednn=onednn))
+                d_rows[block].add_(product_nn(grad, pair.weight[columns], onednn=pair.onednn))
             if d_tile is not None:
-                accumulate_tn(d_tile, grad, rows[block], fresh=block.start == 0, onednn=onednn)
+                accumulate_tn(d_tile, grad, rows[block], fresh=block.start == 0, onednn=pair.onednn)
         if d_weight is not None and d_tile is not None and d_tile.dtype != d_weight.dtype:
             d_weight[columns] = d_tile.to(d_weight.dtype)
-    return None if d_rows is None else d_rows.mul_(readout.fold), d_weight
+    return None if d_rows is None else d_rows.mul_(pair.readout.fold), d_weight
 
 
 def _tile_gradient(
-    args: tuple[Any, ...], stats: list[Tensor], incoming: Tensor, index: int, columns: slice, block: slice
+    pair: _Pair, stats: _Statistics, incoming: Tensor, index: int, logits: tuple[Tensor, Tensor]
 ) -> Tensor:
-    reverse, (readout, _) = args[4], args[5]
-    tile_lse, teacher_tile_lse, lse, teacher_lse, divergence = stats
-    wide = tile_lse.dtype
-    ours, theirs = _logits(args, columns, block)
-    bend = slope(ours, readout)
-    scale = (incoming.double() * torch.exp(tile_lse[index] - lse)).to(wide)[:, None]
+    wide = stats.tile_lse.dtype
+    ours, theirs = logits
+    bend = slope(ours, pair.readout)
+    scale = (exact(incoming) * torch.exp(stats.tile_lse[index] - stats.lse)).to(wide)[:, None]
     p = softmax_tile(ours).probs
-    if reverse:
-        offset = (teacher_lse - lse - divergence).to(wide)[:, None]
+    if pair.reverse:
+        offset = (stats.teacher_lse - stats.lse - stats.divergence).to(wide)[:, None]
         grad = ours.sub_(theirs).add_(offset).mul_(scale).mul_(p)
     else:
-        teacher_scale = (incoming.double() * torch.exp(teacher_tile_lse[index] - teacher_lse)).to(wide)[:, None]
+        share = torch.exp(stats.teacher_tile_lse[index] - stats.teacher_lse)
+        teacher_scale = (exact(incoming) * share).to(wide)[:, None]
         grad = p.mul_(scale).addcmul_(softmax_tile(theirs).probs, -teacher_scale)
     return grad if bend is None else grad.mul_(bend)

@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencredit.collect.head.gemm import TILE, TOKENS, product_nn, without_autocast
+from tokencredit.collect.head.gemm import product_nn, without_autocast
 from tokencredit.collect.head.tiles import (
     OUT,
-    Readout,
-    folded,
+    HeadInputs,
     slope,
     softmax_tile,
-    spans,
     statistics,
+    take_targets,
     tile_logits,
-    without_target,
 )
 
 
@@ -30,13 +28,12 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None
-    ) -> tuple[Tensor, Tensor]:
-        blocks = [_stream(hidden[block], weight, targets[block], readout, onednn) for block in _blocks(hidden)]
-        logprobs, entropies, directions = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    def forward(ctx: Any, *parts: Any) -> tuple[Tensor, Tensor]:
+        inputs = HeadInputs(*parts)
+        blocks = [_stream(inputs.at(block)) for block in inputs.blocks() or [slice(0, 0)]]
+        logprobs, entropies, directions = (torch.cat(found) for found in zip(*blocks, strict=True))
         ctx.save_for_backward(directions)
-        ctx.dtype = hidden.dtype
+        ctx.dtype = inputs.hidden.dtype
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -47,35 +44,30 @@ class FrozenHead(torch.autograd.Function):
         return (directions * grads[0][:, None]).to(ctx.dtype), None, None, None, None
 
 
-def _blocks(hidden: Tensor) -> list[slice]:
-    return list(spans(hidden.shape[0], TOKENS)) or [slice(0, 0)]
-
-
-def _stream(
-    hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _stream(inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs, entropies and directions of one block of tokens, one pass over the vocabulary."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    rows = folded(hidden, readout)
+    hidden, weight, readout, wide = inputs.hidden, inputs.weight, inputs.readout, inputs.wide
+    rows = inputs.folded()
     lse = torch.full((hidden.shape[0],), OUT, dtype=wide, device=hidden.device)
-    mean, target_logits, target_slope = torch.zeros_like(lse), torch.zeros_like(lse), torch.ones_like(lse)
+    mean, target_logits = torch.zeros_like(lse), torch.zeros_like(lse)
     pulled = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    for columns in spans(weight.shape[0], TILE):
-        logits = tile_logits(rows, weight[columns], readout, onednn)
-        found, values = without_target(logits, targets, columns.start)
-        target_logits[found] = values
-        bend, bend_at_target = slope(logits, readout), slope(values, readout)
+    for columns in inputs.columns():
+        logits = tile_logits(rows, weight[columns], readout, inputs.onednn)
+        place = take_targets(logits, inputs.targets, columns.start)
+        target_logits = torch.where(place.inside, place.logits, target_logits)
+        bend = slope(logits, readout)
         tile = softmax_tile(logits)
         merged = torch.logaddexp(lse, tile.lse)
         old, new = torch.exp(lse - merged), torch.exp(tile.lse - merged)
         mean.mul_(old).addcmul_(torch.linalg.vecdot(tile.probs, logits), new)
-        if bend is not None and bend_at_target is not None:
+        if bend is not None:
             tile.probs.mul_(bend)
-            target_slope[found] = bend_at_target
-        part = product_nn(tile.probs, weight[columns], onednn=onednn)
+        part = product_nn(tile.probs, weight[columns], onednn=inputs.onednn)
         pulled.mul_(old[:, None]).addcmul_(part, new[:, None])
         lse = merged
-    found_all = statistics(target_logits, lse[None], mean[None])
-    own = weight[targets].to(wide) * target_slope[:, None]
-    directions = own.sub_(pulled).mul_(found_all.others.to(wide)[:, None] * readout.fold)
-    return found_all.logprobs.to(wide), found_all.entropies.to(wide), directions
+    found = statistics(target_logits, lse[None], mean[None])
+    target_slope = slope(target_logits, readout)
+    own = weight[inputs.targets].to(wide)
+    own = own if target_slope is None else own.mul_(target_slope[:, None])
+    directions = own.sub_(pulled).mul_(found.others.to(wide)[:, None] * readout.fold)
+    return found.logprobs.to(wide), found.entropies.to(wide), directions

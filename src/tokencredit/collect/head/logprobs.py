@@ -11,26 +11,26 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+import tokencredit.collect.head.fused as fused  # the package gives its names on request, so not `from … import`
 from tokencredit.collect.head.frozen import FrozenHead
-from tokencredit.collect.head.gemm import TILE, TOKENS, accumulate_tn, product_nn, without_autocast
+from tokencredit.collect.head.gemm import accumulate_tn, exact, host_operands, product_nn, product_nt, without_autocast
 from tokencredit.collect.head.tiles import (
     PLAIN,
+    HeadInputs,
     Readout,
     TokenStatistics,
-    folded,
+    put_targets,
     scan,
     slope,
     softmax_tile,
-    spans,
+    take_targets,
     tile_logits,
-    without_target,
 )
 from tokencredit.errors import TokenCreditError
 
 Engine = Literal["auto", "recompute", "frozen"]
 
 
-@without_autocast
 def head_logprobs(
     hidden: Float[Tensor, "token hidden"],
     weight: Float[Tensor, "vocab hidden"],
@@ -50,57 +50,70 @@ def head_logprobs(
     * `live`: only these tokens are computed; the others are 0 and cost nothing.
     * `onednn`: None uses it where it works, False never.
 
-    Backward work is done for tokens whose incoming gradient is not zero, and for no others; that is exact.
+    Backward work is done for tokens whose incoming gradient is not zero, and for no others; that is exact. Logits are
+    float32 also under a host's autocast, which on CUDA rounds the two matrices and nothing else.
     """
     if engine == "frozen" and weight.requires_grad and torch.is_grad_enabled():
         raise TokenCreditError(
             "the frozen engine computes no gradient of the head, but `weight` requires one",
             hint="use engine='recompute'",
         )
-    if live is not None:
-        rows = live.nonzero()[:, 0]
-        parts = head_logprobs(hidden[rows], weight, targets[rows], readout=readout, engine=engine, onednn=onednn)
-        empty = parts[0].new_zeros(hidden.shape[0])
-        return empty.index_copy(0, rows, parts[0]), empty.index_copy(0, rows, parts[1])
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
-        found, _ = scan(hidden.detach(), weight.detach(), targets, readout, onednn=onednn)
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return found.logprobs.to(wide), found.entropies.to(wide)
-    if engine == "frozen" or (engine == "auto" and not weight.requires_grad):
-        return FrozenHead.apply(hidden, weight, targets, readout, onednn)
-    return RecomputedHead.apply(hidden, weight, targets, readout, onednn)
+    inputs = HeadInputs(*host_operands(hidden, weight), targets, readout, onednn)
+    if live is None:
+        return _score(inputs, engine)
+    rows = live.nonzero()[:, 0]
+    parts = _score(inputs.at(rows), engine)
+    empty = parts[0].new_zeros(hidden.shape[0])
+    return empty.index_copy(0, rows, parts[0]), empty.index_copy(0, rows, parts[1])
+
+
+@without_autocast
+def _score_values(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    inputs = HeadInputs(hidden, *others)
+    found = scan(inputs)
+    return found.logprobs.to(inputs.wide), found.entropies.to(inputs.wide)
+
+
+def _score(inputs: HeadInputs, engine: Engine) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies by the engine that the gradients ask for."""
+    trained = inputs.weight.requires_grad
+    if not torch.is_grad_enabled() or not (inputs.hidden.requires_grad or trained):
+        return _score_values(inputs.hidden.detach(), inputs.weight.detach(), *inputs[2:])
+    if engine == "frozen" or (engine == "auto" and not trained):
+        return FrozenHead.apply(*inputs)
+    return RecomputedHead.apply(*inputs)
 
 
 class RecomputedHead(torch.autograd.Function):
-    """Forward keeps one number per token and tile; backward computes the logits again, for the tokens that need it."""
+    """Forward keeps four numbers per token; backward computes the logits again, for the tokens that need it."""
 
     @staticmethod
     @without_autocast
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None
-    ) -> tuple[Tensor, Tensor]:
-        found, tile_lse = scan(hidden, weight, targets, readout, onednn=onednn)
-        ctx.save_for_backward(hidden, weight, targets, tile_lse, *found)
-        ctx.options = (readout, onednn)
+    def forward(ctx: Any, *parts: Any) -> tuple[Tensor, Tensor]:
+        inputs = HeadInputs(*parts)
+        found = scan(inputs)
+        ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.targets, *found)
+        ctx.options = (inputs.readout, inputs.onednn)
         ctx.set_materialize_grads(False)
-        return found.logprobs.to(tile_lse.dtype), found.entropies.to(tile_lse.dtype)
+        return found.logprobs.to(inputs.wide), found.entropies.to(inputs.wide)
 
     @staticmethod
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, tile_lse, *found = ctx.saved_tensors
+        hidden, weight, targets, *found = ctx.saved_tensors
+        whole = HeadInputs(hidden, weight, targets, *ctx.options)
         on_logprob, on_entropy = grads
         if on_logprob is None:
-            on_logprob = torch.zeros_like(tile_lse[0])
+            on_logprob = torch.zeros_like(found[0])
         live = on_logprob != 0 if on_entropy is None else (on_logprob != 0) | (on_entropy != 0)
         rows = live.nonzero()[:, 0]
         job = _job(
             TokenStatistics(*(item[rows] for item in found)),
             on_logprob[rows],
             None if on_entropy is None else on_entropy[rows],
-            tile_lse[:, rows],
+            whole.wide,
         )
-        d_rows, d_weight = _run(job, hidden[rows], weight, targets[rows], ctx.options, ctx.needs_input_grad[:2])
+        d_rows, d_weight = _run(job, whole.at(rows), ctx.needs_input_grad[:2])
         d_hidden = None if d_rows is None else torch.zeros_like(hidden).index_copy_(0, rows, d_rows.to(hidden.dtype))
         return d_hidden, d_weight, None, None, None
 
@@ -122,79 +135,68 @@ class _Job(NamedTuple):
     a and b are the gradients of log-prob and entropy; each is one number per token.
     """
 
+    lse: Float[Tensor, " token"]
     constant: Float[Tensor, " token"]
     on_entropy: Float[Tensor, " token"] | None
     at_target: Float[Tensor, " token"]
-    lse: Float[Tensor, " token"]
-    tile_lse: Float[Tensor, "tile token"]
+
+    def at(self, rows: slice) -> "_Job":
+        """The numbers of some tokens."""
+        on_entropy = None if self.on_entropy is None else self.on_entropy[rows]
+        return _Job(self.lse[rows], self.constant[rows], on_entropy, self.at_target[rows])
 
 
-def _job(found: TokenStatistics, on_logprob: Tensor, on_entropy: Tensor | None, tile_lse: Tensor) -> _Job:
-    wide = tile_lse.dtype
-    a = on_logprob.double()
+def _job(found: TokenStatistics, on_logprob: Tensor, on_entropy: Tensor | None, wide: torch.dtype) -> _Job:
+    a = exact(on_logprob)
     constant, at_target = -a, a * found.others
     if on_entropy is not None:
-        b = on_entropy.double()
+        b = exact(on_entropy)
         constant = constant + b * (found.lse - found.entropies)
         at_target = at_target - b * found.logprobs.exp() * (found.logprobs + found.entropies)
     slopes = None if on_entropy is None else on_entropy.to(wide)
-    return _Job(constant.to(wide), slopes, at_target.to(wide), found.lse.to(wide), tile_lse)
+    return _Job(found.lse.to(wide), constant.to(wide), slopes, at_target.to(wide))
 
 
-def _run(
-    job: _Job,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    options: tuple[Readout, bool | None],
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
+def _run(job: _Job, inputs: HeadInputs, wanted: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the live hidden states and of the weight, the vocabulary in tiles, the tokens in blocks."""
-    readout, onednn = options
-    wide = job.tile_lse.dtype
-    rows = folded(hidden, readout)
-    d_rows = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if wanted[0] else None
+    hidden, weight, onednn = inputs.hidden, inputs.weight, inputs.onednn
+    rows = inputs.folded()
+    d_rows = torch.zeros(hidden.shape, dtype=inputs.wide, device=hidden.device) if wanted[0] else None
     d_weight = empty_gradient(weight, hidden.shape[0]) if wanted[1] else None
-    for index, columns in enumerate(spans(weight.shape[0], TILE)):
-        d_tile = None if d_weight is None else wide_tile(d_weight, columns, wide)
-        for block in spans(hidden.shape[0], TOKENS):
-            logits = tile_logits(rows[block], weight[columns], readout, onednn)
-            local = targets[block] - columns.start
-            grad, factor, found, at_target = _tile_gradient(job, index, block, logits, local, readout)
+    for columns in inputs.columns():
+        d_tile = None if d_weight is None else wide_tile(d_weight, columns, inputs.wide)
+        for block in inputs.blocks():
+            grad = _tile_gradient(job.at(block), inputs, rows, columns, block)
             if d_rows is not None:
-                part = product_nn(grad, weight[columns], onednn=onednn)
-                d_rows[block].add_(part) if factor is None else d_rows[block].addcmul_(part, factor)
-                d_rows[block].index_add_(0, found, weight[columns][local[found]].to(wide) * at_target)
+                d_rows[block].add_(product_nn(grad, weight[columns], onednn=onednn))
             if d_tile is not None:
-                left = rows[block].to(wide)
-                scaled = left if factor is None else left * factor
-                accumulate_tn(d_tile, grad, scaled, fresh=block.start == 0, onednn=onednn)
-                d_tile.index_add_(0, local[found], left[found] * at_target)
+                accumulate_tn(d_tile, grad, rows[block], fresh=block.start == 0, onednn=onednn)
         if d_weight is not None and d_tile is not None and d_tile.dtype != d_weight.dtype:
             d_weight[columns] = d_tile.to(d_weight.dtype)
-    return None if d_rows is None else d_rows.mul_(readout.fold), d_weight
+    return None if d_rows is None else d_rows.mul_(inputs.readout.fold), d_weight
 
 
-def _tile_gradient(
-    job: _Job, index: int, block: slice, logits: Tensor, local: Tensor, readout: Readout
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradient of one tile of logits with 0 at the targets, and a factor per row that is cheaper to apply later.
-
-    Also the rows whose target lies in the tile, and the gradient there.
-    """
-    found, values = without_target(logits, local, 0)
-    bend, bend_at_target = slope(logits, readout), slope(values, readout)
+def _tile_gradient(job: _Job, inputs: HeadInputs, rows: Tensor, columns: slice, block: slice) -> Tensor:
+    """Gradient of one tile of logits, before the soft-cap."""
+    weight, targets, readout = inputs.weight[columns], inputs.targets[block], inputs.readout
+    if fused.fits(inputs.hidden):
+        raw = product_nt(rows[block], weight, onednn=inputs.onednn)
+        narrow = weight.dtype == rows.dtype == torch.bfloat16  # the next product rounds to it anyway
+        dtype = torch.bfloat16 if narrow else raw.dtype
+        return fused.gradient(raw, targets, columns.start, readout, job, dtype)
+    logits = tile_logits(rows[block], weight, readout, inputs.onednn)
+    place = take_targets(logits, targets, columns.start)
+    bend, bend_at_target = slope(logits, readout), slope(place.logits, readout)
     tile = softmax_tile(logits)
-    share = torch.exp(job.tile_lse[index, block] - job.lse[block])
-    constant = (job.constant[block] * share)[:, None]
-    grad, factor = tile.probs, constant if job.on_entropy is None else None
-    if job.on_entropy is not None:
-        logits[found, local[found]] = 0.0
-        b = (job.on_entropy[block] * share)[:, None]
-        grad = logits.mul_(-b).add_(constant).mul_(tile.probs)
+    share = torch.exp(tile.lse - job.lse)
+    constant = (job.constant * share)[:, None]
+    if job.on_entropy is None:
+        grad = tile.probs.mul_(constant)
+    else:
+        put_targets(logits, place, torch.zeros_like(place.logits))
+        grad = logits.mul_(-(job.on_entropy * share)[:, None]).add_(constant).mul_(tile.probs)
     if bend is not None:
         grad = grad.mul_(bend)
-    at_target = job.at_target[block][found]
-    if bend_at_target is not None:
-        at_target = at_target * bend_at_target
-    return grad, factor, found, at_target[:, None]
+    at_target = job.at_target if bend_at_target is None else job.at_target * bend_at_target
+    put_targets(grad, place, at_target)
+    return grad

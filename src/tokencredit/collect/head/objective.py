@@ -1,4 +1,8 @@
-"""The loss is a sum over tokens and known: its gradient is written in the forward pass, no product is done twice."""
+"""The loss is a sum over tokens and known: its gradient is written in the forward pass, no product is done twice.
+
+For training loops of your own: TRL's and verl's trainers have no seam for another head. `benchmarks/head.py` measures
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +11,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.collect.head.gemm import TILE, product_nn, without_autocast
+from tokencredit.collect.head.gemm import CUDA_WORKSPACE, accumulate_tn, exact, product_nn, without_autocast
 from tokencredit.collect.head.tiles import (
     PLAIN,
+    HeadInputs,
     Readout,
     TokenStatistics,
-    folded,
     slope,
     softmax_tile,
     spans,
     statistics,
+    take_targets,
     tile_logits,
-    without_target,
 )
 
-BLOCK = 256  # tokens whose tiles are kept at once: 256 · vocab · 4 bytes of workspace
+BLOCK = 256  # tokens whose tiles are kept at once on the CPU: 256 · vocab · 4 bytes of workspace
 
 TokenLoss = Callable[[Float[Tensor, " token"], Float[Tensor, " token"], slice], Float[Tensor, " token"]]
 
@@ -41,22 +45,24 @@ def head_objective(
 
     `loss(logprobs, entropies, rows)` gives the loss of the tokens `rows`, each from its own two numbers alone; it may
     close over advantages and old log-probs. Three products of size token × hidden × vocab in all, two if the head takes
-    no gradient. Tokens whose loss has no gradient are left out of the last two.
+    no gradient. On the CPU, tokens whose loss has no gradient are left out of the last two; on a GPU that would take
+    one wait per block.
     """
-    return _Objective.apply(hidden, weight, targets, loss, readout, onednn)
+    return _Objective.apply(*HeadInputs(hidden, weight, targets, readout, onednn), loss)
 
 
 class _Objective(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, loss: TokenLoss, *options: Any) -> Any:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    def forward(ctx: Any, *parts: Any) -> Any:
+        inputs, loss = HeadInputs(*parts[:-1]), parts[-1]
+        hidden, weight, wide = inputs.hidden, inputs.weight, inputs.wide
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
         d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = exact(hidden.new_zeros(()))
         logprobs, entropies = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
-        for block in spans(hidden.shape[0], BLOCK):
-            tiles = _Tiles(hidden[block], weight, targets[block], *options)
+        for block in spans(hidden.shape[0], _block_size(inputs)):
+            tiles = _Tiles(inputs.at(block))
             logprobs[block], entropies[block] = tiles.found.logprobs.to(wide), tiles.found.entropies.to(wide)
             value, a, b = _differentiate(loss, logprobs[block], entropies[block], block)
             total += value
@@ -70,6 +76,13 @@ class _Objective(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         return d_hidden * grads[0], None if d_weight is None else d_weight * grads[0], None, None, None, None
+
+
+def _block_size(inputs: HeadInputs) -> int:
+    """Tokens whose tiles are kept at once: few in a cache, as many as the workspace holds on a GPU."""
+    if not inputs.hidden.is_cuda:
+        return BLOCK
+    return max(BLOCK, CUDA_WORKSPACE // (4 * inputs.weight.shape[0]))
 
 
 def _differentiate(
@@ -86,50 +99,57 @@ def _differentiate(
 class _Tiles:
     """The softmax tiles of one block of tokens, targets left out, kept until the gradient is known."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, readout: Readout, onednn: bool | None) -> None:
-        self.hidden, self.weight, self.targets, self.readout, self.onednn = hidden, weight, targets, readout, onednn
-        rows = folded(hidden, readout)
+    def __init__(self, inputs: HeadInputs) -> None:
+        self.inputs = inputs
+        self.spans = inputs.columns()
+        rows = inputs.folded()
         self.probs: list[Tensor] = []
         lse, means = [], []
-        target_logits = torch.empty(hidden.shape[0], dtype=torch.float64, device=hidden.device)
-        for columns in spans(weight.shape[0], TILE):
-            logits = tile_logits(rows, weight[columns], readout, onednn)
-            found, values = without_target(logits, targets, columns.start)
-            target_logits[found] = values.double()
+        target_logits = torch.zeros(inputs.hidden.shape[0], dtype=inputs.wide, device=inputs.hidden.device)
+        for columns in self.spans:
+            logits = tile_logits(rows, inputs.weight[columns], inputs.readout, inputs.onednn)
+            place = take_targets(logits, inputs.targets, columns.start)
+            target_logits = torch.where(place.inside, place.logits, target_logits)
             tile = softmax_tile(logits)
             self.probs.append(tile.probs)
             lse.append(tile.lse)
             means.append(torch.linalg.vecdot(tile.probs, logits))
         self.lse = torch.stack(lse)
-        self.target_logits = target_logits
+        self.target_logits = exact(target_logits)
         self.found: TokenStatistics = statistics(target_logits, self.lse, torch.stack(means))
 
     def backward(self, a: Tensor, b: Tensor | None, d_weight: Tensor | None) -> Tensor:
         """Gradient of the block's hidden states; that of the weight is added to `d_weight`."""
-        wide = self.lse.dtype
-        live = (a != 0) if b is None else (a != 0) | (b != 0)
-        kept = live.nonzero()[:, 0]
+        inputs, wide = self.inputs, self.inputs.wide
+        kept = self._kept(a, b)
         found = TokenStatistics(*(item[kept] for item in self.found))
-        a, b, targets = a[kept].double(), None if b is None else b[kept].double(), self.targets[kept]
+        a, b, targets = exact(a[kept]), None if b is None else exact(b[kept]), inputs.targets[kept]
         at_target = a * found.others
         if b is not None:
             at_target = at_target - b * found.logprobs.exp() * (found.logprobs + found.entropies)
-        bend = slope(self.target_logits[kept], self.readout)
+        bend = slope(self.target_logits[kept], inputs.readout)
         at_target = (at_target if bend is None else at_target * bend).to(wide)[:, None]
-        rows = folded(self.hidden, self.readout)[kept].to(wide)
-        d_rows = self.weight[targets].to(wide) * at_target
-        whole = kept.numel() == self.hidden.shape[0]
-        for probs, tile_lse, columns in zip(self.probs, self.lse, spans(self.weight.shape[0], TILE), strict=True):
-            own = probs if whole else probs[kept]
-            grad, factor = self._gradient(own, tile_lse[kept], a, b, found)
-            part = product_nn(grad, self.weight[columns], onednn=self.onednn)
+        rows = inputs.folded()[kept]
+        d_rows = inputs.weight[targets].to(wide) * at_target
+        for probs, tile_lse, columns in zip(self.probs, self.lse, self.spans, strict=True):
+            grad, factor = self._gradient(probs[kept], tile_lse[kept], a, b, found)
+            part = product_nn(grad, inputs.weight[columns], onednn=inputs.onednn)
             d_rows.addcmul_(part, factor)
             if d_weight is not None:
-                d_weight[columns].addmm_(grad.T, rows * factor)
+                accumulate_tn(d_weight[columns], grad * factor, rows, fresh=False, onednn=inputs.onednn)
         if d_weight is not None:
-            d_weight.index_add_(0, targets, rows * at_target)
-        d_hidden = torch.zeros(self.hidden.shape, dtype=wide, device=self.hidden.device)
-        return d_hidden.index_copy_(0, kept, d_rows.mul_(self.readout.fold))
+            d_weight.index_add_(0, targets, rows.to(wide) * at_target)
+        d_hidden = torch.zeros(inputs.hidden.shape, dtype=wide, device=inputs.hidden.device)
+        d_hidden[kept] = d_rows.mul_(inputs.readout.fold)
+        return d_hidden
+
+    def _kept(self, a: Tensor, b: Tensor | None) -> Tensor | slice:
+        """The tokens that have a gradient, or all where telling them apart would make the host wait."""
+        if a.is_cuda:
+            return slice(None)
+        live = (a != 0) if b is None else (a != 0) | (b != 0)
+        rows = live.nonzero()[:, 0]
+        return slice(None) if rows.numel() == len(live) else rows
 
     def _gradient(
         self, probs: Tensor, tile_lse: Tensor, a: Tensor, b: Tensor | None, found: TokenStatistics
@@ -137,11 +157,11 @@ class _Tiles:
         """Gradient of a tile of logits up to a factor per row; the logits are log p + lse of the tile."""
         wide = probs.dtype
         share = torch.exp(tile_lse - found.lse.to(wide))[:, None]
-        bent = b is not None or self.readout.softcap is not None
+        bent = b is not None or self.inputs.readout.softcap is not None
         if not bent:
             return probs, -a.to(wide)[:, None] * share
         logits = probs.clamp_min(torch.finfo(wide).tiny).log().add_(tile_lse[:, None])
-        bend = slope(logits, self.readout)
+        bend = slope(logits, self.inputs.readout)
         if b is None:
             grad = probs * -a.to(wide)[:, None]
         else:
