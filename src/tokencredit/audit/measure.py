@@ -22,8 +22,9 @@ from tokencredit.collect.teacher.build import build_teacher
 from tokencredit.collect.token_texts import batch_token_texts
 from tokencredit.diagnostics.agreement import agreement_table
 from tokencredit.errors import TokenCreditError
+from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.labels import label_of
-from tokencredit.pipeline.pipeline import Pipeline, assign_credit
+from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.progress import track
 from tokencredit.report.audit_page import Audit
 
