@@ -15,11 +15,11 @@ from tokencredit.settings import Count, Names, Number, Seed, Settings, Text, Tex
 
 class Inner(Settings):
     section: ClassVar[str] = "search"
-    key_kind: ClassVar[str] = "key of `search`"
 
     seed: Seed
     budget: Count = 15
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    rate: Annotated[Number, Field(ge=0)] = 1
     limit: Annotated[int, Field(ge=2, le=10_000)] = 2
     chat: bool | Literal["auto"] = "auto"
     ranker: Literal["log_ei", "ucb"] = "ucb"
@@ -65,6 +65,7 @@ def test_a_mapping_comes_back_as_it_was_with_defaults() -> None:
             "seed": 1,
             "budget": 15,
             "share": 0.5,
+            "rate": 1,
             "limit": 2,
             "chat": "auto",
             "ranker": "ucb",
@@ -91,6 +92,7 @@ def test_a_mapping_comes_back_as_it_was_with_defaults() -> None:
         ({"seed": 1, "budget": 13}, "`search.budget` must not be 13\n\nhint: choose 12"),
         ({"seed": 1, "share": 2}, "`search.share` must be a number above 0 and of at most 1, got 2"),
         ({"seed": 1, "share": float("nan")}, "`search.share` must be a number above 0"),
+        ({"seed": 1, "rate": -1}, "`search.rate` must be a number of at least 0, got -1"),
         ({"seed": 1, "limit": 1}, "must be a whole number of at least 2 and of at most 10,000, got 1"),
         ({"seed": 1, "chat": "no"}, "`search.chat` must be true or false or auto, got 'no'"),
         ({"seed": 1, "ranker": "ucbb"}, "unknown `search.ranker` 'ucbb', did you mean 'ucb'?"),

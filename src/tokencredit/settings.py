@@ -2,7 +2,6 @@
 
     class SearchSettings(Settings):
         section: ClassVar[str] = "search"          # for messages: `search.budget`
-        key_kind: ClassVar[str] = "key of `search`"
 
         budget: Count = 15
         policy: Literal["default", "random"] = "default"
@@ -23,7 +22,16 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 
 from tokencredit.errors import TokenCreditError, shown, unknown
 
@@ -56,6 +64,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_block(value: Any) -> Any:
+    return {} if value is None else value
+
+
 def _as_names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
@@ -65,7 +77,11 @@ Count = Annotated[int, Field(ge=1, le=LARGEST), Words("a whole number of at leas
 Seed = Annotated[int, Field(ge=0, lt=2**32), Words("a whole number")]
 Number = Annotated[int | float, AfterValidator(_check_finite), Words("a number")]  # an int stays an int
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Words("a list of texts")]
+Block = Annotated[dict[str, Any], BeforeValidator(_as_block), Words("a mapping")]  # null means an empty one
 Names = Annotated[tuple[Text, ...], BeforeValidator(_as_names), Words("a name or a list of names")]
+
+
+_STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 class Settings(BaseModel):
@@ -74,17 +90,15 @@ class Settings(BaseModel):
     Args are keyword arguments of the fields' names; wrong ones raise `TokenCreditError`.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", **_STRICT)
 
     section: ClassVar[str] = ""
     """The section of the file that holds the keys: the prefix of their names in messages."""
-    key_kind: ClassVar[str] = "config key"
-    """How messages call a key: unknown *config key* 'stepz'."""
+    key_kind: ClassVar[str] = ""
+    """How messages call a key, if not "config key" or "key of `section`"."""
 
     def __init__(self, **values: Any) -> None:
-        for name, kind in self._sections().items():
+        for name, kind in self.sections().items():
             if values.get(name) is not None:
                 values[name] = kind.read(values[name])
             elif type(None) not in get_args(type(self).model_fields[name].annotation):
@@ -113,7 +127,7 @@ class Settings(BaseModel):
         return cls(**given)
 
     @classmethod
-    def _sections(cls) -> dict[str, type["Settings"]]:
+    def sections(cls) -> dict[str, type["Settings"]]:
         """The fields that are records themselves, also where they may be null."""
         kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in cls.model_fields.items()}
         return {
@@ -126,7 +140,14 @@ class Settings(BaseModel):
     @classmethod
     def unknown_key(cls, key: object) -> TokenCreditError:
         """The error for a key that is not a field; subclasses may add a hint."""
-        return unknown(cls.key_kind, key, cls.model_fields)
+        kind = f"key of `{cls.section}`" if cls.section else "config key"
+        return unknown(cls.key_kind or kind, key, cls.model_fields)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The defaults as a plain mapping; keys that must be given are left out."""
+        fields = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: _as_plain(field.get_default()) for name, field in fields.items()}
 
     def to_mapping(self) -> dict[str, Any]:
         """The settings as YAML and JSON hold them: nested records are mappings, tuples are lists."""
@@ -169,6 +190,19 @@ def field_type(kind: type[Settings], key: str) -> Any:
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of the type `hint`; a type that pydantic cannot check accepts everything."""
+    if isinstance(value, int) and not is_whole(int(value), -LARGEST):
+        return False
+    try:
+        TypeAdapter(hint, config=_STRICT).validate_python(value)
+    except ValidationError:
+        return False
+    except PydanticUserError:
+        return True
+    return True
+
+
 def wrong_value(path: str, value: Any, hint: Any) -> TokenCreditError:
     """The error for a value that is not of the type `hint`."""
     choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -184,8 +218,10 @@ def words_of(hint: Any) -> str:
     """A type in the words of a config, such as "a whole number from 1 to 8, or null"."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        said = next((item.text for item in hint.__metadata__ if isinstance(item, Words)), None)
-        return said or words_of(arguments[0]) + _bounds(hint.__metadata__)
+        spoken = [number for number, item in enumerate(hint.__metadata__) if isinstance(item, Words)]
+        if not spoken:
+            return words_of(arguments[0]) + _bounds(hint.__metadata__)
+        return hint.__metadata__[spoken[-1]].text + _bounds(hint.__metadata__[spoken[-1] + 1 :])
     if origin in (Union, UnionType):
         parts = [words_of(part) for part in arguments if part is not type(None)]
         return " or ".join(dict.fromkeys(parts)) + (", or null" if type(None) in arguments else "")

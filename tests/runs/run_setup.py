@@ -8,6 +8,7 @@ import pytest
 
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import get_task
+from tokencredit.runs.config.load import load_config
 
 
 def save_model(folder: Path) -> Path:
@@ -15,6 +16,11 @@ def save_model(folder: Path) -> Path:
     build_model(tokenizer, layers=1, width=16, heads=2, seed=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def resolve(given: Any, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A config as it is stored beside the results."""
+    return load_config(given, overrides).to_mapping()
 
 
 def small_config(model: Path, **changes: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Rewards of a run: load what a config names, and score responses with every kind of reward that TRL takes."""
 
 import asyncio
-import contextlib
 import functools
 import importlib.util
 import inspect
@@ -18,20 +17,14 @@ from torch import nn
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.plugins import load_attribute
-from tokencredit.runs.config.types import reward_list
 
 
-def load_rewards(given: Any) -> tuple[list[Any], list[float]]:
-    """Load the rewards that `reward:` names, with their weights.
+def load_reward(name: str) -> Any:
+    """Load the reward that a config names.
 
     A name with a colon is `module:function` or `file.py:function`; the current folder is searched last. A folder or
     `owner/name` without a colon is a reward model.
     """
-    rewards = reward_list(given)
-    return [_load(reward.name) for reward in rewards], [reward.weight for reward in rewards]
-
-
-def _load(name: str) -> Any:
     if ":" not in name:
         if Path(name).expanduser().is_dir() or name.count("/") == 1:
             return _load_reward_model(name)
@@ -42,21 +35,14 @@ def _load(name: str) -> Any:
     if module.endswith(".py"):
         function = _attribute_of_file(Path(module).expanduser(), attribute)
     else:
-        with _current_folder_last():
-            function = load_attribute(name, "the reward")
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        function = load_attribute(name, "the reward")
     if inspect.isclass(function) or not callable(function):
         raise TokenCreditError(
             f"the reward {name!r} is not a function", hint="name a function or an object that can be called"
         )
     return function
-
-
-@contextlib.contextmanager
-def _current_folder_last() -> Any:
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    yield
 
 
 def _attribute_of_file(path: Path, attribute: str) -> Any:

@@ -22,7 +22,7 @@ RESUME = "the same command goes on from the last checkpoint"
 
 
 class Job(NamedTuple):
-    """One run: a name for messages, its resolved config and its folder."""
+    """One run: a name for messages, its config as a mapping that every process reads for itself, and its folder."""
 
     name: str
     config: dict[str, Any]
@@ -93,12 +93,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, look: Callable[[], None]) -> Non
         _end(workers)
 
 
-def default_jobs(config: Mapping[str, Any], *, lab: bool) -> int:
+def default_jobs(threads: int | None, *, lab: bool) -> int:
     """One run per GPU; without a GPU one per group of `threads` processors for lab models, and one for any other."""
     devices = len(visible_devices())
     if devices:
         return devices
-    return max(1, (os.cpu_count() or 1) // int(config["threads"] or 1)) if lab else 1
+    return max(1, (os.cpu_count() or 1) // (threads or 1)) if lab else 1
 
 
 def visible_devices() -> list[str]:
