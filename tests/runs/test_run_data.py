@@ -314,8 +314,8 @@ def test_rewards_are_found_in_the_current_folder_and_by_file(reward_file: Path) 
     [
         ("rewards_of_this_test:missing", "cannot load the reward"),
         ("rewards_of_this_test:x", "is not a function"),
-        ("./absent.py:f", "no reward file"),
-        ("./rewards_of_this_test.py:missing", "has no function 'missing'"),
+        ("./absent.py:f", "no file"),
+        ("./rewards_of_this_test.py:missing", "has no 'missing'"),
         ("no_such_module:f", "cannot load the reward"),
         ("word", "module:function or a reward model"),
     ],

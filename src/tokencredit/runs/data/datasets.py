@@ -178,36 +178,27 @@ def _rows_of_array(text: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(text: str, where: str) -> Any:
+    too_deep = TokenCreditError(f"cannot read the dataset: {where} is nested more than {DEEPEST} levels deep")
     try:
-        if text.count("[") + text.count("{") > DEEPEST:
-            _check_depth(text, where)
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
-        raise _too_deep(where) from error
+        raise too_deep from error
     except ValueError as error:  # also a number of more digits than Python converts
         raise TokenCreditError(
             f"cannot read the dataset: {where} is not JSON: {' '.join(str(error).split())}"
         ) from error
+    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+        raise too_deep
+    return value
 
 
-def _check_depth(text: str, where: str) -> None:
-    depth, in_string, escaped = 0, False, False
-    for character in text:
-        if in_string:
-            in_string = escaped or character != '"'
-            escaped = character == "\\" and not escaped
-        elif character == '"':
-            in_string = True
-        elif character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
-        if depth > DEEPEST:
-            raise _too_deep(where)
-
-
-def _too_deep(where: str) -> TokenCreditError:
-    return TokenCreditError(f"cannot read the dataset: {where} is nested more than {DEEPEST} levels deep")
+def _depth(value: Any) -> int:
+    """The number of lists and objects inside each other, counted level by level."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
