@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from run_setup import model_folder, small_config  # noqa: F401
+from support.small_runs import small_config, write_yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import Trainer
 
@@ -316,11 +316,10 @@ async def format_reward(completions: list, **_: Any) -> list[float | None]:
 
 
 def test_a_run_evaluates_with_its_own_rewards_and_logs_to_its_trackers(
-    model_folder: Any,  # noqa: F811
+    model_folder: Any,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from run_setup import write_yaml
 
     monkeypatch.syspath_prepend(str(__file__.rpartition("/")[0]))
     for name, texts in (("train", ["1+1=", "2+2=", "3+3="]), ("held_out", ["4+4=", "5+5="])):

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_setup import model_folder, small_config  # noqa: F401
 from safetensors.torch import load_file
-from test_run_train import Killed, numbers, run
+from support.small_runs import Killed, numbers, run, small_config
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import lock_folder, write_json, write_yaml
@@ -126,7 +125,7 @@ def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
         folders.prepare(Path("/proc/nothing/here"), config)
 
 
-def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:
     other = "import sys, time; from pathlib import Path; from tokencredit.files import lock_folder\n"
     other += f"with lock_folder(Path({str(tmp_path / 'run')!r})):\n    print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -141,7 +140,7 @@ def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:  # 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint(model_folder: Path, tmp_path: Path, number: int) -> None:  # noqa: F811
+def test_a_signal_saves_a_checkpoint(model_folder: Path, tmp_path: Path, number: int) -> None:
     config = small_config(model_folder)
     config["trainer"] |= {"save_steps": 500}
     run(tmp_path / "whole", config)
@@ -185,7 +184,7 @@ def test_a_stop_without_a_main_thread_leaves_signals_alone() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, steps=2)
     run(tmp_path / "run", config)
     assert (tmp_path / "run" / "last-checkpoint").is_dir()
@@ -195,7 +194,7 @@ def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
 
 
-def test_a_start_that_fails_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_start_that_fails_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
     bad = small_config(model_folder, lora={"r": 2, "target_modules": ["no_such_layer"]})
     with pytest.raises(TokenCreditError, match="no_such_layer"):
         run(tmp_path / "run", bad)
@@ -236,7 +235,7 @@ def test_a_step_that_cannot_be_split() -> None:
             split_step(load_config(config | {"trainer": trainer}))
 
 
-def test_the_plan_says_what_will_happen(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_plan_says_what_will_happen(model_folder: Path, tmp_path: Path) -> None:
     plans: list[Any] = []
     train_run(load_config(small_config(model_folder, steps=1)), tmp_path / "run", show_plan=plans.append)
     rows = dict(plans[0].rows)
@@ -295,7 +294,7 @@ def test_telemetry_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not constants.HF_HUB_DISABLE_TELEMETRY
 
 
-def test_a_killed_run_still_goes_on_when_only_logging_changed(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_run_still_goes_on_when_only_logging_changed(model_folder: Path, tmp_path: Path) -> None:
     def kill(done: int, note: str) -> None:
         if folders.last_checkpoint(tmp_path / "run") is not None:
             raise Killed

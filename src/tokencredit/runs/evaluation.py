@@ -74,8 +74,8 @@ def _sampled(material: Material, settings: EvaluationSettings, trainer: Any) -> 
         with sampling.own_stream(derive("evaluation", rank)):
             rewards, logged = _rewards(model, material, [problems[index] for index in shares[rank]], samples, trainer)
         scored: dict[int, list[float | None]] = {}
-        for share, found in zip(shares, _gather(rewards, size), strict=True):
-            scored |= dict(zip(share, found, strict=True))
+        for share, values in zip(shares, _gather(rewards, size), strict=True):
+            scored |= dict(zip(share, values, strict=True))
         return logged | summarise([scored[index] for index in range(len(problems))], threshold)
 
     return evaluate
@@ -86,9 +86,9 @@ def _gather(values: list[Any], size: int) -> list[list[Any]]:
         return [values]
     import torch
 
-    found: list[Any] = [None] * size
-    torch.distributed.all_gather_object(found, values)
-    return found
+    gathered: list[Any] = [None] * size
+    torch.distributed.all_gather_object(gathered, values)
+    return gathered
 
 
 def _rewards(
@@ -157,7 +157,7 @@ def summarise(rewards: Sequence[Sequence[float | None]], threshold: float) -> Me
     flat = [value for _, row in kept for value in row]
     means = [math.fsum(row) / len(row) for _, row in kept]
     shares = [sum(value > threshold for value in row) / len(row) for _, row in kept]
-    found: Metrics = {
+    metrics: Metrics = {
         "per_problem": means,
         "per_problem_success": shares,
         "threshold": threshold,
@@ -165,10 +165,10 @@ def summarise(rewards: Sequence[Sequence[float | None]], threshold: float) -> Me
         "unscored": sum(map(len, rewards)) - len(flat),
     }
     if kept:
-        found |= {"reward": math.fsum(means) / len(means), "success": math.fsum(shares) / len(shares)}
+        metrics |= {"reward": math.fsum(means) / len(means), "success": math.fsum(shares) / len(shares)}
     if len(kept) < len(rewards):
-        found["problems"] = [index for index, _ in kept]
-    return found
+        metrics["problems"] = [index for index, _ in kept]
+    return metrics
 
 
 def _logged(evaluate: Evaluate, trainer: Any) -> Evaluate:
@@ -176,10 +176,10 @@ def _logged(evaluate: Evaluate, trainer: Any) -> Evaluate:
     from transformers import Trainer
 
     def evaluate_and_log(model: Any) -> Metrics:
-        found = evaluate(model)
+        metrics = evaluate(model)
         numbers = {
             f"eval_{name}": value
-            for name, value in found.items()
+            for name, value in metrics.items()
             if name in TRACKED or (isinstance(value, float) and name != "threshold")
         }
         # The base class: TRL's own `log` would print its table of completions once more. Logging tells the trainer
@@ -187,6 +187,6 @@ def _logged(evaluate: Evaluate, trainer: Any) -> Evaluate:
         should_log = trainer.control.should_log
         Trainer.log(trainer, numbers)
         trainer.control.should_log = should_log
-        return found
+        return metrics
 
     return evaluate_and_log

@@ -200,9 +200,9 @@ def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
     """Name the first key that differs and moves a number; `steps` is compared by its size elsewhere."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*now, *before]):
-            found = _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-            if found is not None:
-                return found
+            difference = _first_difference(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+            if difference is not None:
+                return difference
         return None
     if before == now or path == "steps" or NEUTRAL.fullmatch(path):
         return None

@@ -13,8 +13,14 @@ from tokencredit.errors import TokenCreditError, shown, unknown
 from tokencredit.lab.tasks import TASKS
 from tokencredit.pipeline.labels import label_of
 from tokencredit.pipeline.pipeline import Pipeline
-from tokencredit.runs.config import trainer_fields
 from tokencredit.runs.config.rewards import Reward, parse_rewards
+from tokencredit.runs.config.trainer_fields import (
+    check_fields,
+    default_fields,
+    guess_field,
+    is_lab_model,
+    move_to_config,
+)
 from tokencredit.settings import LARGEST, Block, Count, Number, Seed, Settings, Text, Words, plain_value
 
 MOST_PROMPTS = 1_000_000  # drawn from a lab task before a run starts: about 3 ms each
@@ -100,20 +106,20 @@ class RunConfig(Settings):
         """Read a mapping as YAML holds it. `trainer.max_steps` stands for `steps`, and `trainer.seed` for `seed`."""
         if isinstance(given, cls):
             return given
-        return super().read(trainer_fields.move_to_config(plain_value(given)))
+        return super().read(move_to_config(plain_value(given)))
 
     @classmethod
     def unknown_key(cls, key: object) -> TokenCreditError:
         """The error for an unknown key, with the section or the field of the trainer that it probably means."""
         error = super().unknown_key(key)
         sections = [name for name, kind in cls.sections().items() if key in kind.model_fields]
-        hint = f"`{sections[0]}.{key}`" if sections else trainer_fields.guess_field(str(key))
+        hint = f"`{sections[0]}.{key}`" if sections else guess_field(str(key))
         return TokenCreditError(error.message, hint=f"write {hint}") if hint else error
 
     @property
     def is_lab(self) -> bool:
         """Whether the lab builds the model."""
-        return trainer_fields.is_lab_model(self.model)
+        return is_lab_model(self.model)
 
     @property
     def source(self) -> str:
@@ -148,7 +154,7 @@ class RunConfig(Settings):
         section = dict(self.teacher)
         if not isinstance(section.get("kind"), str):
             raise TokenCreditError(f"`teacher` needs a `kind`, got {shown(section)}", hint="see docs/teachers.md")
-        if trainer_fields.is_lab_model(section.get("model")):
+        if is_lab_model(section.get("model")):
             section.pop("stage", None)  # `lab.teachers.with_lab_model` reads it
         return PromptRenderer(resolve_teacher(section))
 
@@ -160,23 +166,23 @@ class RunConfig(Settings):
     @field_validator("prompts_per_step")
     @classmethod
     def _fill_in_prompts(cls, value: int | None, info: Any) -> int:
-        lab = trainer_fields.is_lab_model(info.data.get("model"))
+        lab = is_lab_model(info.data.get("model"))
         return value or (32 if lab else 8)  # 8 prompts × TRL's 8 generations are 64 rows
 
     @field_validator("threads")
     @classmethod
     def _fill_in_threads(cls, value: int | None, info: Any) -> int | None:
         """A lab model gains nothing from more than one thread; elsewhere null lets torch decide."""
-        return 1 if value is None and trainer_fields.is_lab_model(info.data.get("model")) else value
+        return 1 if value is None and is_lab_model(info.data.get("model")) else value
 
     @field_validator("trainer")
     @classmethod
     def _fill_in_trainer(cls, trainer: dict[str, Any], info: Any) -> dict[str, Any]:
-        trainer_fields.check_fields(trainer)
+        check_fields(trainer)
         settings = info.data
-        lab = trainer_fields.is_lab_model(settings.get("model"))
+        lab = is_lab_model(settings.get("model"))
         lora, task = settings.get("lora") is not None, settings.get("task") is not None
-        return trainer_fields.default_fields(lab=lab, lora=lora, task=task) | trainer
+        return default_fields(lab=lab, lora=lora, task=task) | trainer
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

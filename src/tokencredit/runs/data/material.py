@@ -16,7 +16,8 @@ from tokencredit.lab.model import STAGES, warm_start
 from tokencredit.lab.tasks import Problem, Task, get_task
 from tokencredit.lab.teachers import with_lab_model
 from tokencredit.runs.config.run_config import RunConfig
-from tokencredit.runs.data import datasets, prompts
+from tokencredit.runs.data.datasets import load_evaluation, load_training, without_overlap
+from tokencredit.runs.data.prompts import check_kinds, check_lengths, choose_wrapping, wrap
 from tokencredit.runs.data.rewards import check_columns, load_reward, on_plain_text
 
 MOST_RESPONSES = 256  # default length of a response where neither the task nor `trainer:` says one
@@ -80,31 +81,31 @@ def _load_task(config: RunConfig) -> Material:
     dataset = lab_data.prompt_dataset(task, "train", count, config.seed)
     check_teacher_columns(config, dataset, tokenizer)
     response = _response_length(config, task.max_response)
-    prompts.check_lengths(dataset, tokenizer, model, response, {})
+    check_lengths(dataset, tokenizer, model, response, {})
     rewards = [lab_data.reward_function(task)]
     return Material(model, tokenizer, dataset, rewards, response, task, collectors={"values": exact_values(task)})
 
 
 def _load_dataset(config: RunConfig) -> Material:
     functions = [load_reward(reward.name) for reward in config.rewards]
-    dataset = datasets.load_training(config.dataset)
+    dataset = load_training(config.dataset)
     evaluation, left_out = _load_evaluation(config, dataset)
     for name, rows in (("training", dataset), ("evaluation", evaluation)):
         if rows is not None:
-            prompts.check_kinds(rows, name)
+            check_kinds(rows, name)
             check_columns(functions, rows.column_names, name)
     path = _model_folder(config)
     tokenizer = lab_data.load_tokenizer(path)
-    wrapping = prompts.choose_wrapping(dataset, tokenizer, config.dataset)
-    dataset = prompts.wrap(dataset, wrapping)
-    evaluation = None if evaluation is None else prompts.wrap(evaluation, wrapping)
+    wrapping = choose_wrapping(dataset, tokenizer, config.dataset)
+    dataset = wrap(dataset, wrapping)
+    evaluation = None if evaluation is None else wrap(evaluation, wrapping)
     check_teacher_columns(config, dataset, tokenizer)
     model = lab_data.load_model(path)
     response = _response_length(config, MOST_RESPONSES)
     options = config.trainer.get("chat_template_kwargs") or {}
-    prompts.check_lengths(dataset, tokenizer, model, response, options)
+    check_lengths(dataset, tokenizer, model, response, options)
     if evaluation is not None:
-        prompts.check_lengths(evaluation, tokenizer, model, response, options, "evaluation")
+        check_lengths(evaluation, tokenizer, model, response, options, "evaluation")
     if wrapping.wraps:
         functions = [on_plain_text(function) for function in functions]
     notes = list(wrapping.notes)
@@ -124,11 +125,11 @@ def _load_dataset(config: RunConfig) -> Material:
 
 def _load_evaluation(config: RunConfig, training: Dataset) -> tuple[Dataset | None, int]:
     """The held-out rows without those that are also trained on, and how many were left out."""
-    rows = datasets.load_evaluation(config.dataset)
+    rows = load_evaluation(config.dataset)
     if rows is None:
         return None, 0
     chosen = rows.select(range(min(config.evaluation.problems, len(rows))))
-    return datasets.without_overlap(chosen, training["prompt"])
+    return without_overlap(chosen, training["prompt"])
 
 
 def _response_length(config: RunConfig, default: int) -> int:

@@ -10,7 +10,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_setup import model_folder  # noqa: F401
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model, load_tokenizer
@@ -193,7 +192,7 @@ def test_missing_values_of_a_csv_are_named_by_row(tmp_path: Path) -> None:
         check_kinds(rows)
 
 
-def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -> None:  # noqa: F811
+def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -> None:
     tokenizer, model = load_tokenizer(model_folder), load_model(model_folder)
     rows = Dataset.from_dict({"prompt": ["1+1=", "2×2="]})
     with pytest.raises(TokenCreditError, match=r"row 1 of the training data: .* character '×' \(U\+00D7\)"):
@@ -201,13 +200,13 @@ def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -
 
 
 @pytest.fixture
-def instruct(model_folder: Path) -> Any:  # noqa: F811
+def instruct(model_folder: Path) -> Any:
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     return tokenizer
 
 
-def test_plain_texts_become_user_turns_of_an_instruct_model(instruct: Any, model_folder: Path) -> None:  # noqa: F811
+def test_plain_texts_become_user_turns_of_an_instruct_model(instruct: Any, model_folder: Path) -> None:
     rows = Dataset.from_list([{"prompt": "1+1", "answer": "2"}])
     auto = choose_wrapping(rows, instruct, DatasetSettings.read({}))
     assert auto.wraps and "user turn" in auto.notes[0]
@@ -357,7 +356,7 @@ def test_wrapped_data_give_their_rewards_plain_texts() -> None:
     assert wrapped.__name__ == "reward"
 
 
-def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None:  # noqa: F811
+def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None:
     from tokencredit.runs.config.load import load_config
 
     train = write(reward_file.parent / "train.jsonl", lines(*({"prompt": f"{n}+1="} for n in range(40))))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_setup import resolve
+from support.small_runs import resolve
 from trl import GRPOConfig
 
 from tokencredit.errors import TokenCreditError

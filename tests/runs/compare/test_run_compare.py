@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_setup import model_folder, small_config, write_yaml  # noqa: F401
+from support.small_runs import small_config, write_yaml
 
 from tokencredit import files
 from tokencredit.cli.compare import conclusions, print_table, show, title
@@ -179,7 +179,7 @@ def test_headroom(tmp_path: Path, gains: list[float], said: str) -> None:
     assert headroom(summarise_runs(without, tmp_path), without, tmp_path) is None
 
 
-def test_a_method_may_bring_its_own_teacher(model_folder: Path) -> None:  # noqa: F811
+def test_a_method_may_bring_its_own_teacher(model_folder: Path) -> None:
     teacher = {"kind": "model", "model": str(model_folder)}
     config = load_config(small_config(model_folder, teacher={"kind": "self", "template": "answer"}))
     plans = plan_runs(config, ["dasd", {"credit": {"opd": {}}, "teacher": teacher}], range(1))
@@ -204,6 +204,19 @@ def test_a_wrong_teacher_is_refused_before_a_model_is_loaded(
     with pytest.raises(TokenCreditError) as caught:
         check_first(plan_runs(small_config(tmp_path, teacher=teacher), ["opd"], range(1)), tmp_path / "out")
     assert said in str(caught.value)
+
+
+def test_the_first_check_loads_the_model_once_for_all_methods(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load_model = lab_data.load_model
+    monkeypatch.setattr(lab_data, "load_model", lambda path: loaded.append(path) or load_model(path))
+    config = small_config(model_folder)
+    check_first(plan_runs(config, ["grpo", "hapo", "exact"], range(2)), tmp_path / "out")
+    assert loaded == [str(model_folder)]
+    with pytest.raises(TokenCreditError, match="arca: .*adapter_residuals"):  # needs LoRA
+        check_first(plan_runs(config, ["grpo", "arca"], range(1)), tmp_path / "out")
 
 
 def test_folders_of_labels_stay_inside_and_are_short() -> None:
@@ -286,7 +299,7 @@ def living(session: int) -> list[int]:
     return found
 
 
-def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=6))
     whole = subprocess.run(command(config, tmp_path / "whole"), capture_output=True, text=True, check=True)
     assert '"label": "hapo"' in whole.stdout
@@ -340,7 +353,7 @@ def test_a_process_that_is_gone_is_named(code: int, said: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=30, records={"every": 0}))
     running = subprocess.Popen(
         command(config, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -361,7 +374,7 @@ def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path,
     assert "goes on from the last checkpoint" in told
 
 
-def test_two_comparisons_in_one_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_comparisons_in_one_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
     plans = plan_runs(load_config(small_config(model_folder)), ["grpo"], range(1))
     with files.lock_folder(tmp_path / "out"), pytest.raises(TokenCreditError, match="is in use by another process"):
         compare_runs(plans, tmp_path / "out")
