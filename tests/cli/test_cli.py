@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tokencredit.cli import methods
 from tokencredit.cli.main import VERBS, main
 from tokencredit.files import parse_yaml
 from tokencredit.lab.model import build_model, build_tokenizer
@@ -95,6 +96,20 @@ def test_the_version_and_the_verbs_need_no_torch() -> None:
         [sys.executable, "-m", "tokencredit", "--version"], capture_output=True, text=True, check=True
     )
     assert module.stdout.startswith("tokencredit 0.")
+
+
+def test_a_second_listing_of_the_methods_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCREDIT_CACHE", str(tmp_path))
+    described = methods.read_listing()
+    (kept,) = tmp_path.glob("methods-*.json")
+    code = "import sys; from tokencredit.cli.main import main; main(['methods', 'hapo']); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("hapo (preset)") and told.endswith("False\n")
+    kept.write_text("[]")  # damaged: described again
+    assert methods.read_listing() == described
+    monkeypatch.setattr(methods, "_hash_sources", lambda: "other")  # the code has changed: described again
+    assert methods.read_listing() == described
+    assert [path.name for path in tmp_path.glob("methods-*.json")] == ["methods-other.json"]
 
 
 def test_every_verb_has_its_own_help(capsys: pytest.CaptureFixture) -> None:

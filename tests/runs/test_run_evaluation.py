@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from run_setup import model_folder, small_config  # noqa: F401
+from support.small_runs import small_config, write_yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import Trainer
 
@@ -19,6 +19,8 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.runs import evaluation, folders, processes, sampling
 from tokencredit.runs.config.load import load_config
+from tokencredit.runs.config.run_config import EvaluationSettings
+from tokencredit.runs.data.material import Material
 from tokencredit.runs.data.rewards import is_async, score
 from tokencredit.runs.evaluation import evaluator, summarise
 from tokencredit.runs.train import train_run
@@ -43,8 +45,8 @@ def chat_tokenizer() -> Any:
 
 def material(**changes: Any) -> Any:
     tokenizer = build_tokenizer(DIGITS)
-    base = {"task": None, "tokenizer": tokenizer, "max_response": 5, "reward": lambda completions, **_: [1.0] * 99}
-    return SimpleNamespace(**(base | changes))
+    base = Material(None, tokenizer, None, [lambda completions, **_: [1.0] * 99], max_response=5)
+    return base._replace(**changes)
 
 
 def tiny(tokenizer: Any, **shipped: Any) -> Any:
@@ -54,8 +56,8 @@ def tiny(tokenizer: Any, **shipped: Any) -> Any:
     return model
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    return {"evaluation": {"every": 1, "problems": 9, "samples": 2, "threshold": 0.0} | changes, "dataset": {}}
+def config(**changes: Any) -> EvaluationSettings:
+    return EvaluationSettings.read({"every": 1, "problems": 9, "samples": 2} | changes)
 
 
 def rows(*prompts: Any, **columns: Any) -> Dataset:
@@ -224,7 +226,7 @@ def test_an_evaluation_by_hand() -> None:
 
 
 def test_an_evaluation_counts_with_the_users_threshold() -> None:
-    given = material(reward=by_ids, evaluation=rows("1=", "12+3="))
+    given = material(rewards=[by_ids], evaluation=rows("1=", "12+3="))
     model = tiny(given.tokenizer)
     low, high = (evaluator(config(threshold=value), given)(model) for value in (0.0, 5.0))
     assert high["per_problem"] == low["per_problem"]
@@ -235,7 +237,7 @@ def test_an_evaluation_moves_no_random_number_of_the_run() -> None:
     def noisy(completions: list, **_: Any) -> list[float]:
         return [random.random() + np.random.rand() + float(torch.rand(())) for _ in completions]
 
-    given = material(reward=noisy, evaluation=rows("1="))
+    given = material(rewards=[noisy], evaluation=rows("1="))
     evaluate, model = evaluator(config(), given), tiny(given.tokenizer)
     torch.manual_seed(5), np.random.seed(5)
     expected = (torch.rand(2).tolist(), np.random.rand())
@@ -245,7 +247,7 @@ def test_an_evaluation_moves_no_random_number_of_the_run() -> None:
 
 
 def test_each_evaluation_draws_the_same_numbers() -> None:
-    given = material(reward=by_ids, evaluation=rows("1=", "2="))
+    given = material(rewards=[by_ids], evaluation=rows("1=", "2="))
     evaluate, model = evaluator(config(samples=20), given), tiny(given.tokenizer)
     assert evaluate(model) == evaluate(model)
 
@@ -314,11 +316,10 @@ async def format_reward(completions: list, **_: Any) -> list[float | None]:
 
 
 def test_a_run_evaluates_with_its_own_rewards_and_logs_to_its_trackers(
-    model_folder: Any,  # noqa: F811
+    model_folder: Any,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from run_setup import write_yaml
 
     monkeypatch.syspath_prepend(str(__file__.rpartition("/")[0]))
     for name, texts in (("train", ["1+1=", "2+2=", "3+3="]), ("held_out", ["4+4=", "5+5="])):

@@ -10,35 +10,35 @@ from typing import Any
 
 import pytest
 import torch
-from run_setup import model_folder, small_config  # noqa: F401
 from safetensors.torch import load_file
-from test_run_train import Killed, numbers, run
+from support.small_runs import Killed, numbers, run, small_config
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.files import lock_folder, write_yaml
+from tokencredit.files import lock_folder, write_json, write_yaml
 from tokencredit.runs import folders
 from tokencredit.runs.callback import RunCallback
-from tokencredit.runs.config.arguments import split_of
-from tokencredit.runs.config.load import load_config, resolve_config
+from tokencredit.runs.config.arguments import split_step
+from tokencredit.runs.config.load import load_config
+from tokencredit.runs.config.run_config import RunConfig
 from tokencredit.runs.stop import Stop, Stopped
 from tokencredit.runs.train import plan_run, train_run
 
 
-def refusal(folder: Path, config: dict) -> str:
+def refusal(folder: Path, config: RunConfig) -> str:
     with pytest.raises(TokenCreditError) as caught:
         folders.finished_run(folder, config)
     return str(caught.value)
 
 
-def stored_run(folder: Path, config: dict, *, checkpoint: int | None, status: str = "running") -> dict:
+def stored_run(folder: Path, config: dict, *, checkpoint: int | None, status: str = "running") -> RunConfig:
     """A folder as a run of two steps leaves it, without the training."""
-    resolved = resolve_config(config)
+    resolved = load_config(config)
     folders.prepare(folder, resolved)
     if checkpoint is not None:
         place = folder / (f"checkpoint-{checkpoint}" if status == "running" else folders.LAST)
         place.mkdir()
         (place / "trainer_state.json").write_text(f'{{"global_step": {checkpoint}}}')
-    folders.write_json(folder / "run.json", folders.read_json(folder / "run.json") | {"status": status, "steps": 4})
+    write_json(folder / "run.json", folders.read_json(folder / "run.json") | {"status": status, "steps": 4})
     return resolved
 
 
@@ -53,14 +53,14 @@ NEUTRAL = {
 def test_changes_that_move_no_number_keep_the_folder_usable(tmp_path: Path) -> None:
     base = small_config(Path("model"), trainer={"num_generations": 4})
     stored_run(tmp_path, base, checkpoint=2)
-    assert folders.finished_run(tmp_path, resolve_config(base | NEUTRAL)) is None
+    assert folders.finished_run(tmp_path, load_config(base | NEUTRAL)) is None
     for key, value in (("seed", 9), ("credit", "grpo"), ("trainer", {"num_generations": 2})):
-        assert f"`{key}" in refusal(tmp_path, resolve_config(base | {key: value}))
+        assert f"`{key}" in refusal(tmp_path, load_config(base | {key: value}))
 
 
 def test_a_folder_without_a_checkpoint_may_be_overwritten(tmp_path: Path) -> None:
     stored_run(tmp_path, small_config(Path("model")), checkpoint=None)
-    other = resolve_config(small_config(Path("model"), seed=8, credit="grpo"))
+    other = load_config(small_config(Path("model"), seed=8, credit="grpo"))
     assert folders.finished_run(tmp_path, other) is None
     assert folders.prepare(tmp_path, other) is None
     assert folders.read_json(tmp_path / "run.json")["seed"] == 8
@@ -70,21 +70,21 @@ def test_more_steps_extend_a_run_and_fewer_are_refused(tmp_path: Path) -> None:
     base = small_config(Path("model"))
     config = stored_run(tmp_path, base, checkpoint=4, status="finished")
     assert folders.finished_run(tmp_path, config) is not None
-    assert "`steps` was 4, now 3" in refusal(tmp_path, config | {"steps": 3})
-    longer = config | {"steps": 6}
+    assert "`steps` was 4, now 3" in refusal(tmp_path, config.replace(steps=3))
+    longer = config.replace(steps=6)
     assert folders.finished_run(tmp_path, longer) is None
     assert folders.prepare(tmp_path, longer) == tmp_path / "checkpoint-4"
 
 
 def test_a_finished_run_of_an_earlier_version_says_how_to_go_on(tmp_path: Path) -> None:
     config = stored_run(tmp_path, small_config(Path("model")), checkpoint=None, status="finished")
-    assert "without its last checkpoint" in refusal(tmp_path, config | {"steps": 6})
+    assert "without its last checkpoint" in refusal(tmp_path, config.replace(steps=6))
 
 
 def test_a_stored_config_without_later_keys_is_the_same_run(tmp_path: Path) -> None:
     config = stored_run(tmp_path, small_config(Path("model")), checkpoint=2)
-    old = {key: value for key, value in config.items() if key != "lora"}
-    old["evaluation"] = {key: value for key, value in config["evaluation"].items() if key != "threshold"}
+    old = {key: value for key, value in config.to_mapping().items() if key != "lora"}
+    del old["evaluation"]["threshold"]
     write_yaml(tmp_path / "config.yaml", old)
     assert folders.finished_run(tmp_path, config) is None
 
@@ -117,7 +117,7 @@ def test_damaged_metrics_are_told_in_one_line(tmp_path: Path, line: bytes) -> No
 
 def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    config = resolve_config(small_config(Path("model")))
+    config = load_config(small_config(Path("model")))
     assert "is a file" in refusal(tmp_path / "file", config)
     with pytest.raises(TokenCreditError, match="cannot create the folder"):
         folders.prepare(tmp_path / "file" / "below", config)
@@ -125,7 +125,7 @@ def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
         folders.prepare(Path("/proc/nothing/here"), config)
 
 
-def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:
     other = "import sys, time; from pathlib import Path; from tokencredit.files import lock_folder\n"
     other += f"with lock_folder(Path({str(tmp_path / 'run')!r})):\n    print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -140,7 +140,7 @@ def test_two_runs_in_one_folder(model_folder: Path, tmp_path: Path) -> None:  # 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_a_checkpoint(model_folder: Path, tmp_path: Path, number: int) -> None:  # noqa: F811
+def test_a_signal_saves_a_checkpoint(model_folder: Path, tmp_path: Path, number: int) -> None:
     config = small_config(model_folder)
     config["trainer"] |= {"save_steps": 500}
     run(tmp_path / "whole", config)
@@ -184,7 +184,7 @@ def test_a_stop_without_a_main_thread_leaves_signals_alone() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, steps=2)
     run(tmp_path / "run", config)
     assert (tmp_path / "run" / "last-checkpoint").is_dir()
@@ -194,7 +194,7 @@ def test_a_finished_run_is_extended(model_folder: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3]
 
 
-def test_a_start_that_fails_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_start_that_fails_leaves_nothing(model_folder: Path, tmp_path: Path) -> None:
     bad = small_config(model_folder, lora={"r": 2, "target_modules": ["no_such_layer"]})
     with pytest.raises(TokenCreditError, match="no_such_layer"):
         run(tmp_path / "run", bad)
@@ -224,7 +224,7 @@ def test_a_start_that_fails_leaves_nothing(model_folder: Path, tmp_path: Path) -
 )
 def test_a_step_keeps_its_rows(model: str, trainer: dict, expected: tuple[int, int]) -> None:
     config: dict[str, Any] = {"task": "countdown", "model": model, "prompts_per_step": 8}
-    assert split_of(resolve_config(config | {"trainer": {"num_generations": 4} | trainer}))[:2] == expected
+    assert split_step(load_config(config | {"trainer": {"num_generations": 4} | trainer}))[:2] == expected
 
 
 def test_a_step_that_cannot_be_split() -> None:
@@ -232,10 +232,10 @@ def test_a_step_that_cannot_be_split() -> None:
     both = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     for trainer in (both, {"num_generations": 4, "gradient_accumulation_steps": 5}):
         with pytest.raises(TokenCreditError, match="the 32 rows of a step"):
-            split_of(resolve_config(config | {"trainer": trainer}))
+            split_step(load_config(config | {"trainer": trainer}))
 
 
-def test_the_plan_says_what_will_happen(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_plan_says_what_will_happen(model_folder: Path, tmp_path: Path) -> None:
     plans: list[Any] = []
     train_run(load_config(small_config(model_folder, steps=1)), tmp_path / "run", show_plan=plans.append)
     rows = dict(plans[0].rows)
@@ -259,7 +259,7 @@ class Loop:
 
 def test_progress_and_warnings(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     seen: list[tuple[int, str]] = []
-    config = resolve_config({"task": "countdown"})
+    config = load_config({"task": "countdown"})
     callback = RunCallback(tmp_path, config, None, lambda done, note: seen.append((done, note)))
     state = Loop()
     state.should_log = True
@@ -275,7 +275,7 @@ def test_progress_and_warnings(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 
 
 def test_a_run_of_this_process_does_not_look_at_its_parent(tmp_path: Path) -> None:
-    callback = RunCallback(tmp_path, resolve_config({"task": "countdown"}), None, None)
+    callback = RunCallback(tmp_path, load_config({"task": "countdown"}), None, None)
     assert callback.parent is None  # so that `nohup … &` survives its shell
 
 
@@ -294,7 +294,7 @@ def test_telemetry_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not constants.HF_HUB_DISABLE_TELEMETRY
 
 
-def test_a_killed_run_still_goes_on_when_only_logging_changed(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_run_still_goes_on_when_only_logging_changed(model_folder: Path, tmp_path: Path) -> None:
     def kill(done: int, note: str) -> None:
         if folders.last_checkpoint(tmp_path / "run") is not None:
             raise Killed

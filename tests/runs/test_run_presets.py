@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_setup import model_folder, small_config, write_yaml  # noqa: F401
+from support.small_runs import small_config, write_yaml
 
 from tokencredit import assign_credit
 from tokencredit.batch.store import RecordStore
@@ -40,7 +40,7 @@ WITHOUT_TEACHER = [name for name in PRESETS if "teacher_logprobs" not in needs(n
 @pytest.mark.parametrize("preset", WITHOUT_TEACHER)
 def test_a_preset_trains_a_step(
     preset: str,
-    model_folder: Path,  # noqa: F811
+    model_folder: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
@@ -59,7 +59,7 @@ def test_a_preset_trains_a_step(
 
 
 @pytest.mark.usefixtures("varied")
-def test_a_file_sets_collectors(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_file_sets_collectors(model_folder: Path, tmp_path: Path) -> None:
     collectors = {
         "attention_entropies": {"layer": 0, "heads": "mean_entropy", "row": "own", "drop_sink": 1},
         "adapter_residuals": {"layer": "last_prenorm_relative"},

@@ -6,30 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_setup import model_folder, small_config  # noqa: F401
 from safetensors.torch import load_file
+from support.small_runs import Killed, numbers, run, small_config
 
 from tokencredit import assign_credit
 from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError
 from tokencredit.runs import folders
-from tokencredit.runs.config.load import load_config
-from tokencredit.runs.train import train_run
-
-TIMES = ("step_time", "train_runtime")
 
 
-def run(folder: Path, config: dict, progress=None) -> dict:
-    return train_run(load_config(config), folder, progress)
-
-
-def numbers(folder: Path) -> list[dict]:
-    """Everything in metrics.jsonl that is not a time."""
-    lines = folders.read_metrics(folder)
-    return [line | {"metrics": {k: v for k, v in line["metrics"].items() if k not in TIMES}} for line in lines]
-
-
-def test_a_run_leaves_whole_results(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_leaves_whole_results(model_folder: Path, tmp_path: Path) -> None:
     steps = []
     found = run(tmp_path / "run", small_config(model_folder), lambda done, note: steps.append(done))
     assert found["status"] == "finished"
@@ -47,7 +33,7 @@ def test_a_run_leaves_whole_results(model_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_records_hold_what_was_trained(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_records_hold_what_was_trained(model_folder: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", small_config(model_folder))
     records = list(RecordStore(tmp_path / "run" / "records"))
     assert [record.step for record in records] == [0, 1, 2, 3]
@@ -58,12 +44,8 @@ def test_records_hold_what_was_trained(model_folder: Path, tmp_path: Path) -> No
         assert record.batch.group_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_killed_run_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path, at: int) -> None:  # noqa: F811
+def test_a_killed_run_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path, at: int) -> None:
     config = small_config(model_folder)
     run(tmp_path / "whole", config)
 
@@ -89,19 +71,19 @@ def test_a_killed_run_resumes_to_the_same_numbers(model_folder: Path, tmp_path: 
     assert all(torch.equal(a.advantages, b.advantages) for a, b in zip(*stored, strict=True))
 
 
-def test_the_hosts_sampler_works_too(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_hosts_sampler_works_too(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, sampler="host", steps=1, timing="rollout")
     assert run(tmp_path / "run", config)["status"] == "finished"
 
 
-def test_lora_runs(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_lora_runs(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, steps=1, lora={"r": 2, "target_modules": "all-linear"})
     assert run(tmp_path / "run", config)["status"] == "finished"
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("credit", ["exact", "arca", "attention", "0.5 * grpo + 0.5 * opd"])
-def test_methods_that_ask_for_more(model_folder: Path, tmp_path: Path, credit: str) -> None:  # noqa: F811
+def test_methods_that_ask_for_more(model_folder: Path, tmp_path: Path, credit: str) -> None:
     lora = {"r": 2, "target_modules": "all-linear"} if credit == "arca" else None
     teacher = {"kind": "model", "model": str(model_folder)} if "opd" in credit else None
     config = small_config(model_folder, steps=1, credit=credit, lora=lora, teacher=teacher)
@@ -115,7 +97,7 @@ def refuse(folder: Path, config: dict) -> str:
     return str(caught.value)
 
 
-def test_other_settings_do_not_mix(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_other_settings_do_not_mix(model_folder: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", small_config(model_folder, steps=1))
     with pytest.raises(TokenCreditError, match="`seed` was 0, now 5"):
         run(tmp_path / "run", small_config(model_folder, steps=1, seed=5))
@@ -125,7 +107,7 @@ def test_other_settings_do_not_mix(model_folder: Path, tmp_path: Path) -> None: 
         run(tmp_path / "full", small_config(model_folder))
 
 
-def test_refusals_come_before_anything_is_written(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_refusals_come_before_anything_is_written(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert "no model folder at" in refuse(folder, small_config(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
@@ -153,7 +135,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     folder = tmp_path / "run"
     good = write_rows(tmp_path / "good.jsonl", [{"question": f"{n}+{n}=", "answer": str(2 * n)} for n in range(8)])
@@ -179,6 +161,6 @@ def test_own_datasets(model_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         run(folder, own(model_folder, good, "own_rewards:not_a_number"))
 
 
-def test_a_teacher_that_cannot_be_is_refused_first(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_teacher_that_cannot_be_is_refused_first(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, credit="opd", teacher={"kind": "model", "modl": "x"})
     assert "did you mean 'model'" in refuse(tmp_path / "run", config)

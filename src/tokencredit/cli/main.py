@@ -13,7 +13,7 @@ from importlib.metadata import version
 from tokencredit.errors import TokenCreditError
 from tokencredit.progress import printable
 from tokencredit.runs import processes
-from tokencredit.runs.stop import Stopped
+from tokencredit.runs.stop import RESUME, Stopped
 
 VERBS = {
     "train": "one run: TRL's GRPO trainer with a credit pipeline",
@@ -35,7 +35,6 @@ WRITE_FAILURES = (
     "StorageFull",
     "Disk quota",
 )
-RESUME = "the same command goes on from the last checkpoint"
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:

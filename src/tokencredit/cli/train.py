@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from tokencredit.runs import processes
 from tokencredit.runs.stop import Stop
 
 if TYPE_CHECKING:
-    from tokencredit.runs.config.plan import Plan
+    from tokencredit.runs.config.run_config import RunConfig
+    from tokencredit.runs.plan import Plan
 
 
 def add_parser(subparsers: Any) -> None:
@@ -78,10 +78,10 @@ def _train(arguments: argparse.Namespace, stop: Stop) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     folder = out_folder(arguments)
-    _say_loading(f"the model {config['model']} and the prompts")
+    _say_loading(f"the model {config.model} and the prompts")
     if arguments.dry_run:
         return _show_dry_run(config, plan_run(config, folder), as_json=arguments.json)
-    with bar("training", int(config["steps"])) if processes.is_main() else nullcontext() as advance:
+    with bar("training", config.steps) if processes.is_main() else nullcontext() as advance:
         metadata = train_run(
             config,
             folder,
@@ -130,16 +130,16 @@ def _say_plan(plan: "Plan") -> None:
         say(line)
 
 
-def _show_dry_run(config: Mapping[str, Any], plan: "Plan", *, as_json: bool) -> int:
+def _show_dry_run(config: "RunConfig", plan: "Plan", *, as_json: bool) -> int:
     from tokencredit.files import dump_yaml
 
     if not processes.is_main():
         return 0
     if as_json:
-        print(json.dumps({"plan": dict(plan.rows), "config": config}))
+        print(json.dumps({"plan": dict(plan.rows), "config": config.to_mapping()}))
         return 0
     _say_plan(plan)
-    print(printable(dump_yaml(dict(config))), end="")
+    print(printable(dump_yaml(config.to_mapping())), end="")
     return 0
 
 

@@ -78,14 +78,19 @@ def _own_stream(prompts: list[Any], trainer: "GRPOTrainer") -> torch.Generator:
     return stream
 
 
+def unsupported_options(arguments: Any) -> list[str]:
+    """The sampling options of a GRPOConfig that the fast sampler does not have, as `name=value`."""
+    values = {name: getattr(arguments, name, off[0]) for name, off in UNUSED.items()}
+    return [f"{name}={value!r}" for name, value in values.items() if value not in UNUSED[name]]
+
+
 def _check(trainer: "GRPOTrainer") -> None:
-    for name, off in UNUSED.items():
-        value = getattr(trainer.args, name, off[0])
-        if value not in off:
-            raise TokenCreditError(
-                f"the fast sampler has no `{name}`, got {value!r}; it samples from the full softmax",
-                hint=f"set `{name}` to {off[0]!r}, or leave out `rollout_func`",
-            )
+    for option in unsupported_options(trainer.args):
+        name, _, value = option.partition("=")
+        raise TokenCreditError(
+            f"the fast sampler has no `{name}`, got {value}; it samples from the full softmax",
+            hint=f"set `{name}` to {UNUSED[name][0]!r}, or leave out `rollout_func`",
+        )
 
 
 def _tokenize(prompts: list[Any], trainer: "GRPOTrainer") -> list[list[int]]:

@@ -52,10 +52,18 @@ def load_attribute(name: str, what: str) -> Any:
             where = getattr(module, "__file__", None) or "built into Python"
             raise TokenCreditError(
                 f"cannot load {what} {shown(name)}: {shown(source)} ({where}) has no {shown(attribute)}",
-                hint="check the spelling; if this is not your file, another module has its name: write "
-                f"./{source}.py:{attribute} for a file",
+                hint=_spelling_hint(source, attribute),
             ) from error
     return loaded
+
+
+def _spelling_hint(source: str, attribute: str) -> str:
+    if source.endswith(".py"):
+        return "check the spelling"
+    return (
+        f"check the spelling; if this is not your file, another module has its name: write ./{source}.py:{attribute} "
+        "for a file"
+    )
 
 
 def load_function(name: str, what: str) -> Any:

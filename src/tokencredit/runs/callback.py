@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 
 from tokencredit.progress import say
 from tokencredit.runs import folders, processes
+from tokencredit.runs.config.run_config import RunConfig
 from tokencredit.runs.stop import Stop
 
 Evaluator = Callable[[Any], dict[str, Any]]
@@ -31,30 +32,29 @@ class RunCallback(TrainerCallback):
 
     Args:
       folder: the run's folder.
-      config: the resolved config.
+      config: the run's config. A pipeline that reads only a teacher does not learn from rewards; then equal rewards are
+        no fault.
       evaluate: from the model to the numbers of one evaluation; None where there is nothing to evaluate on.
       progress: called with the number of steps done and a note.
       stop: the signals of the command; None where the caller handles them.
-      learns_from_reward: False for a pipeline that reads only a teacher; then equal rewards are no fault.
     """
 
     def __init__(
         self,
         folder: Path,
-        config: Mapping[str, Any],
+        config: RunConfig,
         evaluate: Evaluator | None,
         progress: Progress | None,
         *,
         stop: Stop | None = None,
-        learns_from_reward: bool = True,
     ) -> None:
         self.folder = folder
-        self.every = int(config["evaluation"]["every"])
+        self.every = config.evaluation.every
         self.evaluate = evaluate
         self.progress = progress
         self.stop = stop
         self.parent = multiprocessing.parent_process()  # None but in a worker of `compare`
-        self.unsaid = {"cut off"} | ({"no signal"} if learns_from_reward else set())
+        self.unsaid = {"cut off"} | ({"no signal"} if config.learns_from_reward else set())
         self.evaluated = ""
         self.unreported = 0  # steps done since the last call of `progress`
 

@@ -8,17 +8,20 @@ from tokencredit.collect.prompts import prompt_ids
 from tokencredit.lab.success import success_probability
 from tokencredit.lab.tasks import Task
 from tokencredit.runs import processes, sampling
-from tokencredit.runs.data.rewards import score
+from tokencredit.runs.config.run_config import EvaluationSettings
+from tokencredit.runs.data.material import Material
+from tokencredit.runs.data.rewards import Scores, score
 from tokencredit.seeds import derive
 
 Metrics = dict[str, Any]
+Evaluate = Callable[[Any], Metrics]
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # a forward gathers weights from all processes
 
 # Metrics that trackers get, as eval/…; the others are lists or settings.
 TRACKED = ("reward", "success", "unscored")
 
 
-def evaluator(config: Mapping[str, Any], material: Any, trainer: Any = None) -> Callable[[Any], Metrics] | None:
+def evaluator(settings: EvaluationSettings, material: Material, trainer: Any = None) -> Evaluate | None:
     """Build the function that evaluates a model.
 
     On a lab task success is exact. On a data set every problem gets `evaluation.samples` responses, sampled and scored
@@ -26,8 +29,8 @@ def evaluator(config: Mapping[str, Any], material: Any, trainer: Any = None) -> 
     processes, and the numbers are logged to its trackers.
 
     Args:
-      config: a resolved config.
-      material: what `runs.data.load_material` returned.
+      settings: the `evaluation:` section of the config.
+      material: what the run trains and evaluates on.
       trainer: TRL's trainer, if there is one.
 
     Returns:
@@ -38,26 +41,15 @@ def evaluator(config: Mapping[str, Any], material: Any, trainer: Any = None) -> 
         sharded = trainer is not None and str(trainer.accelerator.distributed_type.value) in SHARDED
         if not (sharded or processes.is_main()):
             return None
-        evaluate = _exact(material.task, material.tokenizer, int(config["evaluation"]["problems"]))
+        evaluate = _exact(material.task, material.tokenizer, settings.problems)
     else:
-        rows = _rows(config, material)
-        if rows is None or (trainer is None and not processes.is_main()):
+        if material.evaluation is None or (trainer is None and not processes.is_main()):
             return None
-        evaluate = _sampled(rows, material, config["evaluation"], trainer)
+        evaluate = _sampled(material, settings, trainer)
     return evaluate if trainer is None else _logged(evaluate, trainer)
 
 
-def _rows(config: Mapping[str, Any], material: Any) -> Any:
-    rows = getattr(material, "evaluation", None)
-    if rows is not None or hasattr(material, "evaluation"):
-        return rows
-    from tokencredit.runs.data.datasets import load_evaluation
-
-    rows = load_evaluation(config["dataset"])
-    return None if rows is None else rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
-
-
-def _exact(task: Task, tokenizer: Any, count: int) -> Callable[[Any], Metrics]:
+def _exact(task: Task, tokenizer: Any, count: int) -> Evaluate:
     """V(x) = Σ_c π(c | x) over the accepted responses: no sampling noise, the same problems in every run."""
     problems = task.problems("test", count)
 
@@ -68,11 +60,10 @@ def _exact(task: Task, tokenizer: Any, count: int) -> Callable[[Any], Metrics]:
     return evaluate
 
 
-def _sampled(rows: Any, material: Any, settings: Mapping[str, Any], trainer: Any) -> Callable[[Any], Metrics]:
-    samples, threshold = int(settings["samples"]), float(settings.get("threshold", 0.0))
-    problems = [dict(row) for row in rows]
-    size = 1 if trainer is None else processes.size()
-    rank = 0 if trainer is None else processes.rank()
+def _sampled(material: Material, settings: EvaluationSettings, trainer: Any) -> Evaluate:
+    samples, threshold = settings.samples, float(settings.threshold)
+    problems = [dict(row) for row in material.evaluation or ()]
+    size, rank = (1, 0) if trainer is None else (processes.size(), processes.rank())
     # Every process takes the same number of problems, so that all of them make the same calls.
     shares = [
         [index % len(problems) for index in range(first, size * -(-len(problems) // size), size)]
@@ -83,8 +74,8 @@ def _sampled(rows: Any, material: Any, settings: Mapping[str, Any], trainer: Any
         with sampling.own_stream(derive("evaluation", rank)):
             rewards, logged = _rewards(model, material, [problems[index] for index in shares[rank]], samples, trainer)
         scored: dict[int, list[float | None]] = {}
-        for share, found in zip(shares, _gather(rewards, size), strict=True):
-            scored |= dict(zip(share, found, strict=True))
+        for share, values in zip(shares, _gather(rewards, size), strict=True):
+            scored |= dict(zip(share, values, strict=True))
         return logged | summarise([scored[index] for index in range(len(problems))], threshold)
 
     return evaluate
@@ -95,16 +86,16 @@ def _gather(values: list[Any], size: int) -> list[list[Any]]:
         return [values]
     import torch
 
-    found: list[Any] = [None] * size
-    torch.distributed.all_gather_object(found, values)
-    return found
+    gathered: list[Any] = [None] * size
+    torch.distributed.all_gather_object(gathered, values)
+    return gathered
 
 
 def _rewards(
-    model: Any, material: Any, problems: Sequence[Mapping[str, Any]], samples: int, trainer: Any = None
+    model: Any, material: Material, problems: Sequence[Mapping[str, Any]], samples: int, trainer: Any = None
 ) -> tuple[list[list[float | None]], dict[str, float]]:
     """Sample `samples` responses to each problem and score them; a list of rewards per problem, and logged metrics."""
-    options = _chat_options(material, trainer)
+    options = _chat_options(trainer)
     ids = [prompt_ids(material.tokenizer, problem["prompt"], **options) for problem in problems]
     responses = sampling.sample_responses(model, material, ids, samples, trainer)
     columns: dict[str, list[Any]] = {
@@ -115,34 +106,30 @@ def _rewards(
     columns["prompts"] = [problem["prompt"] for problem in problems for _ in range(samples)]
     columns["completions"] = _completions(material.tokenizer, columns["prompts"], responses)
     columns["completion_ids"] = responses
-    functions = material.reward if isinstance(material.reward, list) else [material.reward]
-    weights = getattr(material, "reward_weights", None) or [1.0] * len(functions)
-    processors: Sequence[Any] = [None] * len(functions)
-    state = None
-    if trainer is not None:
-        functions, weights = trainer.reward_funcs, trainer.args.reward_weights or [1.0] * len(trainer.reward_funcs)
-        processors, state = trainer.reward_processing_classes, trainer.state
-    found = score(
-        functions,
-        weights,
-        columns,
-        processors=processors,
-        chat_template_kwargs=options["chat_template_kwargs"],
-        state=state,
-    )
-    rows = range(0, len(found.rewards), samples)
-    return [found.rewards[row : row + samples] for row in rows], found.metrics
+    scores = _score(columns, material, trainer, options["chat_template_kwargs"])
+    rows = range(0, len(scores.rewards), samples)
+    return [scores.rewards[row : row + samples] for row in rows], scores.metrics
 
 
-def _chat_options(material: Any, trainer: Any) -> dict[str, Any]:
-    """What the chat template gets in training."""
+def _score(columns: Mapping[str, list[Any]], material: Material, trainer: Any, template_kwargs: Any) -> Scores:
+    """Score with the run's rewards, as the trainer holds them where there is one."""
     if trainer is None:
-        return {"chat_template_kwargs": getattr(material, "chat_template_kwargs", None) or {}}
-    return {
-        "chat_template_kwargs": getattr(trainer, "chat_template_kwargs", None) or {},
-        "tools": getattr(trainer, "tools", None),
-        "chat_template": getattr(trainer, "chat_template", None),
-    }
+        weights = material.reward_weights or [1.0] * len(material.rewards)
+        return score(material.rewards, weights, columns, chat_template_kwargs=template_kwargs)
+    return score(
+        trainer.reward_funcs,
+        trainer.args.reward_weights or [1.0] * len(trainer.reward_funcs),
+        columns,
+        processors=trainer.reward_processing_classes,
+        chat_template_kwargs=template_kwargs,
+        state=trainer.state,
+    )
+
+
+def _chat_options(trainer: Any) -> dict[str, Any]:
+    """What the chat template gets in training."""
+    options = {name: getattr(trainer, name, None) for name in ("chat_template_kwargs", "tools", "chat_template")}
+    return options | {"chat_template_kwargs": options["chat_template_kwargs"] or {}}
 
 
 def _completions(tokenizer: Any, prompts: Sequence[Any], responses: list[list[int]]) -> list[Any]:
@@ -170,7 +157,7 @@ def summarise(rewards: Sequence[Sequence[float | None]], threshold: float) -> Me
     flat = [value for _, row in kept for value in row]
     means = [math.fsum(row) / len(row) for _, row in kept]
     shares = [sum(value > threshold for value in row) / len(row) for _, row in kept]
-    found: Metrics = {
+    metrics: Metrics = {
         "per_problem": means,
         "per_problem_success": shares,
         "threshold": threshold,
@@ -178,21 +165,21 @@ def summarise(rewards: Sequence[Sequence[float | None]], threshold: float) -> Me
         "unscored": sum(map(len, rewards)) - len(flat),
     }
     if kept:
-        found |= {"reward": math.fsum(means) / len(means), "success": math.fsum(shares) / len(shares)}
+        metrics |= {"reward": math.fsum(means) / len(means), "success": math.fsum(shares) / len(shares)}
     if len(kept) < len(rewards):
-        found["problems"] = [index for index, _ in kept]
-    return found
+        metrics["problems"] = [index for index, _ in kept]
+    return metrics
 
 
-def _logged(evaluate: Callable[[Any], Metrics], trainer: Any) -> Callable[[Any], Metrics]:
+def _logged(evaluate: Evaluate, trainer: Any) -> Evaluate:
     """Send an evaluation's numbers to the trainer's trackers as eval/reward, eval/success, …"""
     from transformers import Trainer
 
     def evaluate_and_log(model: Any) -> Metrics:
-        found = evaluate(model)
+        metrics = evaluate(model)
         numbers = {
             f"eval_{name}": value
-            for name, value in found.items()
+            for name, value in metrics.items()
             if name in TRACKED or (isinstance(value, float) and name != "threshold")
         }
         # The base class: TRL's own `log` would print its table of completions once more. Logging tells the trainer
@@ -200,13 +187,6 @@ def _logged(evaluate: Callable[[Any], Metrics], trainer: Any) -> Callable[[Any],
         should_log = trainer.control.should_log
         Trainer.log(trainer, numbers)
         trainer.control.should_log = should_log
-        return found
+        return metrics
 
     return evaluate_and_log
-
-
-def _mean_reward(model: Any, material: Any, row: Mapping[str, Any], samples: int) -> float:
-    """Mean reward of `samples` responses to one prompt; 0 if none was scored."""
-    (rewards,), _ = _rewards(model, material, [row], samples)
-    scored = [value for value in rewards if value is not None]
-    return sum(scored) / max(1, len(scored))

@@ -11,8 +11,8 @@ from typing import Any
 from tokencredit import files
 from tokencredit.batch.store import RecordStore
 from tokencredit.errors import TokenCreditError, shown
-from tokencredit.pipeline.labels import label_of
-from tokencredit.runs.config.types import is_whole, plain_value
+from tokencredit.runs.config.run_config import RunConfig
+from tokencredit.settings import is_whole
 
 RUN, CONFIG, METRICS, RECORDS = "run.json", "config.yaml", "metrics.jsonl", "records"
 LAST = "last-checkpoint"  # of a finished run, so that a larger `steps` can extend it
@@ -28,7 +28,7 @@ NEUTRAL = re.compile(
 )
 
 
-def finished_run(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_run(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """Read run.json of a finished run with the same config; None where there is work to do.
 
     A folder that holds training with other settings is refused, so that results never mix. Allowed are changes of keys
@@ -44,7 +44,7 @@ def finished_run(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | No
     finished = run.get("status") == "finished"
     if not finished and last_checkpoint(folder) is None:
         return None
-    before, now = _read_config(folder / CONFIG), plain(config)
+    before, now = _read_config(folder / CONFIG), config.to_mapping()
     difference = _first_difference(before, now)
     if difference is None and before["steps"] > now["steps"]:
         difference = f"`steps` was {before['steps']}, now {now['steps']}"
@@ -67,19 +67,17 @@ def finished_run(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | No
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The stored config; keys that were added since the run started have their defaults."""
-    from tokencredit.runs.config.load import DEFAULTS
-
     stored = files.read_yaml(path, "config of the run")
     if not isinstance(stored, dict) or not is_whole(stored.get("steps"), 1):
         raise TokenCreditError(f"{path} holds no config of a run", hint="delete the run's folder and start again")
-    for key, default in DEFAULTS.items():
+    for key, default in RunConfig.defaults().items():
         stored.setdefault(key, default)
         if isinstance(default, dict) and isinstance(stored[key], dict):
             stored[key] = default | stored[key]
     return stored
 
 
-def prepare(folder: Path, config: Mapping[str, Any]) -> Path | None:
+def prepare(folder: Path, config: RunConfig) -> Path | None:
     """Make the folder ready to train in; the checkpoint to go on from, or None for a fresh start."""
     files.make_folder(folder)
     if (folder / LAST).is_dir() and last_checkpoint(folder) is None and _is_whole(folder / LAST):
@@ -96,15 +94,15 @@ def prepare(folder: Path, config: Mapping[str, Any]) -> Path | None:
         files.write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         if (folder / RECORDS).is_dir():
             RecordStore(folder / RECORDS).truncate(step)
-    write_json(folder / RUN, describe(config) | {"status": "running"})
-    write_yaml(folder / CONFIG, plain(config))
+    files.write_json(folder / RUN, _describe(config) | {"status": "running"})
+    files.write_yaml(folder / CONFIG, config.to_mapping())
     return checkpoint
 
 
 def finish(folder: Path, more: Mapping[str, Any]) -> dict[str, Any]:
     """Mark the run finished and keep its last checkpoint as `last-checkpoint`; the contents of run.json."""
     run = read_json(folder / RUN) | dict(more) | {"status": "finished"}
-    write_json(folder / RUN, run)
+    files.write_json(folder / RUN, run)
     last = last_checkpoint(folder)
     if last is not None and _step_of(last) == more.get("steps"):
         shutil.rmtree(folder / LAST, ignore_errors=True)
@@ -114,19 +112,17 @@ def finish(folder: Path, more: Mapping[str, Any]) -> dict[str, Any]:
     return run
 
 
-def describe(config: Mapping[str, Any]) -> dict[str, Any]:
+def _describe(config: RunConfig) -> dict[str, Any]:
     """What the report shows of a run's settings."""
-    from tokencredit.pipeline.pipeline import Pipeline
-
     return {
-        "name": config["name"],
-        "label": label_of(config["credit"]),
-        "task": config["task"] or config["dataset"]["path"],
-        "model": config["model"],
-        "pipeline": Pipeline.parse(config["credit"]).to_config(),
-        "seed": config["seed"],
+        "name": config.name,
+        "label": config.label,
+        "task": config.source,
+        "model": config.model,
+        "pipeline": config.pipeline.to_config(),
+        "seed": config.seed,
         "versions": {name: version(name) for name in PACKAGES},
-        "settings": plain(config),
+        "settings": config.to_mapping(),
     }
 
 
@@ -185,12 +181,6 @@ def _is_metrics_line(parsed: Any) -> bool:
     )
 
 
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as YAML reads it back: no tuples, no special types."""
-    copied: dict[str, Any] = plain_value(config)
-    return copied
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, or raise an error that names the file."""
     try:
@@ -206,23 +196,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    files.write_json(path, value)
-
-
-def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a YAML file, whole or not at all."""
-    files.write_yaml(path, dict(value))
-
-
 def _first_difference(before: Any, now: Any, path: str = "") -> str | None:
     """Name the first key that differs and moves a number; `steps` is compared by its size elsewhere."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*now, *before]):
-            found = _first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-            if found is not None:
-                return found
+            difference = _first_difference(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
+            if difference is not None:
+                return difference
         return None
     if before == now or path == "steps" or NEUTRAL.fullmatch(path):
         return None

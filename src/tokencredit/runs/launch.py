@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.runs import processes
-
-RESUME = "the same command goes on from the last checkpoint"
+from tokencredit.runs.stop import RESUME
 
 
 class Ended(NamedTuple):
@@ -68,10 +67,10 @@ def check(process_count: int) -> None:
 
 def _explain(failures: dict[int, Any]) -> Ended:
     """Why the first process stopped; those that only lost it do not count."""
-    own = {rank: failure for rank, failure in failures.items() if not _reason(failure).get("lost")} or failures
+    causes = {rank: failure for rank, failure in failures.items() if not _reason(failure).get("lost")} or failures
     # torchrun ends the others with SIGTERM, so that is the least of reasons.
-    rank = min(own, key=lambda number: (own[number].exitcode == -signal.SIGTERM, own[number].timestamp, number))
-    failure, reason = own[rank], _reason(own[rank])
+    rank = min(causes, key=lambda rank: (causes[rank].exitcode == -signal.SIGTERM, causes[rank].timestamp, rank))
+    failure, reason = causes[rank], _reason(causes[rank])
     if failure.exitcode < 0:
         return Ended(128 - int(failure.exitcode), f"rank {rank} was ended by {failure.signal_name()}", RESUME)
     if not reason:

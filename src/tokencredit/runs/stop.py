@@ -9,6 +9,7 @@ from typing import Any
 from tokencredit.progress import say
 from tokencredit.runs import processes
 
+RESUME = "the same command goes on from the last checkpoint"
 AGAIN_AFTER = 1.0  # seconds; a launcher passes the terminal's Ctrl-C on, so that a process gets it twice
 
 

@@ -1,4 +1,4 @@
-"""The config of a run: keys and types, defaults by kind of model, TRL's arguments, and the printed plan."""
+"""The config of a run: `load` reads a file into a `RunConfig`, `arguments` makes TRL's and peft's configs of it."""
 
 from tokencredit.lazy import attributes_of
 

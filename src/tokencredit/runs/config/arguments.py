@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import torch
 
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.runs import processes
-from tokencredit.runs.config.defaults import is_lab_model
+from tokencredit.runs.config.run_config import RunConfig
+from tokencredit.settings import is_whole
 
 ROWS, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -23,25 +23,26 @@ class Split(NamedTuple):
     processes: int
 
 
-def grpo_config(config: Mapping[str, Any], folder: Path, max_response: int) -> Any:
+def grpo_config(config: RunConfig, folder: Path, max_response: int) -> Any:
     """Build TRL's own config object; its complaints become one line."""
     from trl import GRPOConfig
 
-    given = dict(config["trainer"])
-    split = split_of(config)
-    given |= {ROWS: split.micro_batch, ACCUMULATION: split.accumulation}
-    given.setdefault("max_completion_length", max_response)
-    given["max_steps"] = config["steps"]
+    split = split_step(config)
+    fields = {"max_completion_length": max_response, **config.trainer}
+    fields |= {ROWS: split.micro_batch, ACCUMULATION: split.accumulation}
+    fields |= {"output_dir": str(folder), "seed": config.seed, "max_steps": config.steps}
     if not torch.cuda.is_available():
-        given |= {"use_cpu": True, "bf16": given.get("bf16", False), "dataloader_pin_memory": False}
-    given |= {"output_dir": str(folder), "seed": config["seed"]}
+        fields |= {"use_cpu": True, "bf16": fields.get("bf16", False), "dataloader_pin_memory": False}
+    weights = [reward.weight for reward in config.rewards]
+    if any(weight != 1 for weight in weights):
+        fields["reward_weights"] = weights
     try:
-        return GRPOConfig(**given)
+        return GRPOConfig(**fields)
     except (ValueError, TypeError, ImportError, RuntimeError, OSError, AttributeError) as error:
         raise TokenCreditError(f"TRL refuses the trainer section: {' '.join(str(error).split())}") from error
 
 
-def split_of(config: Mapping[str, Any]) -> Split:
+def split_step(config: RunConfig) -> Split:
     """Split the rows of a step, so that it has `prompts_per_step` prompts whatever fits into memory.
 
     `trainer.per_device_train_batch_size` sets the micro-batch, and accumulation follows from it; or the other way round
@@ -51,8 +52,8 @@ def split_of(config: Mapping[str, Any]) -> Split:
     Raises:
       TokenCreditError: the rows cannot be split that way, or the two fields contradict `prompts_per_step`.
     """
-    trainer, process_count = config["trainer"], processes.size()
-    prompts, generations = int(config["prompts_per_step"]), int(trainer["num_generations"])
+    process_count = processes.size()
+    prompts, generations = int(config.prompts_per_step or 1), int(config.trainer["num_generations"])
     if generations < 2:
         raise TokenCreditError(
             f"`trainer.num_generations` must be at least 2, got {generations}", hint="a group needs a baseline"
@@ -69,14 +70,15 @@ def split_of(config: Mapping[str, Any]) -> Split:
             f"{step} cannot be split over {process_count} processes",
             hint="make prompts_per_step × trainer.num_generations a multiple of the processes",
         )
-    return _split_process(trainer, rows // process_count, process_count, step, lab=is_lab_model(config["model"]))
+    return _split_process(config, rows // process_count, process_count, step)
 
 
-def _split_process(trainer: Mapping[str, Any], rows: int, process_count: int, step: str, *, lab: bool) -> Split:
+def _split_process(config: RunConfig, rows: int, process_count: int, step: str) -> Split:
     """Split the rows of one process into micro-batches."""
-    size, steps = trainer.get(ROWS), trainer.get(ACCUMULATION)
+    size, steps = config.trainer.get(ROWS), config.trainer.get(ACCUMULATION)
     if size is None and steps is None:
-        size = rows if lab else max(divisor for divisor in range(1, min(8, rows) + 1) if rows % divisor == 0)
+        largest = rows if config.is_lab else min(8, rows)
+        size = max(divisor for divisor in range(1, largest + 1) if rows % divisor == 0)
     if size is None:
         accumulation = int(steps or 1)
         micro_batch = rows // accumulation
@@ -95,23 +97,23 @@ def _split_process(trainer: Mapping[str, Any], rows: int, process_count: int, st
     return Split(micro_batch, accumulation, process_count)
 
 
-def lora_config(config: Mapping[str, Any]) -> Any:
+def lora_config(config: RunConfig) -> Any:
     """Build peft's LoraConfig from the `lora:` section; None without one."""
-    if config["lora"] is None:
+    if config.lora is None:
         return None
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise TokenCreditError("`lora` needs peft, which is not installed", hint="pip install peft") from error
     fields = {field.name for field in dataclasses.fields(LoraConfig) if field.init}
-    for name in config["lora"]:
+    for name in config.lora:
         if name not in fields:
             raise unknown("field of `lora` (peft's LoraConfig)", name, fields)
-    rank = config["lora"].get("r", 8)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    rank = config.lora.get("r", 8)
+    if not is_whole(rank, 1):
         raise TokenCreditError(f"`lora.r` must be a whole number of at least 1, got {rank!r}")
     try:
-        return LoraConfig(**config["lora"])
+        return LoraConfig(**config.lora)
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         raise TokenCreditError(f"peft refuses the lora section: {' '.join(str(error).split())}") from error
 

@@ -1,13 +1,14 @@
 """Data sets of prompts: read from files, folders or the hub, and check what a run needs of them."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
 from tokencredit.errors import TokenCreditError
+from tokencredit.runs.config.run_config import DatasetSettings
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -16,11 +17,11 @@ SHARE_OF_OVERLAP = 0.05  # of the evaluation problems; more than this is refused
 EVALUATION_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
-def load_dataset_section(section: Mapping[str, Any]) -> Dataset:
+def load_training(settings: DatasetSettings) -> Dataset:
     """Load the training data that the `dataset:` section of a config names.
 
     Args:
-      section: `path` (a JSON, CSV, Parquet or Arrow file, a folder, or a name on the hub), `split`, `prompt` (the
+      settings: `path` (a JSON, CSV, Parquet or Arrow file, a folder, or a name on the hub), `split`, `prompt` (the
         column of the prompts), and optionally `config` (a configuration of a hub data set).
 
     Returns:
@@ -29,28 +30,26 @@ def load_dataset_section(section: Mapping[str, Any]) -> Dataset:
     Raises:
       TokenCreditError: the data cannot be read, are empty, or lack the column.
     """
-    return with_prompt_column(_load(section["path"], section.get("config"), section["split"]), section)
+    return with_prompt_column(_load(settings.path, settings.config, settings.split), settings)
 
 
-def load_evaluation(section: Mapping[str, Any]) -> Dataset | None:
+def load_evaluation(settings: DatasetSettings) -> Dataset | None:
     """Load the evaluation data of a `dataset:` section, or None where it names none.
 
     `evaluation` is a path like `path`; without it, `evaluation_split` is another split of `path`. Data that hold
     several splits are never read with the training split unless `evaluation_split` says so.
     """
-    path, split = section.get("evaluation"), section.get("evaluation_split")
-    if path is None and split is None:
+    path, split = settings.evaluation or settings.path, settings.evaluation_split
+    if settings.evaluation is None and split is None:
         return None
-    if path is None or str(path) == str(section["path"]):
-        path = section["path"]
-        if split is None or split == section["split"]:
-            raise TokenCreditError(
-                f"the evaluation would use the training data: {str(path)!r}, split {section['split']!r}",
-                hint="set dataset.evaluation_split to another split, or dataset.evaluation to another file",
-            )
-    config = section.get("config") if str(path) == str(section["path"]) else None
-    loaded = _load(path, config, split, evaluation=True)
-    return with_prompt_column(loaded, dict(section) | {"path": path})
+    same = path == settings.path
+    if same and split in (None, settings.split):
+        raise TokenCreditError(
+            f"the evaluation would use the training data: {path!r}, split {settings.split!r}",
+            hint="set dataset.evaluation_split to another split, or dataset.evaluation to another file",
+        )
+    loaded = _load(path, settings.config if same else None, split, evaluation=True)
+    return with_prompt_column(loaded, settings.replace(path=path))
 
 
 def _load(source: Any, config: str | None, split: str | None, *, evaluation: bool = False) -> Dataset:
@@ -179,36 +178,27 @@ def _rows_of_array(text: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parse(text: str, where: str) -> Any:
+    too_deep = TokenCreditError(f"cannot read the dataset: {where} is nested more than {DEEPEST} levels deep")
     try:
-        if text.count("[") + text.count("{") > DEEPEST:
-            _check_depth(text, where)
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
-        raise _too_deep(where) from error
+        raise too_deep from error
     except ValueError as error:  # also a number of more digits than Python converts
         raise TokenCreditError(
             f"cannot read the dataset: {where} is not JSON: {' '.join(str(error).split())}"
         ) from error
+    if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+        raise too_deep
+    return value
 
 
-def _check_depth(text: str, where: str) -> None:
-    depth, in_string, escaped = 0, False, False
-    for character in text:
-        if in_string:
-            in_string = escaped or character != '"'
-            escaped = character == "\\" and not escaped
-        elif character == '"':
-            in_string = True
-        elif character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
-        if depth > DEEPEST:
-            raise _too_deep(where)
-
-
-def _too_deep(where: str) -> TokenCreditError:
-    return TokenCreditError(f"cannot read the dataset: {where} is nested more than {DEEPEST} levels deep")
+def _depth(value: Any) -> int:
+    """The number of lists and objects inside each other, counted level by level."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -257,15 +247,15 @@ def _column_reason(values: list[Any]) -> str | None:
     return f"row {bad - 1}: {shown} cannot stand in one column with the values before it"
 
 
-def with_prompt_column(dataset: Dataset, section: Mapping[str, Any]) -> Dataset:
+def with_prompt_column(dataset: Dataset, settings: DatasetSettings) -> Dataset:
     """Put the prompts into the column `prompt`, which TRL reads.
 
     Another column of that name is kept as `original_prompt`, so that a reward function can still read it.
     """
-    column = section["prompt"]
+    column = settings.prompt
     if column not in dataset.column_names:
         raise TokenCreditError(
-            f"the dataset {str(section['path'])!r} has no column {column!r}; it has {', '.join(dataset.column_names)}",
+            f"the dataset {settings.path!r} has no column {column!r}; it has {', '.join(dataset.column_names)}",
             hint="name the column of the prompts: `dataset: {prompt: …}`",
         )
     if column == "prompt":

@@ -9,18 +9,16 @@ import torch
 from datasets import Dataset
 
 from tokencredit.collect.exact.values import ExactValues
-from tokencredit.collect.teacher.build import resolve_teacher
-from tokencredit.collect.teacher.prompts import PromptRenderer
-from tokencredit.errors import TokenCreditError, unknown
+from tokencredit.errors import unknown
 from tokencredit.lab import data as lab_data
 from tokencredit.lab.fused import fuse_norms
-from tokencredit.lab.model import SIZES, STAGES, warm_start
+from tokencredit.lab.model import STAGES, warm_start
 from tokencredit.lab.tasks import Problem, Task, get_task
 from tokencredit.lab.teachers import with_lab_model
-from tokencredit.runs.data import datasets, prompts
-from tokencredit.runs.data.rewards import check_columns, load_rewards, on_plain_text
-
-load_dataset_section = datasets.load_dataset_section
+from tokencredit.runs.config.run_config import RunConfig
+from tokencredit.runs.data.datasets import load_evaluation, load_training, without_overlap
+from tokencredit.runs.data.prompts import check_kinds, check_lengths, choose_wrapping, wrap
+from tokencredit.runs.data.rewards import check_columns, load_reward, on_plain_text
 
 MOST_RESPONSES = 256  # default length of a response where neither the task nor `trainer:` says one
 TEACHER_ROWS = 64  # rows whose columns are checked against the teacher's template before a model is loaded
@@ -29,16 +27,16 @@ TEACHER_ROWS = 64  # rows whose columns are checked against the teacher's templa
 class Material(NamedTuple):
     """What a run trains and evaluates on.
 
-    `reward` is one function, or a list with `reward_weights`. `evaluation` are the held-out rows, if any. `notes` are
-    sentences about the data for the plan that is printed before the first step.
+    `rewards` are functions and reward models, `reward_weights` their weights. `evaluation` are the held-out rows, if
+    any. `notes` are sentences about the data for the plan that is printed before the first step.
     """
 
     model: Any
     tokenizer: Any
-    dataset: Dataset
-    reward: Any
-    task: Task | None
+    dataset: Any
+    rewards: list[Any]
     max_response: int
+    task: Task | None = None
     teacher: dict[str, Any] | None = None
     collectors: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     reward_weights: list[float] | None = None
@@ -46,63 +44,70 @@ class Material(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def model_folder(config: Mapping[str, Any]) -> str:
+def load_material(config: RunConfig) -> Material:
+    """Load everything that a run needs but its teacher, cheap things first, and refuse what cannot be trained."""
+    return _load_dataset(config) if config.task is None else _load_task(config)
+
+
+def load_teacher(config: RunConfig) -> dict[str, Any] | None:
+    """The `teacher:` section; `model: tiny` or `small` with a `stage` means a model of the lab, built on first use."""
+    return None if config.teacher is None else with_lab_model(config.teacher, config.task)
+
+
+def check_teacher_columns(config: RunConfig, rows: Dataset, tokenizer: Any) -> None:
+    """Refuse a template that shows columns which the data lack."""
+    if config.teacher_prompts is not None:
+        config.teacher_prompts.check(islice(rows, TEACHER_ROWS), tokenizer)
+
+
+def _model_folder(config: RunConfig) -> str:
     """The folder or name of the model; a lab model is built on first use and cached."""
-    if config["task"] is not None and config["model"] in SIZES:
-        if not isinstance(config["stage"], str) or config["stage"] not in STAGES:
-            raise unknown("stage", config["stage"], STAGES)
-        return str(warm_start(config["task"], size=config["model"], stage=config["stage"]))
-    return str(config["model"])
+    if config.task is None or not config.is_lab:
+        return config.model
+    if config.stage not in STAGES:
+        raise unknown("stage", config.stage, STAGES)
+    return str(warm_start(config.task, size=config.model, stage=config.stage))
 
 
-def load_material(config: Mapping[str, Any]) -> Material:
-    """Load everything that a run needs, cheap things first, and refuse what cannot be trained."""
-    check_teacher(config["teacher"])
-    material = _of_dataset(config) if config["task"] is None else _of_task(config)
-    return material._replace(teacher=_teacher(config))
-
-
-def _of_task(config: Mapping[str, Any]) -> Material:
-    task = get_task(config["task"])
-    path = model_folder(config)
+def _load_task(config: RunConfig) -> Material:
+    task = get_task(str(config.task))
+    path = _model_folder(config)
     model, tokenizer = lab_data.load_model(path), lab_data.load_tokenizer(path)
-    if config["model"] in SIZES and not torch.cuda.is_available():  # what makes a tiny model fast on a CPU
+    if config.is_lab and not torch.cuda.is_available():  # what makes a tiny model fast on a CPU
         model.set_attn_implementation("eager")
         fuse_norms(model)
     # A prompt for every place in the run: a host that resumes in a later epoch repeats the order of the first.
-    count = config["dataset"]["count"] or config["steps"] * config["prompts_per_step"]
-    dataset = lab_data.prompt_dataset(task, "train", count, config["seed"])
-    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
+    count = config.dataset.count or config.steps * int(config.prompts_per_step or 1)
+    dataset = lab_data.prompt_dataset(task, "train", count, config.seed)
+    check_teacher_columns(config, dataset, tokenizer)
     response = _response_length(config, task.max_response)
-    reward = lab_data.reward_function(task)
-    prompts.check_lengths(dataset, tokenizer, model, response, {})
-    return Material(model, tokenizer, dataset, reward, task, response, collectors={"values": exact_values(task)})
+    check_lengths(dataset, tokenizer, model, response, {})
+    rewards = [lab_data.reward_function(task)]
+    return Material(model, tokenizer, dataset, rewards, response, task, collectors={"values": exact_values(task)})
 
 
-def _of_dataset(config: Mapping[str, Any]) -> Material:
-    section = config["dataset"]
-    functions, weights = load_rewards(config["reward"])
-    dataset = datasets.load_dataset_section(section)
-    evaluation, left_out = _evaluation(config, dataset)
+def _load_dataset(config: RunConfig) -> Material:
+    functions = [load_reward(reward.name) for reward in config.rewards]
+    dataset = load_training(config.dataset)
+    evaluation, left_out = _load_evaluation(config, dataset)
     for name, rows in (("training", dataset), ("evaluation", evaluation)):
         if rows is not None:
-            prompts.check_kinds(rows, name)
+            check_kinds(rows, name)
             check_columns(functions, rows.column_names, name)
-    path = model_folder(config)
+    path = _model_folder(config)
     tokenizer = lab_data.load_tokenizer(path)
-    wrapping = prompts.choose_wrapping(dataset, tokenizer, section)
-    dataset = prompts.wrap(dataset, wrapping)
-    evaluation = None if evaluation is None else prompts.wrap(evaluation, wrapping)
-    _check_columns_of_teacher(config["teacher"], dataset, tokenizer)
+    wrapping = choose_wrapping(dataset, tokenizer, config.dataset)
+    dataset = wrap(dataset, wrapping)
+    evaluation = None if evaluation is None else wrap(evaluation, wrapping)
+    check_teacher_columns(config, dataset, tokenizer)
     model = lab_data.load_model(path)
     response = _response_length(config, MOST_RESPONSES)
-    options = config["trainer"].get("chat_template_kwargs") or {}
-    prompts.check_lengths(dataset, tokenizer, model, response, options)
+    options = config.trainer.get("chat_template_kwargs") or {}
+    check_lengths(dataset, tokenizer, model, response, options)
     if evaluation is not None:
-        prompts.check_lengths(evaluation, tokenizer, model, response, options, "evaluation")
+        check_lengths(evaluation, tokenizer, model, response, options, "evaluation")
     if wrapping.wraps:
         functions = [on_plain_text(function) for function in functions]
-    reward = no_reward if not functions else functions[0] if len(functions) == 1 else functions
     notes = list(wrapping.notes)
     if left_out:
         notes.append(f"{left_out} evaluation problems are left out because they are also training prompts")
@@ -110,29 +115,25 @@ def _of_dataset(config: Mapping[str, Any]) -> Material:
         model,
         tokenizer,
         dataset,
-        reward,
-        None,
+        functions or [no_reward],
         response,
-        reward_weights=None if all(weight == 1 for weight in weights) else weights,
+        reward_weights=[reward.weight for reward in config.rewards] or None,
         evaluation=evaluation,
         notes=tuple(notes),
     )
 
 
-def _evaluation(config: Mapping[str, Any], training: Dataset) -> tuple[Dataset | None, int]:
+def _load_evaluation(config: RunConfig, training: Dataset) -> tuple[Dataset | None, int]:
     """The held-out rows without those that are also trained on, and how many were left out."""
-    rows = datasets.load_evaluation(config["dataset"])
+    rows = load_evaluation(config.dataset)
     if rows is None:
         return None, 0
-    chosen = rows.select(range(min(int(config["evaluation"]["problems"]), len(rows))))
-    return datasets.without_overlap(chosen, training["prompt"])
+    chosen = rows.select(range(min(config.evaluation.problems, len(rows))))
+    return without_overlap(chosen, training["prompt"])
 
 
-def _response_length(config: Mapping[str, Any], default: int) -> int:
-    given = config["trainer"].get("max_completion_length") or default
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise TokenCreditError(f"`trainer.max_completion_length` must be a whole number of at least 1, got {given!r}")
-    return given
+def _response_length(config: RunConfig, default: int) -> int:
+    return int(config.trainer.get("max_completion_length") or default)
 
 
 def exact_values(task: Task) -> ExactValues:
@@ -148,37 +149,6 @@ def exact_values(task: Task) -> ExactValues:
     )
 
 
-def check_teacher(section: Any) -> None:
-    """Refuse wrong keys, values and template names of a `teacher:` section before anything is loaded or built."""
-    if section is None:
-        return
-    if not isinstance(section, Mapping):
-        raise TokenCreditError(f"`teacher` must be a mapping, got {section!r}", hint="see docs/teachers.md")
-    if not isinstance(section.get("kind"), str):
-        raise TokenCreditError(f"`teacher` needs a `kind`, got {dict(section)!r}", hint="see docs/teachers.md")
-    given = dict(section)
-    if isinstance(given.get("model"), str) and given["model"] in SIZES:
-        given.pop("stage", None)  # `with_lab_model` checks it
-    PromptRenderer(resolve_teacher(given))
-
-
-def _check_columns_of_teacher(section: Any, rows: Dataset, tokenizer: Any) -> None:
-    """Refuse a template that shows columns which the data lack, before the models are loaded."""
-    if section is None:
-        return
-    given = {name: value for name, value in section.items() if name != "stage"}
-    PromptRenderer(resolve_teacher(given)).check(islice(rows, TEACHER_ROWS), tokenizer)
-
-
-def _teacher(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `teacher:` section; `model: tiny` or `small` with a `stage` means a model of the lab."""
-    if config["teacher"] is None:
-        return None
-    section = with_lab_model(config["teacher"], config["task"])
-    resolve_teacher(section)
-    return section
-
-
 def no_reward(completions: list[Any], **columns: Any) -> list[float]:
-    """For pipelines that learn from a teacher alone: TRL wants a reward, credit does not read it."""
+    """For pipelines that learn only from a teacher: TRL wants a reward, and credit does not read it."""
     return [0.0] * len(completions)

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
+from tokencredit.runs.config.run_config import DatasetSettings
 
 PLAIN = "_plain_prompt_"  # name of the old column while the new one is added
 
@@ -39,9 +40,9 @@ def check_kinds(dataset: Dataset, what: str = "training") -> None:
                 )
 
 
-def choose_wrapping(dataset: Dataset, tokenizer: Any, section: Mapping[str, Any]) -> Wrapping:
+def choose_wrapping(dataset: Dataset, tokenizer: Any, settings: DatasetSettings) -> Wrapping:
     """Decide whether plain texts become user turns, from `dataset.chat`, `dataset.system_prompt` and the tokenizer."""
-    chat, system = section.get("chat", "auto"), section.get("system_prompt")
+    chat, system = settings.chat, settings.system_prompt
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if not isinstance(dataset[0]["prompt"], str):
         if chat is False:

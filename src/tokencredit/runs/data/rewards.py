@@ -1,79 +1,41 @@
 """Rewards of a run: load what a config names, and score responses with every kind of reward that TRL takes."""
 
 import asyncio
-import contextlib
 import functools
-import importlib.util
 import inspect
 import math
-import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import TrainerState
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.plugins import load_attribute
-from tokencredit.runs.config.types import reward_list
 
 
-def load_rewards(given: Any) -> tuple[list[Any], list[float]]:
-    """Load the rewards that `reward:` names, with their weights.
+def load_reward(name: str) -> Any:
+    """Load the reward that a config names.
 
     A name with a colon is `module:function` or `file.py:function`; the current folder is searched last. A folder or
     `owner/name` without a colon is a reward model.
     """
-    rewards = reward_list(given)
-    return [_load(reward.name) for reward in rewards], [reward.weight for reward in rewards]
-
-
-def _load(name: str) -> Any:
     if ":" not in name:
         if Path(name).expanduser().is_dir() or name.count("/") == 1:
             return _load_reward_model(name)
         raise TokenCreditError(
             f"the reward is module:function or a reward model, got {name!r}", hint="for example my_rewards:exact_match"
         )
-    module, _, attribute = name.rpartition(":")
-    if module.endswith(".py"):
-        function = _attribute_of_file(Path(module).expanduser(), attribute)
-    else:
-        with _current_folder_last():
-            function = load_attribute(name, "the reward")
+    function = load_attribute(name, "the reward")
     if inspect.isclass(function) or not callable(function):
         raise TokenCreditError(
             f"the reward {name!r} is not a function", hint="name a function or an object that can be called"
         )
     return function
-
-
-@contextlib.contextmanager
-def _current_folder_last() -> Any:
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    yield
-
-
-def _attribute_of_file(path: Path, attribute: str) -> Any:
-    if not path.is_file():
-        raise TokenCreditError(f"no reward file {str(path)!r}")
-    name = f"tokencredit_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that pickle and dataclasses find it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise TokenCreditError(f"cannot load the reward file {str(path)!r}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, attribute):
-        raise TokenCreditError(f"the reward file {str(path)!r} has no function {attribute!r}")
-    return getattr(module, attribute)
 
 
 def _load_reward_model(name: str) -> Any:
@@ -107,9 +69,8 @@ def check_columns(functions: Sequence[Any], columns: Sequence[str], what: str) -
         needed = {item.name for item in parameters if item.kind in named and item.default is inspect.Parameter.empty}
         missing = sorted(needed - GIVEN_BY_TRL - (set(columns) - {"prompt"}))
         if missing:
-            name = getattr(function, "__name__", type(function).__name__)
             raise TokenCreditError(
-                f"the reward function {name!r} needs the column {missing[0]!r}, and the {what} data have "
+                f"the reward function {name_of(function)!r} needs the column {missing[0]!r}, and the {what} data have "
                 f"{', '.join(columns)}",
                 hint=f"add the column, or give the parameter {missing[0]!r} a default",
             )
@@ -129,20 +90,23 @@ def on_plain_text(function: Any) -> Any:
         completions = [turns[-1].get("content") or "" for turns in columns["completions"]]
         return columns | {"prompts": prompts, "completions": completions}
 
-    name = getattr(function, "__name__", type(function).__name__)
     if is_async(function):
 
-        async def wrapped_async(**columns: Any) -> Any:
+        async def wrapped(**columns: Any) -> Any:
             return await function(**plain(columns))
 
-        wrapped_async.__name__ = name
-        return wrapped_async
+    else:
 
-    def wrapped(**columns: Any) -> Any:
-        return function(**plain(columns))
+        def wrapped(**columns: Any) -> Any:
+            return function(**plain(columns))
 
-    wrapped.__name__ = name
+    wrapped.__name__ = name_of(function)
     return wrapped
+
+
+def name_of(function: Any) -> str:
+    """The name of a reward for messages, also of an object that can be called."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def is_async(function: Any) -> bool:
@@ -182,7 +146,7 @@ def score(
     """
     logged: dict[str, list[float]] = defaultdict(list)
     extras = {
-        "trainer_state": _default_state() if state is None else state,
+        "trainer_state": TrainerState() if state is None else state,
         "log_extra": lambda column, values: None,
         "log_metric": lambda name, value: logged[name].append(float(value)),
     }
@@ -200,32 +164,14 @@ def score(
     return Scores(totals, {name: sum(values) / len(values) for name, values in logged.items()})
 
 
-def _default_state() -> Any:
-    from transformers import TrainerState
-
-    return TrainerState()
-
-
 def _run_coroutine(function: Callable[..., Any], columns: dict[str, Any]) -> Any:
     """Await an async reward in a thread of its own: this thread may already run an event loop."""
-    found: list[Any] = []
-    failed: list[BaseException] = []
 
     async def call() -> Any:
         return await function(**columns)
 
-    def run() -> None:
-        try:
-            found.append(asyncio.run(call()))
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return found[0]
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, call()).result()
 
 
 @torch.no_grad()
@@ -247,7 +193,7 @@ def _score_by_model(model: nn.Module, processor: Any, columns: Mapping[str, list
 
 
 def _checked(values: Any, count: int, reward: Any) -> list[float | None]:
-    name = getattr(reward, "__name__", type(reward).__name__)
+    name = name_of(reward)
     try:
         found = [None if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:

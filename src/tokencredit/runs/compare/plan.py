@@ -1,6 +1,5 @@
 """Methods side by side: equal budgets, paired seeds, intervals; a killed comparison goes on where it was."""
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -9,14 +8,15 @@ from typing import Any, NamedTuple
 
 from tokencredit import files
 from tokencredit.errors import TokenCreditError, unknown
-from tokencredit.pipeline.pipeline import Pipeline
+from tokencredit.pipeline.labels import label_of
 from tokencredit.progress import bar
 from tokencredit.runs import folders
-from tokencredit.runs.config.defaults import is_lab_model
-from tokencredit.runs.results import headroom, results
-from tokencredit.runs.workers import Job, default_jobs, run_jobs
+from tokencredit.runs.compare.table import headroom, summarise_runs
+from tokencredit.runs.compare.workers import Job, default_jobs, run_jobs
+from tokencredit.runs.config.load import Source, load_config
+from tokencredit.runs.config.run_config import RunConfig
 
-__all__ = ["Plan", "check_first", "compare_runs", "headroom", "plan_runs", "results"]
+__all__ = ["Plan", "check_first", "compare_runs", "headroom", "plan_runs", "summarise_runs"]
 
 LONGEST_NAME = 240  # bytes of a folder's name; file systems allow 255
 
@@ -27,16 +27,17 @@ class Plan(NamedTuple):
     label: str
     seed: int
     path: str  # inside the comparison's folder
-    config: dict[str, Any]
+    config: RunConfig
 
 
-def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence[int]) -> list[Plan]:
+def plan_runs(config: Source, credits: Sequence[Any], seeds: Sequence[int]) -> list[Plan]:
     """Plan every method with every seed; one seed means the same prompts, start and held-out problems for all methods.
 
     A method is a credit, or `{credit: …, teacher: {…}}` where it has a teacher of its own.
     """
-    entries = [_entry(item, config) for item in credits]
-    labels = [folders.label_of(credit) for credit, _ in entries]
+    config = load_config(config)
+    entries = [_method_keys(item) for item in credits]
+    labels = [label_of(keys["credit"]) for keys in entries]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
         raise TokenCreditError(f"method {sorted(repeated)[0]!r} is named twice", hint="name each method once")
@@ -47,24 +48,27 @@ def plan_runs(config: Mapping[str, Any], credits: Sequence[Any], seeds: Sequence
             raise TokenCreditError(f"{other!r} and {label!r} would share a folder", hint="write one of them otherwise")
     if not labels or not seeds:
         raise TokenCreditError("a comparison needs at least one method and one seed")
-    plans = []
-    for seed in seeds:
-        for label, (credit, teacher) in zip(labels, entries, strict=True):
-            Pipeline.parse(credit)
-            own = copy.deepcopy(dict(config)) | {"credit": credit, "seed": seed, "name": f"{label}, seed {seed}"}
-            own["teacher"] = copy.deepcopy(teacher)
-            plans.append(Plan(label, seed, f"{_file_name(label)}/seed-{seed}", own))
-    return plans
+    methods = {label: config.replace(**keys) for label, keys in zip(labels, entries, strict=True)}
+    return [
+        Plan(
+            label,
+            seed,
+            f"{_file_name(label)}/seed-{seed}",
+            method.replace(seed=seed, name=f"{label}, seed {seed}"),
+        )
+        for seed in seeds
+        for label, method in methods.items()
+    ]
 
 
-def _entry(item: Any, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The credit and the teacher of a method."""
+def _method_keys(item: Any) -> dict[str, Any]:
+    """The keys of the config that a method sets: its credit, and its teacher where it brings one."""
     if not isinstance(item, Mapping) or "credit" not in item:
-        return item, config["teacher"]
+        return {"credit": item}
     for key in item:
         if key not in ("credit", "teacher"):
             raise unknown("key of a method", key, ("credit", "teacher"))
-    return item["credit"], item.get("teacher", config["teacher"])
+    return dict(item)
 
 
 def compare_runs(plans: Sequence[Plan], folder: Path, jobs: int | None = None) -> dict[str, Any]:
@@ -85,35 +89,40 @@ def compare_runs(plans: Sequence[Plan], folder: Path, jobs: int | None = None) -
         described: dict[str, Any] = {"runs": [plan.path for plan in plans], "labels": labels, "seeds": seeds}
         files.write_json(folder / "compare.json", described)
         config = plans[0].config
-        at_once = default_jobs(config, lab=is_lab_model(config["model"])) if jobs is None else jobs
+        at_once = default_jobs(config.threads, lab=config.is_lab) if jobs is None else jobs
         started = time.monotonic()
         _run_all(plans, folder, min(at_once, len(plans)))
-        rows = results(plans, folder)
+        rows = summarise_runs(plans, folder)
         described |= {"results": rows, "seconds": round(time.monotonic() - started, 1)}
-        found = headroom(rows, plans, folder)
-        if found is not None:
-            described["headroom"] = found
+        room = headroom(rows, plans, folder)
+        if room is not None:
+            described["headroom"] = room
         files.write_json(folder / "compare.json", described)
     return described
 
 
 def check_first(plans: Sequence[Plan], folder: Path) -> None:
-    """Refuse everything that can be refused before the first run starts: settings, folders, teachers, data, model."""
-    from tokencredit.runs.data.material import check_teacher
-    from tokencredit.runs.train import check_run
+    """Refuse everything that can be refused before the first run starts: settings, folders, teachers, data, model.
+
+    Methods differ in their credit and teacher, so model and data are loaded once.
+    """
+    from tokencredit.runs.checks import check_method, check_run
 
     for plan in plans:
         folders.finished_run(folder / plan.path, plan.config)
-        check_teacher(plan.config["teacher"])
+    ready = None
     for plan in {plan.label: plan for plan in plans}.values():
         try:
-            check_run(plan.config, folder / plan.path)
+            if ready is None:
+                ready = check_run(plan.config, folder / plan.path)
+            else:
+                check_method(ready._replace(config=plan.config))
         except TokenCreditError as error:
             raise TokenCreditError(f"{plan.label}: {error.message}", hint=error.hint) from error
 
 
 def _run_all(plans: Sequence[Plan], folder: Path, jobs: int) -> None:
-    total = sum(int(plan.config["steps"]) for plan in plans)
+    total = sum(plan.config.steps for plan in plans)
     with bar(f"{len(plans)} runs", total) as advance:
         done = 0
 
@@ -123,7 +132,7 @@ def _run_all(plans: Sequence[Plan], folder: Path, jobs: int) -> None:
             advance(now - done, note=_note(plans, folder))
             done = now
 
-        run_jobs([Job(plan.path, plan.config, str(folder / plan.path)) for plan in plans], jobs, look)
+        run_jobs([Job(plan.path, plan.config.to_mapping(), str(folder / plan.path)) for plan in plans], jobs, look)
         look()
 
 

@@ -23,7 +23,7 @@ class _Method(NamedTuple):
         return [[line["metrics"] for line in lines if line["kind"] == "eval"] for lines in self.runs.values()]
 
 
-def results(plans: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+def summarise_runs(plans: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """Summarise a comparison: a row per method.
 
     A row has `label`, `seeds`, `measure` ("success" where every reward is 0 or 1, "mean reward" elsewhere, None without

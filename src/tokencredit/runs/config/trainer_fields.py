@@ -1,4 +1,4 @@
-"""Defaults of TRL's GRPOConfig by kind of model, and checks of the `trainer:` section.
+"""The `trainer:` section: defaults of TRL's GRPOConfig by kind of model, and checks of its fields.
 
 The lab's models have a million parameters and train on a CPU. Their learning rate ruins a pretrained model within five
 steps, so the lab's defaults hold for `model: tiny` and `small` only, and every other model gets TRL's own.
@@ -8,12 +8,14 @@ import dataclasses
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field
 
 from tokencredit.adapters.trl.checks import checkpointing_field
 from tokencredit.errors import TokenCreditError, shown
 from tokencredit.lab.model import SIZES
-from tokencredit.runs.config.types import fits, words_of
+from tokencredit.settings import Count, Number, fits, wrong_value
 
 # For the lab's models; `trainer:` overrides it.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -49,6 +51,18 @@ LORA_LEARNING_RATE = 2e-5
 # Every step is logged, and progress is shown by `tokencredit` instead of tqdm. Neither moves a number of the training.
 SHOWN = {"logging_steps": 1, "disable_tqdm": True}
 
+# Closer than TRL's annotations say.
+RATE = Annotated[Number, Field(ge=0)]
+CLOSER: dict[str, Any] = {
+    "num_generations": Count,
+    "max_completion_length": Count,
+    "per_device_train_batch_size": Count,
+    "gradient_accumulation_steps": Count,
+    "learning_rate": RATE,
+    "temperature": Annotated[Number, Field(gt=0)],
+    "beta": RATE,
+}
+
 # Fields that a key of the config sets.
 CONFIG_KEYS = {"max_steps": "steps", "seed": "seed"}
 REFUSED = {
@@ -80,12 +94,7 @@ def is_lab_model(model: object) -> bool:
     return isinstance(model, str) and model in SIZES
 
 
-def prompts_per_step(model: str) -> int:
-    """The default number of prompts in a step: 8 prompts × TRL's 8 generations are 64 rows."""
-    return 32 if is_lab_model(model) else 8
-
-
-def trainer_defaults(*, lab: bool, lora: bool, task: bool) -> dict[str, Any]:
+def default_fields(*, lab: bool, lora: bool, task: bool) -> dict[str, Any]:
     """The `trainer:` section of a model of the lab, or of any other.
 
     Args:
@@ -106,17 +115,18 @@ def trainer_defaults(*, lab: bool, lora: bool, task: bool) -> dict[str, Any]:
     return defaults
 
 
-def move_to_config(config: dict[str, Any], given: Mapping[str, Any]) -> None:
+def move_to_config(given: dict[str, Any]) -> dict[str, Any]:
     """Let `trainer.max_steps` stand for `steps`, and `trainer.seed` for `seed`; refuse two different values."""
+    trainer = given.get("trainer")
+    if not isinstance(trainer, Mapping):
+        return given
     for field, key in CONFIG_KEYS.items():
-        if field not in config["trainer"]:
-            continue
-        value = config["trainer"].pop(field)
-        if key in given and given[key] != value:
+        if field in trainer and given.setdefault(key, trainer[field]) != trainer[field]:
             raise TokenCreditError(
-                f"`{key}` is {shown(given[key])} and `trainer.{field}` is {shown(value)}", hint=f"set only `{key}`"
+                f"`{key}` is {shown(given[key])} and `trainer.{field}` is {shown(trainer[field])}",
+                hint=f"set only `{key}`",
             )
-        config[key] = value
+    return given | {"trainer": {name: value for name, value in trainer.items() if name not in CONFIG_KEYS}}
 
 
 @cache
@@ -128,10 +138,11 @@ def _field_types() -> dict[str, Any]:
         hints = get_type_hints(GRPOConfig)
     except NameError:  # an annotation that only a type checker can resolve
         hints = {}
-    return {name: hints.get(name, Any) for name in names}
+    hints["scale_rewards"] = hints.get("scale_rewards", Any) | bool
+    return {name: CLOSER.get(name, hints.get(name, Any)) for name in names}
 
 
-def check_trainer_fields(trainer: Mapping[str, Any]) -> None:
+def check_fields(trainer: Mapping[str, Any]) -> None:
     """Require that every key under `trainer:` is a field of TRL's GRPOConfig, and its value of the field's type."""
     fields = _field_types()
     for name, value in trainer.items():
@@ -141,19 +152,19 @@ def check_trainer_fields(trainer: Mapping[str, Any]) -> None:
             raise _unknown_field(name)
         if name in REFUSED and value not in (None, "no", False):
             raise TokenCreditError(f"`trainer.{name}` cannot be set here, got {shown(value)}", hint=REFUSED[name])
-        if not fits(value, fields[name]) and not (name == "scale_rewards" and isinstance(value, bool)):
-            raise TokenCreditError(f"`trainer.{name}` must be {words_of(fields[name])}, got {shown(value)}")
+        if not fits(value, fields[name]):
+            raise wrong_value(f"trainer.{name}", value, fields[name])
 
 
 def _unknown_field(name: str) -> TokenCreditError:
-    nearest = trainer_field_hint(name)
+    nearest = guess_field(name)
     guess = f", did you mean {nearest.removeprefix('`trainer.').rstrip('`')!r}?" if nearest else ""
     return TokenCreditError(
         f"unknown trainer field {name!r}{guess}", hint="`trainer` takes the fields of TRL's GRPOConfig"
     )
 
 
-def trainer_field_hint(key: str) -> str | None:
+def guess_field(key: str) -> str | None:
     """The field of GRPOConfig that a key probably means, as `trainer.field`."""
     fields = _field_types()
     if key in fields:

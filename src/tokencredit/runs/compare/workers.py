@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.progress import say
+from tokencredit.runs.stop import RESUME, Stop, Stopped
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL = 1.0  # seconds between looks at the runs
 PATIENCE = 120.0  # seconds that a run has to finish its step and save a checkpoint
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-RESUME = "the same command goes on from the last checkpoint"
 
 
 class Job(NamedTuple):
-    """One run: a name for messages, its resolved config and its folder."""
+    """One run: a name for messages, its config as a mapping that every process reads for itself, and its folder."""
 
     name: str
     config: dict[str, Any]
@@ -93,12 +93,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, look: Callable[[], None]) -> Non
         _end(workers)
 
 
-def default_jobs(config: Mapping[str, Any], *, lab: bool) -> int:
+def default_jobs(threads: int | None, *, lab: bool) -> int:
     """One run per GPU; without a GPU one per group of `threads` processors for lab models, and one for any other."""
     devices = len(visible_devices())
     if devices:
         return devices
-    return max(1, (os.cpu_count() or 1) // int(config["threads"] or 1)) if lab else 1
+    return max(1, (os.cpu_count() or 1) // (threads or 1)) if lab else 1
 
 
 def visible_devices() -> list[str]:
@@ -107,8 +107,8 @@ def visible_devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    given = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
-    return given or [str(number) for number in range(torch.cuda.device_count())]
+    named = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    return named or [str(number) for number in range(torch.cuda.device_count())]
 
 
 @contextmanager
@@ -147,8 +147,6 @@ def _serve(pipe: Any) -> None:
     """Train jobs from the pipe until it closes; in a process that ends with the command that started it."""
     if sys.platform == "linux":  # elsewhere the run's callback notices that the command is gone
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    from tokencredit.runs.stop import Stop, Stopped
-
     with Stop() as stop:
         try:
             while True:

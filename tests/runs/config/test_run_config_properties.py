@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import dump_yaml, parse_yaml
 from tokencredit.runs.config.arguments import grpo_config, lora_config
-from tokencredit.runs.config.load import DEFAULTS, load_config, resolve_config
+from tokencredit.runs.config.load import load_config
+from tokencredit.runs.config.run_config import RunConfig
 
+DEFAULTS = RunConfig.defaults()
 EVERYDAY, MANY = 100, 20_000
 CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
 
@@ -105,16 +107,17 @@ assignments = st.one_of(
 
 def resolve_or_refuse(config: Any, overrides: list[str]) -> None:
     try:
-        resolved = load_config(config, overrides)
+        loaded = load_config(config, overrides)
     except TokenCreditError as error:
         assert "\n" not in error.message
         return
+    resolved = loaded.to_mapping()
     json.dumps(resolved)
     assert repr(parse_yaml(dump_yaml(resolved), "the config")) == repr(resolved)  # nan is not equal to itself
-    assert repr(resolve_config(resolved)) == repr(resolved)
+    assert repr(load_config(resolved).to_mapping()) == repr(resolved)
     try:
-        grpo_config(resolved, Path("unused"), 8)
-        lora_config(resolved)
+        grpo_config(loaded, Path("unused"), 8)
+        lora_config(loaded)
     except TokenCreditError as error:
         assert "\n" not in error.message
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_setup import model_folder, small_config, write_yaml  # noqa: F401
+from support.small_runs import small_config, write_yaml
 
 from tokencredit import files
 from tokencredit.cli.compare import conclusions, print_table, show, title
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab import data as lab_data
-from tokencredit.runs import folders, workers
-from tokencredit.runs.compare import check_first, compare_runs, headroom, plan_runs, results
+from tokencredit.pipeline.labels import label_of
+from tokencredit.runs import folders
+from tokencredit.runs.compare import check_first, compare_runs, headroom, plan_runs, summarise_runs, workers
 from tokencredit.runs.config.load import load_config
 from tokencredit.runs.evaluation import summarise
-from tokencredit.runs.folders import label_of
 
 
 def test_plans_pair_methods_within_a_seed() -> None:
@@ -31,7 +31,7 @@ def test_plans_pair_methods_within_a_seed() -> None:
         "grpo/seed-1",
         "hapo_alpha_1.0_/seed-1",
     ]
-    assert all(plan.config["steps"] == plans[0].config["steps"] for plan in plans)
+    assert all(plan.config.steps == plans[0].config.steps for plan in plans)
     with pytest.raises(TokenCreditError, match="'grpo' is named twice"):
         plan_runs(load_config({"task": "countdown"}), ["grpo", "grpo"], range(1))
     with pytest.raises(TokenCreditError, match="did you mean 'grpo'"):
@@ -87,7 +87,7 @@ def test_results_by_hand(tmp_path: Path) -> None:
     for plan in plans:
         evaluations = [exact_evaluation([0.1, 0.1]), exact_evaluation(ends[plan.label, plan.seed])]
         write_run(tmp_path / plan.path, evaluations, [0.25 + 0.1 * plan.seed])
-    grpo, hapo = results(plans, tmp_path)
+    grpo, hapo = summarise_runs(plans, tmp_path)
     assert grpo["measure"] == "success"
     assert grpo["start"]["mean"] == pytest.approx(0.1)
     assert grpo["end"]["mean"] == pytest.approx(0.4)
@@ -104,7 +104,7 @@ def test_rewards_that_are_not_0_or_1_are_called_by_their_name(tmp_path: Path) ->
     for plan in plans:
         evaluation = summarise([[2.0, 4.0], [None, 1.0]], threshold=0.0)
         write_run(tmp_path / plan.path, [evaluation, evaluation], [0.5])
-    rows = results(plans, tmp_path)
+    rows = summarise_runs(plans, tmp_path)
     assert [row["measure"] for row in rows] == ["mean reward", "mean reward"]
     assert rows[1]["end"]["mean"] == 2.0  # of 3 and 1
     assert title(rows) == "mean reward on held-out problems, 95 % t intervals over 2 seeds"
@@ -115,7 +115,7 @@ def test_problems_that_were_not_scored_are_not_paired_with_others(tmp_path: Path
     for plan in plans:
         rewards = [[0.0], [1.0], [None]] if plan.label == "grpo" else [[None], [0.5], [0.5]]
         write_run(tmp_path / plan.path, [summarise(rewards, 0.0)], [0.5])
-    _, hapo = results(plans, tmp_path)
+    _, hapo = summarise_runs(plans, tmp_path)
     assert hapo["difference"]["mean"] == -0.5  # the second problem is the only one that both have
 
 
@@ -125,7 +125,7 @@ def test_without_an_evaluation_rewards_are_compared_and_the_table_says_so(
     plans = plan_runs(load_config({"task": "countdown"}), ["grpo", "hapo"], range(2))
     for plan in plans:
         write_run(tmp_path / plan.path, [], [0.1 * (plan.seed + (plan.label == "hapo"))] * 12)
-    rows = results(plans, tmp_path)
+    rows = summarise_runs(plans, tmp_path)
     assert [row["measure"] for row in rows] == [None, None]
     assert rows[1]["reward_difference"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1})
     print_table(rows)
@@ -139,7 +139,7 @@ def test_one_seed_has_no_interval_and_the_title_says_so(tmp_path: Path) -> None:
     plans = plan_runs(load_config({"task": "countdown"}), ["grpo", "hapo"], range(1))
     for plan in plans:
         write_run(tmp_path / plan.path, [exact_evaluation([0.1, 0.3])], [0.5])
-    rows = results(plans, tmp_path)
+    rows = summarise_runs(plans, tmp_path)
     assert show(rows[0]["end"]) == "0.200"
     assert title(rows) == "success on held-out problems, one seed: no intervals"
 
@@ -170,20 +170,20 @@ def test_headroom(tmp_path: Path, gains: list[float], said: str) -> None:
     for plan in plans:
         gain = gains[plan.seed] if plan.label == "exact" else 0.0
         write_run(tmp_path / plan.path, [exact_evaluation([0.5 + gain, 0.6 + gain])], [0.5])
-    rows = results(plans, tmp_path)
+    rows = summarise_runs(plans, tmp_path)
     found = headroom(rows, plans, tmp_path)
     assert found is not None and found["verdict"] == said
     assert found["difference"]["mean"] == pytest.approx(sum(gains) / 3)
     assert said in conclusions({"results": rows, "headroom": found})[0]
     without = [plan for plan in plans if plan.label != "exact"]
-    assert headroom(results(without, tmp_path), without, tmp_path) is None
+    assert headroom(summarise_runs(without, tmp_path), without, tmp_path) is None
 
 
-def test_a_method_may_bring_its_own_teacher(model_folder: Path) -> None:  # noqa: F811
+def test_a_method_may_bring_its_own_teacher(model_folder: Path) -> None:
     teacher = {"kind": "model", "model": str(model_folder)}
     config = load_config(small_config(model_folder, teacher={"kind": "self", "template": "answer"}))
     plans = plan_runs(config, ["dasd", {"credit": {"opd": {}}, "teacher": teacher}], range(1))
-    assert [plan.config["teacher"]["kind"] for plan in plans] == ["self", "model"]
+    assert [plan.config.teacher["kind"] for plan in plans] == ["self", "model"]
     assert [plan.label for plan in plans] == ["dasd", "opd"]
     with pytest.raises(TokenCreditError, match="unknown key of a method 'techer', did you mean 'teacher'"):
         plan_runs(config, [{"credit": "opd", "techer": teacher}], range(1))
@@ -201,10 +201,22 @@ def test_a_wrong_teacher_is_refused_before_a_model_is_loaded(
     teacher: dict, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lab_data, "load_model", lambda path: pytest.fail("a model was loaded"))
-    config = load_config(small_config(tmp_path)) | {"teacher": teacher}
     with pytest.raises(TokenCreditError) as caught:
-        check_first(plan_runs(config, ["opd"], range(1)), tmp_path / "out")
+        check_first(plan_runs(small_config(tmp_path, teacher=teacher), ["opd"], range(1)), tmp_path / "out")
     assert said in str(caught.value)
+
+
+def test_the_first_check_loads_the_model_once_for_all_methods(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load_model = lab_data.load_model
+    monkeypatch.setattr(lab_data, "load_model", lambda path: loaded.append(path) or load_model(path))
+    config = small_config(model_folder)
+    check_first(plan_runs(config, ["grpo", "hapo", "exact"], range(2)), tmp_path / "out")
+    assert loaded == [str(model_folder)]
+    with pytest.raises(TokenCreditError, match=r"arca: .*adapter_residuals"):  # needs LoRA
+        check_first(plan_runs(config, ["grpo", "arca"], range(1)), tmp_path / "out")
 
 
 def test_folders_of_labels_stay_inside_and_are_short() -> None:
@@ -221,13 +233,13 @@ def test_folders_of_labels_stay_inside_and_are_short() -> None:
 
 def test_runs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert workers.default_jobs({"threads": 2}, lab=True) == 8
-    assert workers.default_jobs({"threads": None}, lab=False) == 1
+    assert workers.default_jobs(2, lab=True) == 8
+    assert workers.default_jobs(None, lab=False) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert workers.visible_devices() == ["0", "1", "2", "3"]
-    assert workers.default_jobs({"threads": 1}, lab=True) == workers.default_jobs({"threads": 1}, lab=False) == 4
+    assert workers.default_jobs(1, lab=True) == workers.default_jobs(1, lab=False) == 4
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
     assert workers.visible_devices() == ["5", "GPU-abc"]
 
@@ -287,7 +299,7 @@ def living(session: int) -> list[int]:
     return found
 
 
-def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_comparison_resumes_to_the_same_numbers(model_folder: Path, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=6))
     whole = subprocess.run(command(config, tmp_path / "whole"), capture_output=True, text=True, check=True)
     assert '"label": "hapo"' in whole.stdout
@@ -341,7 +353,7 @@ def test_a_process_that_is_gone_is_named(code: int, said: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "small.yaml", small_config(model_folder, steps=30, records={"every": 0}))
     running = subprocess.Popen(
         command(config, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -362,7 +374,7 @@ def test_a_killed_worker_is_named_and_the_comparison_goes_on(model_folder: Path,
     assert "goes on from the last checkpoint" in told
 
 
-def test_two_comparisons_in_one_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_comparisons_in_one_folder_are_refused(model_folder: Path, tmp_path: Path) -> None:
     plans = plan_runs(load_config(small_config(model_folder)), ["grpo"], range(1))
     with files.lock_folder(tmp_path / "out"), pytest.raises(TokenCreditError, match="is in use by another process"):
         compare_runs(plans, tmp_path / "out")

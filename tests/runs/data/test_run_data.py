@@ -10,25 +10,25 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_setup import model_folder  # noqa: F401
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model, load_tokenizer
-from tokencredit.runs.data.datasets import load_dataset_section, load_evaluation, rows_to_dataset, without_overlap
+from tokencredit.runs.config.run_config import DatasetSettings
+from tokencredit.runs.data.datasets import load_evaluation, load_training, rows_to_dataset, without_overlap
 from tokencredit.runs.data.material import load_material
 from tokencredit.runs.data.prompts import check_kinds, check_lengths, choose_wrapping, wrap
-from tokencredit.runs.data.rewards import check_columns, load_rewards, on_plain_text
+from tokencredit.runs.data.rewards import check_columns, load_reward, on_plain_text
 
 ROWS = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
 
 
-def section(path: Any, **changes: Any) -> dict[str, Any]:
-    return {"path": str(path), "split": "train", "prompt": "prompt"} | changes
+def section(path: Any, **changes: Any) -> DatasetSettings:
+    return DatasetSettings.read({"path": str(path)} | changes)
 
 
 def refused(path: Any, **changes: Any) -> str:
     with pytest.raises(TokenCreditError) as caught:
-        load_dataset_section(section(path, **changes))
+        load_training(section(path, **changes))
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def lines(*rows: Any) -> str:
     ],
 )
 def test_files_of_rows(name: str, content: str, tmp_path: Path) -> None:
-    found = load_dataset_section(section(write(tmp_path / name, content)))
+    found = load_training(section(write(tmp_path / name, content)))
     assert found["prompt"][:] == ["1+1=", "2+2="]
     assert [str(value) for value in found["answer"]] == ["2", "4"]
 
@@ -74,14 +74,14 @@ def test_parquet_and_saved_folders(tmp_path: Path) -> None:
     DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "both"))
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     for path in (tmp_path / "rows.parquet", tmp_path / "saved", tmp_path / "both", arrow):
-        assert load_dataset_section(section(path))["prompt"][:] == ["1+1=", "2+2="]
-    assert load_dataset_section(section(tmp_path / "both", split="test"))["prompt"][:] == ["2+2="]
+        assert load_training(section(path))["prompt"][:] == ["1+1=", "2+2="]
+    assert load_training(section(tmp_path / "both", split="test"))["prompt"][:] == ["2+2="]
     assert "has no split 'dev'; it has train, test" in refused(tmp_path / "both", split="dev")
 
 
 def test_text_stays_text_and_missing_columns_are_none(tmp_path: Path) -> None:
     path = write(tmp_path / "dates.jsonl", lines({"prompt": "2020-01-01"}, {"prompt": "2021-02-03", "extra": 5}))
-    found = load_dataset_section(section(path))
+    found = load_training(section(path))
     assert found["prompt"][:] == ["2020-01-01", "2021-02-03"]
     assert found["extra"][:] == [None, 5]
 
@@ -152,8 +152,8 @@ def test_a_configuration_of_a_data_set_with_several(tmp_path: Path) -> None:
     ]
     write(folder / "README.md", "---\nconfigs: " + json.dumps(listed) + "\n---\n")
     given = section(folder, prompt="question", config="main")
-    assert load_dataset_section(given)["prompt"][:] == ["main train"]
-    held_out = load_evaluation(given | {"evaluation_split": "test"})
+    assert load_training(given)["prompt"][:] == ["main train"]
+    held_out = load_evaluation(given.replace(evaluation_split="test"))
     assert held_out is not None and held_out["prompt"][:] == ["main test"]
     told = refused(folder, prompt="question")
     assert "dataset: {config: …}" in told and "main" in told
@@ -164,7 +164,7 @@ def test_a_configuration_of_a_data_set_with_several(tmp_path: Path) -> None:
 
 def test_the_column_of_the_prompts(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", lines({"question": "q", "prompt": "p", "original_prompt": "o"}))
-    found = load_dataset_section(section(path, prompt="question"))
+    found = load_training(section(path, prompt="question"))
     assert found[0] == {"prompt": "q", "original_prompt_": "p", "original_prompt": "o"}
     assert "has no column 'text'; it has question, prompt" in refused(path, prompt="text")
 
@@ -187,12 +187,12 @@ def test_prompts_that_are_none(prompts: list, said: str) -> None:
 
 
 def test_missing_values_of_a_csv_are_named_by_row(tmp_path: Path) -> None:
-    rows = load_dataset_section(section(write(tmp_path / "rows.csv", "prompt,answer\n1+1=,2\n,3\n")))
+    rows = load_training(section(write(tmp_path / "rows.csv", "prompt,answer\n1+1=,2\n,3\n")))
     with pytest.raises(TokenCreditError, match="row 1 of the training data has the prompt None"):
         check_kinds(rows)
 
 
-def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -> None:  # noqa: F811
+def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -> None:
     tokenizer, model = load_tokenizer(model_folder), load_model(model_folder)
     rows = Dataset.from_dict({"prompt": ["1+1=", "2×2="]})
     with pytest.raises(TokenCreditError, match=r"row 1 of the training data: .* character '×' \(U\+00D7\)"):
@@ -200,37 +200,37 @@ def test_a_character_without_a_token_is_named_with_its_row(model_folder: Path) -
 
 
 @pytest.fixture
-def instruct(model_folder: Path) -> Any:  # noqa: F811
+def instruct(model_folder: Path) -> Any:
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     return tokenizer
 
 
-def test_plain_texts_become_user_turns_of_an_instruct_model(instruct: Any, model_folder: Path) -> None:  # noqa: F811
+def test_plain_texts_become_user_turns_of_an_instruct_model(instruct: Any, model_folder: Path) -> None:
     rows = Dataset.from_list([{"prompt": "1+1", "answer": "2"}])
-    auto = choose_wrapping(rows, instruct, {})
+    auto = choose_wrapping(rows, instruct, DatasetSettings.read({}))
     assert auto.wraps and "user turn" in auto.notes[0]
     assert wrap(rows, auto)[0] == {"prompt": [{"content": "1+1", "role": "user"}], "answer": "2"}
-    told = choose_wrapping(rows, instruct, {"system_prompt": "Add."})
+    told = choose_wrapping(rows, instruct, DatasetSettings.read({"system_prompt": "Add."}))
     assert [turn["role"] for turn in wrap(rows, told)[0]["prompt"]] == ["system", "user"]
-    assert wrap(rows, choose_wrapping(rows, instruct, {"chat": False}))[0] == rows[0]
+    assert wrap(rows, choose_wrapping(rows, instruct, DatasetSettings.read({"chat": False})))[0] == rows[0]
     base = load_tokenizer(model_folder)
-    assert not choose_wrapping(rows, base, {}).wraps
+    assert not choose_wrapping(rows, base, DatasetSettings.read({})).wraps
     for given_, said in (
         ({"chat": True}, "needs a chat template"),
         ({"system_prompt": "Add."}, "needs chat messages"),
     ):
         with pytest.raises(TokenCreditError, match=said):
-            choose_wrapping(rows, base, given_)
+            choose_wrapping(rows, base, DatasetSettings.read(given_))
 
 
 def test_messages_keep_their_own_system_turn(instruct: Any) -> None:
     own = [{"role": "system", "content": "mine"}, {"role": "user", "content": "1"}]
     rows = Dataset.from_dict({"prompt": [own, [{"role": "user", "content": "2"}]]})
-    found = wrap(rows, choose_wrapping(rows, instruct, {"system_prompt": "yours"}))["prompt"]
+    found = wrap(rows, choose_wrapping(rows, instruct, DatasetSettings.read({"system_prompt": "yours"})))["prompt"]
     assert [turns[0]["content"] for turns in found] == ["mine", "yours"]
     with pytest.raises(TokenCreditError, match="needs plain texts"):
-        choose_wrapping(rows, instruct, {"chat": False})
+        choose_wrapping(rows, instruct, DatasetSettings.read({"chat": False}))
 
 
 # -- evaluation data ---------------------------------------------------------------------------------------------------
@@ -305,10 +305,7 @@ def reward_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 def test_rewards_are_found_in_the_current_folder_and_by_file(reward_file: Path) -> None:
     for name in ("rewards_of_this_test:f", "./rewards_of_this_test.py:f", f"{reward_file}:f"):
-        functions, weights = load_rewards(name)
-        assert functions[0](completions=["a", "b"]) == [1.0, 1.0] and weights == [1.0]
-    functions, weights = load_rewards({"rewards_of_this_test:f": 0.5, f"{reward_file}:f": 2})
-    assert len(functions) == 2 and weights == [0.5, 2.0]
+        assert load_reward(name)(completions=["a", "b"]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -316,15 +313,15 @@ def test_rewards_are_found_in_the_current_folder_and_by_file(reward_file: Path) 
     [
         ("rewards_of_this_test:missing", "cannot load the reward"),
         ("rewards_of_this_test:x", "is not a function"),
-        ("./absent.py:f", "no reward file"),
-        ("./rewards_of_this_test.py:missing", "has no function 'missing'"),
+        ("./absent.py:f", "no file"),
+        ("./rewards_of_this_test.py:missing", "has no 'missing'"),
         ("no_such_module:f", "cannot load the reward"),
         ("word", "module:function or a reward model"),
     ],
 )
 def test_rewards_that_cannot_be_loaded(name: str, said: str, reward_file: Path) -> None:
     with pytest.raises(TokenCreditError, match=said):
-        load_rewards(name)
+        load_reward(name)
 
 
 def test_a_reward_model_is_a_folder_or_a_name(tmp_path: Path) -> None:
@@ -333,11 +330,10 @@ def test_a_reward_model_is_a_folder_or_a_name(tmp_path: Path) -> None:
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     small = Qwen3Config(vocab_size=9, num_key_value_heads=1, head_dim=8, num_labels=1, pad_token_id=0, **shape)
     Qwen3ForSequenceClassification(small).save_pretrained(tmp_path / "judge")
-    (model,), weights = load_rewards({str(tmp_path / "judge"): 0.5})
-    assert model.config.num_labels == 1 and weights == [0.5]
+    assert load_reward(str(tmp_path / "judge")).config.num_labels == 1
     (tmp_path / "nothing").mkdir()
     with pytest.raises(TokenCreditError, match="cannot load the reward model"):
-        load_rewards(str(tmp_path / "nothing"))
+        load_reward(str(tmp_path / "nothing"))
 
 
 def test_a_reward_that_needs_a_missing_column_is_refused() -> None:
@@ -360,7 +356,7 @@ def test_wrapped_data_give_their_rewards_plain_texts() -> None:
     assert wrapped.__name__ == "reward"
 
 
-def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None:  # noqa: F811
+def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None:
     from tokencredit.runs.config.load import load_config
 
     train = write(reward_file.parent / "train.jsonl", lines(*({"prompt": f"{n}+1="} for n in range(40))))
@@ -375,9 +371,10 @@ def test_material_of_a_data_set(model_folder: Path, reward_file: Path) -> None: 
         }
     )
     found = load_material(config)
-    assert found.reward_weights == [2.0, 1.0] and len(found.reward) == 2
+    assert found.reward_weights == [2.0, 1.0] and len(found.rewards) == 2
     assert found.evaluation is not None and len(found.evaluation) == 7
-    config["dataset"]["evaluation"] = str(write(reward_file.parent / "copy.jsonl", lines({"prompt": "3+1="})))
+    copied = str(write(reward_file.parent / "copy.jsonl", lines({"prompt": "3+1="})))
+    config = config.replace(dataset=config.dataset.replace(evaluation=copied))
     with pytest.raises(TokenCreditError, match="1 of 1 evaluation problems are also training prompts"):
         load_material(config)
 
@@ -394,7 +391,7 @@ QUICK = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCh
 
 def read_or_refuse(path: Path) -> None:
     try:
-        rows = load_dataset_section(section(path))
+        rows = load_training(section(path))
         check_kinds(rows)
         assert all(isinstance(prompt, str | list) for prompt in rows["prompt"])
     except TokenCreditError as error:

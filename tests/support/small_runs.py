@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import get_task
+from tokencredit.runs import folders
+from tokencredit.runs.config.load import load_config
+from tokencredit.runs.train import train_run
 
 
 def save_model(folder: Path) -> Path:
@@ -15,6 +16,11 @@ def save_model(folder: Path) -> Path:
     build_model(tokenizer, layers=1, width=16, heads=2, seed=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def resolve(given: Any, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A config as it is stored beside the results."""
+    return load_config(given, overrides).to_mapping()
 
 
 def small_config(model: Path, **changes: Any) -> dict[str, Any]:
@@ -37,6 +43,18 @@ def write_yaml(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+def run(folder: Path, config: dict[str, Any], progress: Any = None) -> dict[str, Any]:
+    return train_run(config, folder, progress)
+
+
+TIMES = ("step_time", "train_runtime")
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Everything in metrics.jsonl that is not a time."""
+    lines = folders.read_metrics(folder)
+    return [line | {"metrics": {k: v for k, v in line["metrics"].items() if k not in TIMES}} for line in lines]
+
+
+class Killed(BaseException):
+    """What a test raises in the middle of a run."""

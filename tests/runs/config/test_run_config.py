@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.small_runs import resolve
 from trl import GRPOConfig
 
 from tokencredit.errors import TokenCreditError
-from tokencredit.runs.config.defaults import LORA_LEARNING_RATE
-from tokencredit.runs.config.load import load_config, resolve_config, reward_list
+from tokencredit.runs.config.load import load_config
+from tokencredit.runs.config.rewards import parse_rewards
+from tokencredit.runs.config.trainer_fields import LORA_LEARNING_RATE
 
 REAL = {"dataset": {"path": "x.jsonl"}, "reward": "a:b", "model": "org/model"}
 
@@ -20,7 +22,7 @@ def message(given: dict, overrides: list[str] | None = None) -> str:
 
 
 def test_defaults_are_filled_in() -> None:
-    config = resolve_config({"task": "countdown"})
+    config = resolve({"task": "countdown"})
     assert config["credit"] == "grpo"
     assert config["prompts_per_step"] == 32
     assert config["threads"] == 1
@@ -30,7 +32,7 @@ def test_defaults_are_filled_in() -> None:
 
 
 def test_a_model_that_is_not_the_labs_gets_trls_own_defaults() -> None:
-    config = resolve_config(REAL)
+    config = resolve(REAL)
     stock = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     for name in ("num_generations", "learning_rate", "loss_type", "beta", "temperature", "max_completion_length"):
         assert config["trainer"][name] == getattr(stock, name), name
@@ -39,26 +41,26 @@ def test_a_model_that_is_not_the_labs_gets_trls_own_defaults() -> None:
     assert config["threads"] is None
     assert config["prompts_per_step"] == 8
     # A lab's task does not make a model one of the lab's; it knows itself how long a response can be.
-    task = resolve_config({"task": "countdown", "model": "org/model"})
+    task = resolve({"task": "countdown", "model": "org/model"})
     assert task["trainer"]["learning_rate"] == stock.learning_rate
     assert "max_completion_length" not in task["trainer"]
 
 
 def test_lora_has_a_rate_of_its_own() -> None:
-    assert resolve_config(REAL | {"lora": {"r": 4}})["trainer"]["learning_rate"] == LORA_LEARNING_RATE
+    assert resolve(REAL | {"lora": {"r": 4}})["trainer"]["learning_rate"] == LORA_LEARNING_RATE
     slow = REAL | {"lora": {"r": 4}, "trainer": {"learning_rate": 1e-6}}
-    assert resolve_config(slow)["trainer"]["learning_rate"] == 1e-6
-    assert resolve_config({"task": "countdown", "lora": {"r": 4}})["trainer"]["learning_rate"] == 3e-4
+    assert resolve(slow)["trainer"]["learning_rate"] == 1e-6
+    assert resolve({"task": "countdown", "lora": {"r": 4}})["trainer"]["learning_rate"] == 3e-4
 
 
 def test_a_resolved_config_resolves_to_itself() -> None:
     for given in ({"task": "countdown"}, REAL, REAL | {"lora": {"r": 4}}):
-        once = resolve_config(given)
-        assert resolve_config(once) == once
+        once = resolve(given)
+        assert resolve(once) == once
 
 
 def test_a_section_keeps_the_defaults_that_it_does_not_name() -> None:
-    config = resolve_config({"task": "countdown", "evaluation": {"every": 3}, "trainer": {"learning_rate": 1e-5}})
+    config = resolve({"task": "countdown", "evaluation": {"every": 3}, "trainer": {"learning_rate": 1e-5}})
     assert config["evaluation"] == {"every": 3, "problems": 100, "samples": 8, "threshold": 0.0}
     assert config["trainer"]["learning_rate"] == 1e-5
     assert config["trainer"]["num_generations"] == 16
@@ -76,8 +78,8 @@ def test_a_section_keeps_the_defaults_that_it_does_not_name() -> None:
         ({"task": "countdown", "learning_rate": 1}, "hint: write `trainer.learning_rate`"),
         ({"task": "countdown", "lr": 1}, "hint: write `trainer.learning_rate`"),
         ({"task": "countdown", "evaluation_split": "test"}, "hint: write `dataset.evaluation_split`"),
-        ({"task": "countdown", "evaluation": {"evry": 1}}, "unknown key in config section `evaluation` 'evry'"),
-        ({"task": "countdown", "evaluation": 5}, "config section `evaluation` must be a mapping, got 5"),
+        ({"task": "countdown", "evaluation": {"evry": 1}}, "unknown key of `evaluation` 'evry'"),
+        ({"task": "countdown", "evaluation": 5}, "`evaluation` must be a mapping, got 5"),
         ({"task": "countdown", "steps": 0}, "`steps` must be a whole number of at least 1, got 0"),
         ({"task": "countdown", "steps": "ten"}, "`steps` must be a whole number of at least 1, got 'ten'"),
         ({"task": "countdown", "steps": True}, "`steps` must be a whole number of at least 1, got True"),
@@ -97,7 +99,7 @@ def test_a_section_keeps_the_defaults_that_it_does_not_name() -> None:
         ({"task": "countdown", "trainer": {"max_completion_length": "x"}}, "must be a whole number of at least 1"),
         ({"task": "countdown", "trainer": {"learning_rate": float("nan")}}, "must be a number of at least 0, got nan"),
         ({"task": "countdown", "trainer": {"temperature": 0}}, "must be a number above 0, got 0"),
-        ({"task": "countdown", "trainer": {"bf16": "maybe"}}, "must be true or false or null, got 'maybe'"),
+        ({"task": "countdown", "trainer": {"bf16": "maybe"}}, "must be true or false, or null, got 'maybe'"),
         ({"task": "countdown", "trainer": {"warmup_steps": [1]}}, "`trainer.warmup_steps` must be"),
         ({"task": "countdown", "trainer": {"eval_strategy": "steps"}}, "use the `evaluation` section"),
         ({"task": "countdown", "trainer": {"num_train_epochs": 3}}, "set `steps`"),
@@ -120,13 +122,13 @@ def test_an_unknown_trainer_field_does_not_list_all_of_them() -> None:
 
 
 def test_max_steps_stands_for_steps() -> None:
-    config = resolve_config({"task": "countdown", "trainer": {"max_steps": 7, "seed": 3}})
+    config = resolve({"task": "countdown", "trainer": {"max_steps": 7, "seed": 3}})
     assert (config["steps"], config["seed"]) == (7, 3)
     assert not {"max_steps", "seed"} & set(config["trainer"])
 
 
 def test_the_config_of_a_hub_data_set_may_be_called_name() -> None:
-    config = resolve_config(REAL | {"dataset": {"path": "openai/gsm8k", "name": "main"}})
+    config = resolve(REAL | {"dataset": {"path": "openai/gsm8k", "name": "main"}})
     assert config["dataset"]["config"] == "main"
     assert "name" not in config["dataset"]
 
@@ -143,8 +145,8 @@ def test_the_config_of_a_hub_data_set_may_be_called_name() -> None:
     ],
 )
 def test_every_form_of_reward(given: Any, expected: list) -> None:
-    assert [tuple(reward) for reward in reward_list(given)] == expected
-    assert resolve_config(REAL | {"credit": "grpo", "reward": given or "a:b"})["reward"] == (given or "a:b")
+    assert [tuple(reward) for reward in parse_rewards(given)] == expected
+    assert resolve(REAL | {"credit": "grpo", "reward": given or "a:b"})["reward"] == (given or "a:b")
 
 
 @pytest.mark.parametrize(
@@ -166,14 +168,14 @@ def test_rewards_that_are_none(given: Any, expected: str) -> None:
 
 def test_the_weights_of_trl_must_agree() -> None:
     two = REAL | {"reward": ["a:b", "c:d"]}
-    assert resolve_config(two | {"trainer": {"reward_weights": [1, 2]}})
+    assert resolve(two | {"trainer": {"reward_weights": [1, 2]}})
     assert "must be a list of 2 numbers" in message(two | {"trainer": {"reward_weights": [1]}})
     weighted = REAL | {"reward": {"a:b": 2, "c:d": 1}, "trainer": {"reward_weights": [1, 1]}}
     assert "give different weights" in message(weighted)
 
 
 def test_overrides() -> None:
-    config = load_config(
+    config = resolve(
         {"task": "countdown", "credit": "hapo"}, ["credit.alpha=3e-1", "trainer.learning_rate=1e-4", "seed=4"]
     )
     assert config["credit"] == {"hapo": {"alpha": 0.3}}
@@ -182,29 +184,29 @@ def test_overrides() -> None:
     assert "got 'seed'" in message({"task": "countdown"}, ["seed"])
     assert "needs a preset name" in message({"task": "countdown", "credit": ["group_normalized"]}, ["credit.alpha=1"])
     assert "is not valid YAML" in message({"task": "countdown"}, ["credit={hapo: {alpha: 0.3}"])
-    assert load_config({"task": "countdown"}, ["seed=1", "seed=2"])["seed"] == 2
+    assert resolve({"task": "countdown"}, ["seed=1", "seed=2"])["seed"] == 2
 
 
 def test_an_override_that_would_undo_an_earlier_one_is_refused() -> None:
     given = {"task": "countdown"}
     assert "the earlier `--set credit.alpha=…`" in message(given, ["credit.alpha=0.4", "credit=hapo"])
-    assert load_config(given, ["credit=hapo", "credit.alpha=0.4"])["credit"] == {"hapo": {"alpha": 0.4}}
+    assert resolve(given, ["credit=hapo", "credit.alpha=0.4"])["credit"] == {"hapo": {"alpha": 0.4}}
     assert "the earlier `--set trainer.beta=…`" in message(given, ["trainer.beta=0.1", "trainer={}"])
 
 
 def test_numbers_as_yaml_1_2_spells_them(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("task: countdown\ntrainer: {learning_rate: 1e-6}\ncredit: {hapo: {alpha: 3e-1}}\n")
-    config = load_config(path)
+    config = resolve(path)
     assert config["trainer"]["learning_rate"] == 1e-6
     assert config["credit"] == {"hapo": {"alpha": 0.3}}
 
 
 def test_a_file_that_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="no config file"):
-        load_config(tmp_path / "missing.yaml")
+        resolve(tmp_path / "missing.yaml")
     with pytest.raises(TokenCreditError, match="cannot read the config file"):
-        load_config(tmp_path)
+        resolve(tmp_path)
     bad = tmp_path / "bad.yaml"
     for content, expected in (
         (b"a: [1", "is not valid YAML"),
@@ -218,7 +220,7 @@ def test_a_file_that_is_no_config(tmp_path: Path) -> None:
     ):
         bad.write_bytes(content)
         with pytest.raises(TokenCreditError, match=expected):
-            load_config(bad)
+            resolve(bad)
 
 
 def test_an_alias_of_aliases_is_refused_quickly(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_an_alias_of_aliases_is_refused_quickly(tmp_path: Path) -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
     (tmp_path / "laughs.yaml").write_text("\n".join(lines))
     with pytest.raises(TokenCreditError, match="more than 10,000 values"):
-        load_config(tmp_path / "laughs.yaml")
+        resolve(tmp_path / "laughs.yaml")
 
 
 def test_modules_beside_the_config_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +237,9 @@ def test_modules_beside_the_config_are_found(tmp_path: Path, monkeypatch: pytest
         "def mine(batch):\n    return batch.response_mask * batch.rewards[:, None]\n"
     )
     (tmp_path / "config.yaml").write_text("task: countdown\ncredit: credit_beside_config:mine\n")
-    assert load_config(tmp_path / "config.yaml")["credit"] == "credit_beside_config:mine"
+    assert resolve(tmp_path / "config.yaml")["credit"] == "credit_beside_config:mine"
 
 
 def test_the_shipped_examples_resolve() -> None:
     for path in sorted(Path("examples").glob("*.yaml")):
-        assert load_config(path)["steps"] > 0
+        assert resolve(path)["steps"] > 0
