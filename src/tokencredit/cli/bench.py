@@ -13,27 +13,6 @@ from tokencredit.files import parse_yaml
 from tokencredit.progress import printable
 
 FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples", "threads")
-NARROW = ("direction", "direction_over_baseline", "expected_direction", "progress")
-COLUMNS = (
-    "direction",
-    "direction_over_baseline",
-    "expected_direction",
-    "signal_to_noise",
-    "progress",
-    "rank_correlation",
-    "captured",
-)
-TEACHER_NARROW = ("direction", "expected_direction", "teacher_direction", "teacher_sequence")
-TEACHER_COLUMNS = (
-    "direction",
-    "expected_direction",
-    "teacher_direction",
-    "teacher_over_baseline",
-    "teacher_expected",
-    "teacher_sequence",
-    "signal_to_noise",
-    "progress",
-)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -174,76 +153,35 @@ def print_table(cell: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from tokencredit.report import bench_table
+
+    title = printable(bench_table.title(cell))
     if not cell["methods"]:
-        print(printable(title(cell)))
+        print(title)
         return
-    table = Table(title=Text(printable(title(cell))))
-    columns = TEACHER_NARROW if has_objective(cell) else NARROW
-    names = header(columns)
-    for number, name in enumerate(names):
+    table = Table(title=Text(title))
+    columns = bench_table.TEACHER_NARROW if bench_table.has_objective(cell) else bench_table.NARROW
+    for number, name in enumerate(bench_table.header(columns)):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # no name is cut
-    for row in table_rows(cell, columns):
+    for row in bench_table.table_rows(cell, columns):
         table.add_row(*(Text(printable(value)) for value in row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def print_markdown(cell: Mapping[str, Any]) -> None:
     """The same table in markdown."""
-    columns = TEACHER_COLUMNS if has_objective(cell) else COLUMNS
-    names = header(columns)
-    rows = [names, ["---"] * len(names), *table_rows(cell, columns)]
-    print(f"\n### {printable(title(cell))}\n")
+    from tokencredit.report import bench_table
+
+    columns = bench_table.TEACHER_COLUMNS if bench_table.has_objective(cell) else bench_table.COLUMNS
+    names = bench_table.header(columns)
+    rows = [names, ["---"] * len(names), *bench_table.table_rows(cell, columns)]
+    print(f"\n### {printable(bench_table.title(cell))}\n")
     print("\n".join(f"| {' | '.join(printable(value).replace('|', chr(92) + '|') for value in row)} |" for row in rows))
 
 
 def print_notes(cell: Mapping[str, Any]) -> None:
-    """What the table does not say by itself: why it is empty, whose rows were added or left out, what a star means."""
-    from tokencredit.report.bench_page import notes
+    """What the table does not say by itself."""
+    from tokencredit.report.bench_table import notes
 
     for note in notes(cell):
         print(printable(note))
-
-
-def title(cell: Mapping[str, Any]) -> str:
-    """What the cell measured, in one line."""
-    from tokencredit.report.bench_page import success_text
-
-    sizes = cell["sizes"]
-    text = (
-        f"{cell['task']}, {cell['stage']}: {success_text(cell)}; "
-        f"{sizes['prompts']} prompts, {sizes['accepted']} accepted responses"
-    )
-    if not has_objective(cell):
-        return text
-    teacher = cell["teacher"]
-    return (
-        f"{text}; teacher's success {teacher['success']:.3f}, KL to it {teacher['divergence']:.3f} nats a response, "
-        f"{100 * teacher['covered']:.1f} % of the state visits listed"
-    )
-
-
-def has_objective(cell: Mapping[str, Any]) -> bool:
-    """Whether the methods were compared with the gradient of a teacher's objective."""
-    return "divergence" in cell.get("teacher", {})
-
-
-def header(columns: Sequence[str]) -> list[str]:
-    """Names of the columns."""
-    return ["method", *(name.replace("_", " ") for name in columns), "direction, mass matched"]
-
-
-def table_rows(cell: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """One row a method, best direction first; its mass-matched twin gives the last column."""
-    from tokencredit.report.bench_page import figure_text
-
-    plain = [method for method in cell["methods"] if not method["matched"]]
-    matched = {method["name"]: method["figures"]["direction"] for method in cell["methods"] if method["matched"]}
-    ranked = sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
-    return [
-        [
-            method["name"],
-            *(figure_text(method["figures"].get(name), name) for name in columns),
-            figure_text(matched[method["name"]]) if method["name"] in matched else "same",
-        ]
-        for method in ranked
-    ]

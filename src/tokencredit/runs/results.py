@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokencredit.diagnostics.bootstrap import Interval
-from tokencredit.diagnostics.intervals import paired_seed_interval, seed_interval
+from tokencredit.diagnostics.stats import Interval, paired_seed_interval, seed_interval
 from tokencredit.runs import folders
 
 LAST = 10  # steps of training that the training reward is the mean of

@@ -1,16 +1,16 @@
 """Responses as tokens with their credit, made safe to look at. What a model wrote is untrusted text."""
 
-import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import CreditRecord
 from tokencredit.methods.entropy.quadrants import QUADRANTS, quadrant_masks
+from tokencredit.report.page import visible
+from tokencredit.report.run_page.data import polarity_of
 from tokencredit.report.run_page.folders import Run, by_label
 
 STEPS = 3  # steps shown: the first, the middle and the last that are recorded
@@ -78,24 +78,6 @@ class PromptView(NamedTuple):
     step: int
     prompt: str
     methods: list[MethodView]
-
-
-def visible(text: str, *, keep_lines: bool = False) -> str:
-    """`text` with everything that would not show, or would change how its neighbours show, written out.
-
-    Newlines become ⏎ and spaces · (both kept where `keep_lines`), tabs ⇥; control characters, lone surrogates and
-    format characters (such as those that reverse the writing direction) become their code point ⟨U+202E⟩.
-    """
-    return "".join(_visible(character, keep_lines) for character in text)
-
-
-def _visible(character: str, keep_lines: bool) -> str:
-    special = {"\n": "\n" if keep_lines else "⏎", "\t": "⇥", " ": " " if keep_lines else "·"}
-    if character in special:
-        return special[character]
-    category = unicodedata.category(character)
-    # Cc control, Cf format, Cs surrogate, Cn unassigned, Zl Zp line separators, Zs other spaces; fonts have Co
-    return f"⟨U+{ord(character):04X}⟩" if category[0] in "CZ" and category != "Co" else character
 
 
 def prompt_views(runs: Sequence[Run]) -> list[PromptView]:
@@ -271,9 +253,3 @@ def _signals(record: CreditRecord, name: str, row: int) -> list[Signal]:
         torch.nan_to_num((values[row] - least) / width).clamp(0, 1) if width > 0 else torch.zeros(len(values[row]))
     )
     return [Signal(value, strength) for value, strength in zip(values[row].tolist(), strengths.tolist(), strict=True)]
-
-
-def polarity_of(record: CreditRecord) -> Float[Tensor, "batch response"]:
-    """The estimator's advantages where the record has them, else those of the whole pipeline."""
-    host = record.batch.host_advantages
-    return record.advantages if host is None else torch.broadcast_to(host[:, None], record.advantages.shape)

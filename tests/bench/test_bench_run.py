@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_world import Letters, model_folder
+from support.bench_task import Letters, model_folder
 
 from tokencredit import TokenCreditError
 from tokencredit.bench import cell
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def config(model: str) -> BenchConfig:
     return BenchConfig(
-        tasks=("bench_world:letters",), model=model, prompts=6, rollouts=8, resamples=100, dtype="float64",
+        tasks=("support.bench_task:letters",), model=model, prompts=6, rollouts=8, resamples=100, dtype="float64",
         pipelines=("grpo", "rloo", "phr", "psr", "hapo", "random_tokens", "exact"),
     )  # fmt: skip
 
@@ -126,12 +126,12 @@ def test_presets_without_their_fields_are_named_and_a_collector_lets_them_in(con
     table = {"adapter_residuals": residuals}
     found, left_out = pipelines.entries(("grpo", "arca"), controls=False, collectors=table)
     assert [(entry.name, entry.matched) for entry in found] == [("grpo", False), ("arca", False), ("arca", True)]
-    world = load_world(config, "bench_world:letters", "given")
+    world = load_world(config, "support.bench_task:letters", "given")
     assert len(cell.assign_all(found, draw(world, config, 0), config, table)) == 3
 
 
 def test_replicates_differ_and_repeat(config: BenchConfig) -> None:
-    world = load_world(config, "bench_world:letters", "given")
+    world = load_world(config, "support.bench_task:letters", "given")
     first, again, other = (draw(world, config, k).batch.response_ids for k in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -140,7 +140,7 @@ def test_replicates_differ_and_repeat(config: BenchConfig) -> None:
 def test_generate_samples_what_the_fast_sampler_samples(config: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokencredit.lab import sampler
 
-    world = load_world(replace(config, prompts=2), "bench_world:letters", "given")
+    world = load_world(replace(config, prompts=2), "support.bench_task:letters", "given")
     monkeypatch.setattr(sampler, "unsupported", lambda model: "another kind")
     ids, mask = sample_responses(world, 400, "test")
     first = (ids[:400, 0] == world.tokenizer.eos_token_id).double().mean()
@@ -155,10 +155,10 @@ def test_generate_samples_what_the_fast_sampler_samples(config: BenchConfig, mon
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("bench_world:too_kind", "the verifier and the list disagree: response"),
-        ("bench_world:too_long", "`max_response` is 4"),
-        ("bench_world:nothing", "cannot load the task"),
-        ("bench_world:ALPHABET", "has no `problems`"),
+        ("support.bench_task:too_kind", "the verifier and the list disagree: response"),
+        ("support.bench_task:too_long", "`max_response` is 4"),
+        ("support.bench_task:nothing", "cannot load the task"),
+        ("support.bench_task:ALPHABET", "has no `problems`"),
         ("countdwn", "did you mean 'countdown'"),
     ],
 )
@@ -176,7 +176,7 @@ def test_tasks_that_cannot_be_measured_are_refused(
         ({"pipelines": ("hapoo",)}, "did you mean 'hapo'"),
         ({"model": None, "stages": ("start", "lat")}, "unknown stage 'lat', did you mean 'late'"),
         ({"teacher": {"kind": "selff"}}, "did you mean 'self'"),
-        ({"tasks": ("bench_world:Letters", "cary")}, "did you mean 'carry'"),
+        ({"tasks": ("support.bench_task:Letters", "cary")}, "did you mean 'carry'"),
     ],
 )
 def test_wrong_names_are_refused_before_anything_is_written(
@@ -220,7 +220,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 def test_a_class_of_tasks_is_made() -> None:
-    assert isinstance(load_task("bench_world:Letters"), Letters)
+    assert isinstance(load_task("support.bench_task:Letters"), Letters)
 
 
 def test_tables_rank_and_show_intervals(results: dict, capsys: pytest.CaptureFixture[str]) -> None:

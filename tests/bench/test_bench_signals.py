@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from bench_world import model_folder
+from support.bench_task import model_folder
 
 from tokencredit.bench import cell, signals
 from tokencredit.bench import entries as pipelines
@@ -18,7 +18,7 @@ from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model
 from tokencredit.methods.table import PRESETS
 
-TASK = "bench_world:letters"
+TASK = "support.bench_task:letters"
 
 
 @pytest.fixture(scope="module")

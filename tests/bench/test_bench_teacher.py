@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_world import ALPHABET, model_folder
+from support.bench_task import ALPHABET, model_folder
 
 from tokencredit import TokenCreditError
 from tokencredit.bench.cell import assign_all
@@ -22,7 +22,7 @@ from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.methods.distillation.table import DISTILLATION_PRESETS
 from tokencredit.report.bench_page import render_bench
 
-TASK = "bench_world:letters"
+TASK = "support.bench_task:letters"
 
 
 def teacher_folder(where: Path) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bench_world import Letters, model_folder
 from support import fakecuda
+from support.bench_task import Letters, model_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,7 +22,8 @@ from tokencredit.bench.run import run_bench
 from tokencredit.bench.texts import encode_listed, encode_prompt
 from tokencredit.cli.bench import config_of, print_notes, print_table
 from tokencredit.cli.main import build_parser, main
-from tokencredit.report.bench_page import figure_text, notes, render_bench
+from tokencredit.report.bench_page import render_bench
+from tokencredit.report.bench_table import estimate_text, notes
 
 TEMPLATE = (
     "{% for m in messages %}<s>[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -111,7 +112,17 @@ def test_whatever_compare_takes(letters: str, tmp_path: Path, capsys: pytest.Cap
         *("grpo", "{hapo: {alpha: .5}}", "[group_normalized, test_bench_inputs:doubled]"),
         *("[hapo, {test_bench_inputs:doubled: {by: 3.0}}]", "0.5 * grpo + 0.5 * hapo"),
     ]
-    command = ["bench", "--model", letters, "--task", "bench_world:letters", "--prompts", "2", "--rollouts", "16"]
+    command = [
+        "bench",
+        "--model",
+        letters,
+        "--task",
+        "support.bench_task:letters",
+        "--prompts",
+        "2",
+        "--rollouts",
+        "16",
+    ]
     options = ["--credit", *credits, "--no-controls", "--set", "resamples=20", "--out", str(tmp_path / "out"), "--json"]
     assert main([*command, *options]) == 0
     (cell,) = json.loads(capsys.readouterr().out)["cells"]
@@ -170,7 +181,7 @@ def test_every_key_has_a_type(given: dict, message: str) -> None:
 
 
 def test_methods_and_files_that_cannot_be_used(letters: str, tmp_path: Path) -> None:
-    config = small(model=letters, tasks=("bench_world:letters",))
+    config = small(model=letters, tasks=("support.bench_task:letters",))
     with pytest.raises(TokenCreditError, match="'hapo' is named twice"):
         run_bench(replace(config, pipelines=("hapo", "hapo")), tmp_path / "a")
     with pytest.raises(TokenCreditError, match="takes \\(advantages, batch"):
@@ -181,7 +192,7 @@ def test_methods_and_files_that_cannot_be_used(letters: str, tmp_path: Path) -> 
     with pytest.raises(TokenCreditError, match="cannot create the folder"):
         run_bench(config, tmp_path / "file" / "out")
     run_bench(config, tmp_path / "b")
-    for name, content in (("config.json", b"{"), ("bench_world.letters-given/cell.json", b"\xff\xfe")):
+    for name, content in (("config.json", b"{"), ("support.bench_task.letters-given/cell.json", b"\xff\xfe")):
         kept = (tmp_path / "b" / name).read_bytes()
         (tmp_path / "b" / name).write_bytes(content)
         with pytest.raises(TokenCreditError, match=name.rpartition("/")[2]):
@@ -190,9 +201,9 @@ def test_methods_and_files_that_cannot_be_used(letters: str, tmp_path: Path) -> 
 
 
 def test_a_damaged_part_is_measured_again_and_an_older_folder_goes_on(letters: str, tmp_path: Path) -> None:
-    config = small(model=letters, tasks=("bench_world:letters",), chat=False)
+    config = small(model=letters, tasks=("support.bench_task:letters",), chat=False)
     whole = run_bench(config, tmp_path)
-    folder = tmp_path / "bench_world.letters-given"
+    folder = tmp_path / "support.bench_task.letters-given"
     for content in (b"", b"\x00" * 300):
         (folder / "cell.json").unlink()
         (folder / "part-000.safetensors").write_bytes(content)
@@ -249,12 +260,12 @@ def test_cosines_stay_cosines() -> None:
     draws = torch.linspace(0.5, 1.5, 101).double().numpy()
     one = torch.ones(1).double().numpy()
     assert _around(one * 0.9, one * 0.5, draws, 0.95, 1.0)[:] == pytest.approx((0.9, 0.925, 1.0))
-    assert figure_text([0.9, 0.8, 1.26], "expected_direction") == "0.90 [0.80, 1.00*]"
-    assert figure_text([-3.87, -3.93, -3.79], "expected_direction") == "noise*"
-    assert figure_text([3.59, None, None], "expected_direction") == "noise*"
-    assert figure_text([1.0 + 1e-12, 0.9, 1.0], "expected_direction") == "1.00 [0.90, 1.00]"
-    assert figure_text([6.82, 1.08, 21.66], "signal_to_noise") == "6.82 [1.08, 21.66]"
-    assert figure_text(None) == figure_text([None, None, None]) == "–"
+    assert estimate_text([0.9, 0.8, 1.26], "expected_direction") == "0.90 [0.80, 1.00*]"
+    assert estimate_text([-3.87, -3.93, -3.79], "expected_direction") == "noise*"
+    assert estimate_text([3.59, None, None], "expected_direction") == "noise*"
+    assert estimate_text([1.0 + 1e-12, 0.9, 1.0], "expected_direction") == "1.00 [0.90, 1.00]"
+    assert estimate_text([6.82, 1.08, 21.66], "signal_to_noise") == "6.82 [1.08, 21.66]"
+    assert estimate_text(None) == estimate_text([None, None, None]) == "–"
 
 
 def test_prompts_are_what_training_sees() -> None:
