@@ -74,7 +74,7 @@ MOVED = {
     "adapters.verl_settings": "adapters.verl.settings",
     "adapters.verl_signals": "adapters.verl.signals",
     "adapters.verl_trainer": "adapters.verl.trainer",
-    "adapters.doctor": "doctor.hosts",
+    "adapters.doctor": "doctor",
     "adapters.launchers": "doctor.launchers",
     "runs.world": "runs.processes",
     "runs.config_types": "runs.config.types",

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencredit import files
 from tokencredit.errors import TokenCreditError
-from tokencredit.files import parse_yaml
+from tokencredit.files import parse_yaml, read_yaml
 from tokencredit.progress import printable
 
 FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples", "threads")
@@ -54,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
         help="a stage of the lab's model, a folder, or a YAML mapping such as '{kind: self, template: trace}'",
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="precision of the model; default float32")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
     for name in FLAGS:
         parser.add_argument(f"--{name}", type=int, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
@@ -90,18 +90,22 @@ def config_of(arguments: argparse.Namespace) -> Any:
     from tokencredit.lab.model import STAGES
     from tokencredit.lab.tasks import TASKS
 
-    given: dict[str, Any] = read_yaml(arguments.config) if arguments.config is not None else {}
+    given = {} if arguments.config is None else read_yaml(arguments.config, "config file")
+    if not isinstance(given, dict):
+        raise TokenCreditError(f"{arguments.config} must hold a mapping, got {type(given).__name__}")
     for item in arguments.overrides:
         _override(given, item)
-    credits = arguments.credit
-    flags: dict[str, Any] = {
-        "tasks": _expanded(arguments.task, TASKS),
-        "stages": _expanded(arguments.stage, STAGES),
-        "pipelines": None if credits is None else [inline_yaml(text, "--credit") for text in credits],
-        "teacher": None if arguments.teacher is None else teacher_section(arguments.teacher, STAGES),
-        **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", "controls", *FLAGS)},
-    }
-    return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
+    names = ("model", "dtype", "device", "baseline", "controls", *FLAGS)
+    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.task is not None:
+        flags["tasks"] = _expand(arguments.task, TASKS)
+    if arguments.stage is not None:
+        flags["stages"] = _expand(arguments.stage, STAGES)
+    if arguments.credit is not None:
+        flags["pipelines"] = [inline_yaml(text, "--credit") for text in arguments.credit]
+    if arguments.teacher is not None:
+        flags["teacher"] = teacher_section(arguments.teacher, STAGES)
+    return BenchConfig.read(given | flags)
 
 
 def _override(given: dict[str, Any], item: str) -> None:
@@ -135,16 +139,8 @@ def teacher_section(text: str, stages: Mapping[str, Any]) -> dict[str, Any]:
     return section
 
 
-def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str] | None:
-    return list(known) if names == ["all"] else None if names is None else list(names)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping."""
-    content = files.read_yaml(path, "config file")
-    if not isinstance(content, dict):
-        raise TokenCreditError(f"{path} must hold a mapping, got {type(content).__name__}")
-    return content
+def _expand(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    return list(known if names == ["all"] else names)
 
 
 def print_table(cell: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
 
 def render(content: Mapping[str, Any]) -> str:
     """The page; pictures are inline SVG, nothing is loaded from anywhere."""
-    parts = {"search": None, "confirm": None, "finalist": None, "credits": [], "llm": {}}
+    parts: dict[str, Any] = {"search": None, "confirm": None, "finalist": None, "credits": [], "llm": {}}
     values = {"content": parts | dict(content), "pictures": {"path": None} | draw(content)}
     return page.render("recipes.html", values, package="tokencredit.recipes")
 

@@ -59,14 +59,14 @@ def _token_view(example: Mapping[str, Any], compared: Sequence[str]) -> dict[str
     }
     rows = []
     for name, values in credits.items():
-        largest = max((abs(value) for value in values), default=0.0)
+        largest = max((abs(value) for value in values), default=0.0) or 1.0
         cells = [
             {
                 "token": visible(token) or PART,
                 "value": value,
                 "entropy": entropy,
                 "sign": "u" if value > 0 else "d",
-                "strength": round(abs(value) / largest, 3) if largest else 0.0,
+                "strength": round(abs(value) / largest, 3),
             }
             for token, value, entropy in zip(example["tokens"], values, example["entropy"], strict=True)
         ]

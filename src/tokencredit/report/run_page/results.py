@@ -69,8 +69,8 @@ def training_results(runs: Sequence[Run]) -> list[Result]:
                 seeds=len(end),
                 first_step=min(steps, default=0),
                 last_step=max(steps, default=0),
-                start=seed_interval([float(np.mean(values[:EDGE])) for values in rewards.values()]) if end else None,
-                end=seed_interval(list(end.values())) if end else None,
+                start=_interval([float(np.mean(values[:EDGE])) for values in rewards.values()]),
+                end=_interval(list(end.values())),
                 difference=difference,
                 paired_seeds=paired,
             )
@@ -111,8 +111,8 @@ def results(runs: Sequence[Run]) -> list[Result]:
                 seeds=len(evaluated),
                 first_step=min(steps, default=0),
                 last_step=max(steps, default=0),
-                start=seed_interval(scores(evaluated, min(steps))) if steps else None,
-                end=seed_interval(scores(evaluated, max(steps))) if steps else None,
+                start=_interval(scores(evaluated, min(steps, default=None))),
+                end=_interval(scores(evaluated, max(steps, default=None))),
                 difference=difference,
                 paired_seeds=paired,
             )
@@ -132,8 +132,14 @@ def _plain(value: Any) -> Any:
     return {name: None if math.isnan(bound) else bound for name, bound in value._asdict().items()}
 
 
-def scores(runs: Sequence[Run], step: int) -> np.ndarray:
-    """[seed, problem] at `step`; the mean of each seed alone where seeds do not share all problems."""
+def _interval(values: Values) -> Interval | None:
+    return seed_interval(values) if len(values) else None
+
+
+def scores(runs: Sequence[Run], step: int | None) -> np.ndarray:
+    """[seed, problem] at `step`, empty without one; the mean of each seed where seeds do not share all problems."""
+    if step is None:
+        return np.zeros((0, 0))
     rows = [run.evaluations[step] for run in runs]
     problems = [run.problems_at(step) for run in runs]
     if len({len(row) for row in rows}) > 1 or any(item != problems[0] for item in problems):
