@@ -71,22 +71,22 @@ def _row(world: World, problem: Any, number: int, config: BenchConfig) -> dict[s
     return {**answer, **held, **known, "prompt": problem.prompt}
 
 
-def teacher_collectors(found: BenchTeacher | None) -> dict[str, FieldCollector]:
+def teacher_collectors(bench_teacher: BenchTeacher | None) -> dict[str, FieldCollector]:
     """The batch fields that a teacher fills. The reference of ExOPD is the student as it is, before its first step."""
-    if found is None:
+    if bench_teacher is None:
         return {}
 
     def scores(sampled: Sampled, score: Callable[..., Any]) -> Any:
         owners = sampled.batch.group_ids.tolist()
-        rows: list[Row] = [found.rows[owner] for owner in owners]
-        if found.teacher.needs_attempts:
+        rows: list[Row] = [bench_teacher.rows[owner] for owner in owners]
+        if bench_teacher.teacher.needs_attempts:
             rows = [{**row, "attempt": text} for row, text in zip(rows, _attempts(sampled), strict=True)]
         world, batch = sampled.world, sampled.batch
         prompts = [world.prompts[owner] for owner in owners]
         ids, mask = (item.to(world.device) for item in (batch.response_ids, batch.response_mask))
         return score(prompts, ids, mask, rows, 1.0, policy=world.model)
 
-    teacher = found.teacher
+    teacher = bench_teacher.teacher
     fields: dict[str, FieldCollector] = {"ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs")}
     if not isinstance(teacher, LocalTeacher):
         return fields | {"teacher_logprobs": lambda sampled: scores(sampled, teacher.score).double().cpu()}

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METHOD, EXACT, CONTROL = SERIES[0], SERIES[1], GRID  # colours
-CONTROLS = (" (shuffled)", " (reversed)", " (mean)")  # how the names of controls end
 COMPARED = 3  # methods below the exact credit in the token view, the best ones and the baseline
 
 
@@ -35,7 +34,8 @@ def render_bench(results: Mapping[str, Any]) -> str:
 def _cell_content(cell: Mapping[str, Any], number: int, baseline: str) -> dict[str, Any]:
     """What the template shows of one cell."""
     ranked = bench_table.ranked(cell)
-    names = [method["name"] for method in ranked if not method["name"].endswith(CONTROLS)]
+    controls = set(cell.get("controls", ()))
+    names = [method["name"] for method in ranked if method["name"] not in controls]
     compared = list(dict.fromkeys([*[name for name in names if name != "exact"][: COMPARED - 1], baseline]))
     columns = bench_table.all_columns(cell)
     return {
@@ -45,8 +45,8 @@ def _cell_content(cell: Mapping[str, Any], number: int, baseline: str) -> dict[s
         "ranked": ranked,
         "headings": [name.replace("baseline", baseline) for name in bench_table.header(columns)],
         "rows": bench_table.table_rows(cell, columns),
-        "ranking": _draw_ranking(f"ranking-{number}", ranked, "direction"),
-        "teacher_ranking": _draw_teacher_ranking(cell, number),
+        "ranking": _draw_ranking(f"ranking-{number}", ranked, controls, "direction"),
+        "teacher_ranking": _draw_teacher_ranking(cell, number, controls),
         "capacity_plot": _draw_capacity(f"capacity-{number}", cell["states"]),
         "token_views": [_token_view(example, compared) for example in cell["examples"]],
     }
@@ -74,31 +74,36 @@ def _token_view(example: Mapping[str, Any], compared: Sequence[str]) -> dict[str
     return {"prompt": example["prompt"], "reward": example["reward"], "rows": rows}
 
 
-def _draw_teacher_ranking(cell: Mapping[str, Any], number: int) -> "Markup | None":
+def _draw_teacher_ranking(cell: Mapping[str, Any], number: int, controls: set[str]) -> "Markup | None":
     """The ranking by the teacher's objective, or None where nothing was compared with it."""
     ranked = bench_table.ranked(cell, "teacher_direction")
     if not any("teacher_direction" in method["figures"] for method in ranked):
         return None
-    return _draw_ranking(f"teacher-ranking-{number}", ranked, "teacher_direction", "teacher_sequence")
+    return _draw_ranking(f"teacher-ranking-{number}", ranked, controls, "teacher_direction", "teacher_sequence")
 
 
-def _draw_ranking(name: str, ranked: Sequence[Mapping[str, Any]], figure: str, crossed: str = "") -> "Markup":
+def _draw_ranking(
+    name: str, ranked: Sequence[Mapping[str, Any]], controls: set[str], figure: str, crossed: str = ""
+) -> "Markup":
+    colours = [_colour(method["name"], controls) for method in ranked]
+
     def draw(axes: "Axes") -> None:
         labels = [visible(method["name"], keep_lines=True) for method in ranked]
-        plots.intervals(axes, labels, [(*method["figures"][figure], _colour(method["name"])) for method in ranked])
-        crosses = [(method["figures"].get(crossed, [None])[0], place) for place, method in enumerate(ranked)]
-        for value, place in crosses:
+        rows = [(*method["figures"][figure], colour) for method, colour in zip(ranked, colours, strict=True)]
+        plots.intervals(axes, labels, rows)
+        for place, (method, colour) in enumerate(zip(ranked, colours, strict=True)):
+            value = method["figures"].get(crossed, [None])[0]
             if value is not None:
-                axes.plot([value], [place], "x", color=_colour(ranked[place]["name"]), markersize=4)
+                axes.plot([value], [place], "x", color=colour, markersize=4)
         axes.set_xlabel("cosine with the exact gradient, 95 % interval over prompts")
 
     return plots.svg(name, draw, size=(7.0, 0.22 * len(ranked) + 0.8))
 
 
-def _colour(name: str) -> str:
+def _colour(name: str, controls: set[str]) -> str:
     if name == "exact":
         return EXACT
-    return CONTROL if name.endswith(CONTROLS) else METHOD
+    return CONTROL if name in controls else METHOD
 
 
 def _draw_capacity(name: str, states: Mapping[str, Sequence[float]]) -> "Markup":
