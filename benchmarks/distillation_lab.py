@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -38,8 +39,8 @@ from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.collect.exact.values import encode_accepted, exact_credit
 from tokencredit.collect.teacher.score import score_rows
 from tokencredit.collect.teacher.states import state_divergences
-from tokencredit.diagnostics.bootstrap import paired_bootstrap
 from tokencredit.diagnostics.position import position_profile
+from tokencredit.diagnostics.stats import interval
 from tokencredit.lab import supervised
 from tokencredit.lab.cache import cache_root, cached_folder, fingerprint
 from tokencredit.lab.data import load_model, load_tokenizer, reward_function
@@ -351,7 +352,7 @@ def compared(own: list[list[float]], base: list[list[float]] | None) -> str:
     mean = f"{statistics.mean(statistics.mean(row) for row in own):.4f}"
     if base is None:
         return mean
-    gap = paired_bootstrap(base, own)
+    gap = interval(np.subtract(own, base))
     return f"{mean}  {gap.mean:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
 
 

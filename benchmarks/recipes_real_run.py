@@ -16,7 +16,7 @@ from pathlib import Path
 
 import reasoning_gym
 
-from tokencredit.diagnostics.intervals import seed_interval
+from tokencredit.diagnostics.stats import seed_interval
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.recipes.confirm import Arm, Confirmation, confirm_arms, save_summary
 from tokencredit.recipes.evaluate.sft import SftSettings, fine_tune

@@ -1,8 +1,8 @@
 """Progress of long work, on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
-import re
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Protocol, TypeVar, runtime_checkable
@@ -11,16 +11,23 @@ Item = TypeVar("Item")
 
 LINE_EVERY = 10.0  # seconds between lines where stderr is a file
 
-# Control characters but tab and newline, among them the ESC of a terminal's commands, and the marks that reverse text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+def is_hidden(character: str) -> bool:
+    """Whether a character does not show, or changes how its neighbours show: all of Unicode's C and Z but the space.
+
+    Among them are the ESC of a terminal's commands, newlines and tabs, marks that reverse text and lone surrogates.
+    Private characters are not: fonts have them.
+    """
+    return not character.isprintable() and unicodedata.category(character) != "Co"
 
 
 def printable(text: object) -> str:
-    """Make text from elsewhere safe to print: control characters and lone surrogates become escapes such as `\\x1b`.
+    """Make text from elsewhere safe to print: hidden characters but tab and newline become escapes such as `\\x1b`.
 
     `rich` reads square brackets as markup even then: pass the result with `markup=False`, or as a `rich.text.Text`.
     """
-    return _CONTROL.sub(lambda found: repr(found.group())[1:-1], str(text))
+    written = (repr(item)[1:-1] if is_hidden(item) and item not in "\t\n" else item for item in str(text))
+    return "".join(written)
 
 
 def say(text: str) -> None:

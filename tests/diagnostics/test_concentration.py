@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from tokencredit.diagnostics.concentration import (
-    edge_mass,
     effective_token_ratio,
     gini,
     mean_over_responses,
-    peak_over_median,
 )
 
 RAMP = [1.0, 2.0, 3.0, 4.0, 5.0]
@@ -87,12 +85,3 @@ def test_undefined_responses_are_excluded_and_counted() -> None:
     )
     assert mean_over_responses(gini(weights, mask)) == (0.25, 2, 3)
     assert math.isnan(mean_over_responses(gini(weights[2:3], mask[2:3])).value)
-
-
-def test_peak_and_edges() -> None:
-    weights, mask = row([6.0, 1.0, 1.0, 1.0, 3.0])  # median 1; Σ = 12
-    assert peak_over_median(weights, mask).item() == 6.0
-    torch.testing.assert_close(edge_mass(weights, mask, edge=2), torch.tensor([[7 / 12, 4 / 12]]).double())
-    torch.testing.assert_close(edge_mass(weights, mask, edge=9), torch.ones(1, 2).double())
-    assert torch.isnan(peak_over_median(*row([0.0, 0.0, 1.0]))).item()
-    assert torch.isnan(edge_mass(*row([0.0]))).all()

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tokencredit.diagnostics.bootstrap import interval
-from tokencredit.diagnostics.intervals import paired_seed_interval, seed_interval
+from tokencredit.diagnostics.stats import interval, paired_seed_interval, seed_interval
 from tokencredit.errors import TokenCreditError
 
 

@@ -14,10 +14,11 @@ from tokencredit import TokenBatch, assign_credit
 from tokencredit.batch.records import TOKEN_FIELDS
 from tokencredit.diagnostics.quadrants import (
     ENTROPY_EDGES,
+    correlation_sums,
     entropy_histograms,
-    entropy_position_correlation,
+    pearson_from_sums,
     quadrant_statistics,
-    weight_statistics,
+    relative_positions,
 )
 from tokencredit.diagnostics.summary import credit_metrics
 
@@ -58,14 +59,6 @@ def test_polarity_shows_tokens_that_lost_their_credit() -> None:
     found = quadrant_statistics(kept, group(), polarity=broadcast(BASE))
     assert found["NLR"] == pytest.approx((5 / 8, 0.0, 0.0, 0.0))
     assert found["PHR"] == pytest.approx((1 / 8, 1.0, 3.0, 1.5 / 8))
-
-
-def test_weights_of_hapo() -> None:
-    # HAPO on this group: (1.4, 1.65), (−.45, −.55), (−.45, −.45), (−.45, −.45): w = .9333, 1.1, .9, 1.1, .9 …
-    credit = torch.tensor([[1.4, 1.65, 0], [-0.45, -0.55, 0], [-0.45, -0.45, 0], [-0.45, -0.45, 0]])
-    found = weight_statistics(credit, broadcast(BASE), group().response_mask)
-    assert found == pytest.approx(((0.933333 + 1.1 + 0.9 + 1.1 + 4 * 0.9) / 8, 0.9, 1.1), abs=1e-5)
-    assert math.isnan(weight_statistics(credit, torch.zeros(4, 3), group().response_mask).mean)
 
 
 def test_credit_metrics_of_hapo_by_hand() -> None:
@@ -207,9 +200,9 @@ def test_two_ranks_log_what_one_rank_logs() -> None:
 def test_entropy_position_correlation() -> None:
     mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
     rising = torch.tensor([[1 / 6, torch.nan, 3 / 6, 5 / 6], [1 / 4, 3 / 4, torch.nan, torch.nan]])
-    assert entropy_position_correlation(rising, mask) == pytest.approx(1.0)
-    assert entropy_position_correlation(-2 * rising, mask) == pytest.approx(-1.0)
-    assert math.isnan(entropy_position_correlation(torch.full((2, 4), 0.1), mask))
+    for values, expected in ((rising, 1.0), (-2 * rising, -1.0), (torch.full((2, 4), 0.1), math.nan)):
+        found = pearson_from_sums(*correlation_sums(values, relative_positions(mask), mask).tolist())
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_histograms_count_every_chosen_token_once() -> None:

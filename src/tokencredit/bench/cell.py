@@ -1,10 +1,9 @@
 """One cell of the benchmark, a task at a stage: sampled, measured in parts that survive a kill, summarised."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,29 +18,47 @@ from torch import Tensor
 from tokencredit.batch.records import TokenBatch
 from tokencredit.bench import figures, show
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.entries import (
-    CONTROLS,
-    FIELD_COLLECTORS,
-    Entry,
-    FieldCollector,
-    entries,
-    fill,
-)
-from tokencredit.bench.measure import Measured, Target, exact_target, measure, pipelines_at_once
-from tokencredit.bench.problem import Sampled, World, draw, load_world
-from tokencredit.bench.teacher import BenchTeacher, described, load_teacher, teacher_collectors
+from tokencredit.bench.entries import CONTROLS, FIELD_COLLECTORS, Entry, FieldCollector, entries, fill
+from tokencredit.bench.measure import Measured, Target, exact_target, measure, target_names
+from tokencredit.bench.memory import Plan, plan_memory
+from tokencredit.bench.problem import World, load_world
+from tokencredit.bench.sampling import Sampled, draw
+from tokencredit.bench.teacher import BenchTeacher, describe_teacher, load_teacher, teacher_collectors
 from tokencredit.collect.exact.gradient import trainable
-from tokencredit.diagnostics.stats import resample_weights
 from tokencredit.files import make_folder, write_bytes, write_text
 from tokencredit.methods.exact import exact_advantage
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import Pipeline
-from tokencredit.progress import bar
+from tokencredit.progress import Advance, bar
 from tokencredit.seeds import generator
 
 FIELDS = tuple(item.name for item in fields(Measured))
 
 Advantages = list[list[Float[Tensor, "batch response"]]]  # [replicate][pipeline]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cell:
+    """What is measured: pipelines, and the credit that they give on the samples of a world."""
+
+    config: BenchConfig
+    world: World
+    teacher: BenchTeacher | None
+    samples: Sequence[Sampled]
+    entries: Sequence[Entry]
+    advantages: Advantages
+    plan: Plan
+
+    @property
+    def parts(self) -> list[slice]:
+        """The pipelines that are measured together."""
+        starts = range(0, len(self.entries), self.plan.pipelines)
+        return [slice(first, first + self.plan.pipelines) for first in starts]
+
+    @property
+    def work(self) -> int:
+        """Prompts whose gradients are computed: once for the exact target, and once per batch and part."""
+        return len(self.world.prompts) * (1 + len(self.parts) * len(self.samples))
 
 
 def run_cell(
@@ -63,49 +80,46 @@ def run_cell(
     teacher = load_teacher(world, config, task)
     plain = FIELD_COLLECTORS | dict(collectors)
     taught = teacher_collectors(teacher) | dict(collectors)
-    found, left_out = entries(config.pipelines, controls=config.controls, collectors=plain | taught)
+    chosen, left_out = entries(config.pipelines, controls=config.controls, collectors=plain | taught)
     samples = [draw(world, config, replicate) for replicate in range(config.replicates)]
-    nothing = show.why_nothing_compares(samples, config.rollouts) if teacher is None else None
     about = {
         "task": task,
         "stage": "given" if config.model else stage,
         "model": {"parameters": sum(item.numel() for item in trainable(world.model)), "dtype": config.dtype},
         **show.summary(world, samples, config),
         "left_out": left_out,
-        "no_baseline": config.baseline not in {entry.name for entry in found},
-        "controls": [entry.name for entry in found if entry.name in CONTROLS and not entry.matched],
+        "no_baseline": config.baseline not in {entry.name for entry in chosen},
+        "controls": [entry.name for entry in chosen if entry.name in CONTROLS and not entry.matched],
     }
+    nothing = show.why_nothing_compares(samples, config.rollouts) if teacher is None else None
     if nothing is not None:
         claim()
         return about | {"nothing": nothing, "methods": [], "examples": [], "seconds": time.monotonic() - start}
-    advantages = [assign_all(found, sampled, config, plain, taught) for sampled in samples]
+    cell = Cell(
+        config=config,
+        world=world,
+        teacher=teacher,
+        samples=samples,
+        entries=chosen,
+        advantages=[assign_all(chosen, sampled, config, plain, taught) for sampled in samples],
+        plan=plan_memory(config, samples, len(chosen), len(target_names(teacher))),
+    )
     claim()
-    with bar(f"bench {task} {stage}", _units_of_work(world, found, config)) as advance:
-        target, measured, steps = _measured(world, samples, found, advantages, config, folder, advance, teacher)
-    return about | {
-        "methods": _methods(samples, found, advantages, target, measured, steps, config),
-        **({} if teacher is None else {"teacher": described(teacher, world, config, target.objectives)}),
-        "concentration_of_exact": _exact_concentration(samples, target, config),
-        "examples": show.examples(world, samples[0], found, advantages[0]),
-        "seconds": time.monotonic() - start,
-    }
+    with bar(f"bench {task} {stage}", cell.work) as advance:
+        target = exact_target(world, config, advance, teacher)
+        measured = _measure_parts(cell, target, folder, advance)
+    return about | _results(cell, target, measured) | {"seconds": time.monotonic() - start}
 
 
 def _check_names(config: BenchConfig) -> None:
     """Refuse unknown methods before a model is loaded. The baseline may be missing among them, but it must exist."""
-    found, left_out = entries(config.pipelines, controls=config.controls, collectors={})
-    if config.baseline not in {entry.name for entry in found} | left_out.keys():
+    chosen, left_out = entries(config.pipelines, controls=config.controls, collectors={})
+    if config.baseline not in {entry.name for entry in chosen} | left_out.keys():
         Pipeline.parse(config.baseline)
 
 
-def _units_of_work(world: World, found: Sequence[Entry], config: BenchConfig) -> int:
-    """Prompts whose gradients are computed: once for the exact target, and once per batch and part."""
-    parts = math.ceil(len(found) / pipelines_at_once(world, config))
-    return len(world.prompts) * (1 + parts * config.replicates)
-
-
 def assign_all(
-    found: Sequence[Entry],
+    chosen: Sequence[Entry],
     sampled: Sampled,
     config: BenchConfig,
     collectors: Mapping[str, FieldCollector],
@@ -116,59 +130,36 @@ def assign_all(
     Pipelines that a teacher teaches have their fields from `taught` first: their reference is the student as it is,
     that of the others the model with the adapter off.
     """
-    plain = _filled([entry for entry in found if not _is_taught(entry)], sampled, collectors)
-    with_teacher = _filled([entry for entry in found if _is_taught(entry)], sampled, {**collectors, **taught})
+    plain = _filled([entry for entry in chosen if not entry.is_taught], sampled, collectors)
+    with_teacher = _filled([entry for entry in chosen if entry.is_taught], sampled, {**collectors, **taught})
     return [
         assign_credit(
             entry.pipeline,
-            with_teacher if _is_taught(entry) else plain,
+            with_teacher if entry.is_taught else plain,
             generator=generator("bench draw", config.seed, sampled.replicate, entry.name),
         )
-        for entry in found
+        for entry in chosen
     ]
 
 
-def _is_taught(entry: Entry) -> bool:
-    return "teacher_logprobs" in entry.pipeline.requires
+def _filled(chosen: Sequence[Entry], sampled: Sampled, collectors: Mapping[str, FieldCollector]) -> TokenBatch:
+    return fill(sampled, frozenset().union(*(entry.pipeline.requires for entry in chosen)), collectors)
 
 
-def _filled(found: Sequence[Entry], sampled: Sampled, collectors: Mapping[str, FieldCollector]) -> TokenBatch:
-    return fill(sampled, frozenset().union(*(entry.pipeline.requires for entry in found)), collectors)
-
-
-def _measured(
-    world: World,
-    samples: Sequence[Sampled],
-    found: Sequence[Entry],
-    advantages: Advantages,
-    config: BenchConfig,
-    folder: Path,
-    advance: Any,
-    teacher: BenchTeacher | None,
-) -> tuple[Target, Measured, dict[str, Float[np.ndarray, " probe"]]]:
-    """The exact target and the parts of all pipelines, put together; the steps are V before, and after the best."""
-    target = exact_target(world, config, advance, teacher)
-    at_once = pipelines_at_once(world, config)
+def _measure_parts(cell: Cell, target: Target, folder: Path, advance: Advance) -> Measured:
+    """What is kept of all pipelines, part by part."""
     parts = []
-    for first in range(0, len(found), at_once):
-        chunk = found[first : first + at_once]
-        path = folder / f"part-{first:03d}.safetensors"
-        names = json.dumps([[entry.name, entry.matched] for entry in chunk])
-        part = _load_part(path, names)
-        if part is not None:
-            advance(len(samples) * len(world.prompts))
+    for part in cell.parts:
+        path = folder / f"part-{part.start:03d}.safetensors"
+        names = json.dumps([[entry.name, entry.matched] for entry in cell.entries[part]])
+        measured = _load_part(path, names)
+        if measured is None:
+            measured = measure(cell.samples, [item[part] for item in cell.advantages], target, cell.plan, advance)
+            _save_part(path, names, measured)
         else:
-            given = [item[first : first + at_once] for item in advantages]
-            part = measure(world, samples, given, target, advance)
-            _save_part(path, names, part)
-        parts.append(part)
-    best = target.total[0]
-    steps = {
-        "before": target.success_after(torch.zeros_like(best)),
-        "best": target.success_after(best * (target.step / max(float(best.norm()), 1e-12))),
-    }
-    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS}
-    return target, Measured(**joined), steps
+            advance(len(cell.samples) * len(cell.world.prompts))
+        parts.append(measured)
+    return Measured(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in FIELDS})
 
 
 def _load_part(path: Path, names: str) -> Measured | None:
@@ -189,29 +180,41 @@ def _save_part(path: Path, names: str, part: Measured) -> None:
     write_bytes(path, save({name: np.ascontiguousarray(getattr(part, name)) for name in FIELDS}))
 
 
+def _results(cell: Cell, target: Target, measured: Measured) -> dict[str, Any]:
+    """The figures of every pipeline, and what the page shows beside them."""
+    resampling = figures.Resampling.of(cell.config, target.units)
+    exact = [exact_advantage(sampled.batch) for sampled in cell.samples]
+    about_teacher = {}
+    if cell.teacher is not None:
+        about_teacher = {"teacher": describe_teacher(cell.teacher, cell.world, cell.config, target.objectives)}
+    return {
+        "methods": _methods(cell, target, measured, exact, resampling),
+        **about_teacher,
+        "concentration_of_exact": figures.as_json(figures.concentration_figures(cell.samples, exact, resampling)),
+        "examples": show.examples(cell.world, cell.samples[0], cell.entries, cell.advantages[0]),
+    }
+
+
 def _methods(
-    samples: Sequence[Sampled],
-    found: Sequence[Entry],
-    advantages: Advantages,
+    cell: Cell,
     target: Target,
     measured: Measured,
-    steps: Mapping[str, Float[np.ndarray, " probe"]],
-    config: BenchConfig,
+    exact: Sequence[Float[Tensor, "batch response"]],
+    resampling: figures.Resampling,
 ) -> list[dict[str, Any]]:
-    weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
-    exact = [exact_advantage(sampled.batch) for sampled in samples]
-    base = next((row for row, entry in enumerate(found) if entry.name == config.baseline), None)
-    baseline = None if base is None else figures.products_of(measured, base, target, weights)
+    names = [entry.name for entry in cell.entries]
+    baseline = None
+    if cell.config.baseline in names:
+        baseline = figures.products_of(measured, names.index(cell.config.baseline), target, resampling)
+    best = target.total[0]
+    before = target.success_after(torch.zeros_like(best))
+    possible = target.success_after(best * (target.step / max(float(best.norm()), 1e-12)))
     rows = []
-    for row, entry in enumerate(found):
-        products = figures.products_of(measured, row, target, weights)
-        estimates = figures.gradient_figures(products, baseline, config.level)
-        estimates |= figures.token_figures(
-            samples, [item[row] for item in advantages], exact, target.units, weights, config.level
-        )
-        estimates["progress"] = figures.progress_figure(
-            measured.after[row], steps["before"], steps["best"], target.units, weights, config.level
-        )
+    for row, entry in enumerate(cell.entries):
+        products = figures.products_of(measured, row, target, resampling)
+        estimates = figures.gradient_figures(products, baseline, resampling.level)
+        estimates |= figures.token_figures(cell.samples, [item[row] for item in cell.advantages], exact, resampling)
+        estimates["progress"] = figures.progress_figure(measured.after[row], before, possible, resampling)
         rows.append(
             {
                 "name": entry.name,
@@ -221,9 +224,3 @@ def _methods(
             }
         )
     return rows
-
-
-def _exact_concentration(samples: Sequence[Sampled], target: Target, config: BenchConfig) -> dict[str, Any]:
-    weights = resample_weights(target.sketches.shape[1], config.resamples, "bench", config.seed)
-    exact = [exact_advantage(sampled.batch) for sampled in samples]
-    return figures.as_json(figures.concentration_figures(samples, exact, target.units, weights, config.level))

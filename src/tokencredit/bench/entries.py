@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokencredit.batch.records import COLLECTORS, TokenBatch
 from tokencredit.bench import signals
-from tokencredit.bench.problem import Sampled
+from tokencredit.bench.sampling import Sampled
 from tokencredit.errors import TokenCreditError
 from tokencredit.methods.table import CONTROLS, presets
 from tokencredit.pipeline.labels import label_of
@@ -39,6 +39,11 @@ class Entry:
     pipeline: Pipeline
     matched: bool
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether the pipeline reads a teacher."""
+        return "teacher_logprobs" in self.pipeline.requires
+
 
 def entries(
     credits: Sequence[Any], *, controls: bool, collectors: Mapping[str, FieldCollector]
@@ -58,7 +63,7 @@ def entries(
         added = {name: steps for name, steps in CONTROLS.items() if name not in chosen}
         chosen |= {name: replace(Pipeline.of(*steps), name=name) for name, steps in added.items()}
     able = CARRIED | collectors.keys()
-    found: list[Entry] = []
+    able_to_run: list[Entry] = []
     left_out: dict[str, str] = {}
     for name, pipeline in chosen.items():
         missing = sorted(pipeline.requires - able)
@@ -66,14 +71,13 @@ def entries(
             source = COLLECTORS.get(missing[0], "a collector of your own")
             left_out[name] = f"needs `{missing[0]}`, which no collector of the benchmark fills ({source})"
             continue
-        found.append(Entry(name=name, pipeline=pipeline, matched=False))
+        able_to_run.append(Entry(name=name, pipeline=pipeline, matched=False))
         if any(len(chain.active) > 1 for chain in pipeline.chains):
-            found.append(Entry(name=name, pipeline=pipeline.then("match_mass"), matched=True))
-    return found, left_out
+            able_to_run.append(Entry(name=name, pipeline=pipeline.then("match_mass"), matched=True))
+    return able_to_run, left_out
 
 
 def fill(sampled: Sampled, names: frozenset[str], collectors: Mapping[str, FieldCollector]) -> TokenBatch:
     """The batch with the fields that `names` ask for."""
-    wanted: list[str] = sorted((names - CARRIED) & collectors.keys())
-    found: dict[str, Any] = {name: collectors[name](sampled) for name in wanted}
-    return replace(sampled.batch, **found)
+    fields: dict[str, Any] = {name: collectors[name](sampled) for name in sorted((names - CARRIED) & collectors.keys())}
+    return replace(sampled.batch, **fields)

@@ -9,11 +9,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.measure import Measured, Target
-from tokencredit.bench.problem import Sampled
+from tokencredit.bench.sampling import Sampled
 from tokencredit.diagnostics import fidelity, gradients
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini
-from tokencredit.diagnostics.stats import Estimate, bootstrap, estimate, ratio_of_sums
+from tokencredit.diagnostics.stats import Estimate, Statistic, bootstrap, estimate, ratio_of_sums, resample_weights
+
+
+class Resampling(NamedTuple):
+    """The bootstrap over prompts: the unit of each prompt, the draws of the units, and the level of the intervals."""
+
+    units: Int[np.ndarray, " prompt"]
+    weights: Float[np.ndarray, "resample unit"]
+    level: float
+
+    @classmethod
+    def of(cls, config: BenchConfig, units: Int[np.ndarray, " prompt"]) -> "Resampling":
+        """The draws that a config asks for, the same for all methods."""
+        weights = resample_weights(int(units.max()) + 1, config.resamples, "bench", config.seed)
+        return cls(units, weights, config.level)
+
+    def estimate(self, statistic: Statistic) -> Estimate:
+        """A statistic with its interval."""
+        return bootstrap(statistic, self.weights, self.level)
+
+    def ratio(
+        self,
+        prompts: Int[np.ndarray, " item"],
+        numerators: Float[np.ndarray, " item"],
+        denominators: Float[np.ndarray, " item"],
+    ) -> Estimate:
+        """A ratio of sums over items that belong to prompts, with its interval."""
+        sums = (
+            np.bincount(self.units[prompts], weights=values, minlength=self.weights.shape[1])
+            for values in (numerators, denominators)
+        )
+        return self.estimate(ratio_of_sums(*sums))
 
 
 class Resampled(NamedTuple):
@@ -55,27 +87,27 @@ GRADIENT_FIGURES = {
 }
 
 
-def gradient_figures(found: Sequence[Resampled], baseline: Sequence[Resampled] | None, level: float) -> Estimates:
+def gradient_figures(products: Sequence[Resampled], baseline: Sequence[Resampled] | None, level: float) -> Estimates:
     """Figures of one pipeline from its products with each target; `baseline` are those of another."""
-    success, standardized, *teacher = found
+    success, standardized, *teacher = products
     limits = dict.fromkeys(("direction", "average_direction"), 1.0)
     estimates = {
-        name: _moved(figure, success, level, limits.get(name, math.inf)) for name, figure in GRADIENT_FIGURES.items()
+        name: _shifted(figure, success, level, limits.get(name, math.inf)) for name, figure in GRADIENT_FIGURES.items()
     }
-    estimates["direction_standardized"] = _moved(gradients.direction, standardized, level, 1.0)
+    estimates["direction_standardized"] = _shifted(gradients.direction, standardized, level, 1.0)
     if baseline is not None:
-        estimates["direction_over_baseline"] = _over(success, baseline[0], level)
+        estimates["direction_over_baseline"] = _difference(success, baseline[0], level)
     if teacher:
         states, sequence = teacher
-        estimates["teacher_direction"] = _moved(gradients.direction, states, level, 1.0)
-        estimates["teacher_expected"] = _moved(gradients.expected_direction, states, level)
-        estimates["teacher_sequence"] = _moved(gradients.direction, sequence, level, 1.0)
+        estimates["teacher_direction"] = _shifted(gradients.direction, states, level, 1.0)
+        estimates["teacher_expected"] = _shifted(gradients.expected_direction, states, level)
+        estimates["teacher_sequence"] = _shifted(gradients.direction, sequence, level, 1.0)
         if baseline is not None:
-            estimates["teacher_over_baseline"] = _over(states, baseline[2], level)
+            estimates["teacher_over_baseline"] = _difference(states, baseline[2], level)
     return estimates
 
 
-def _over(own: Resampled, other: Resampled, level: float) -> Estimate:
+def _difference(own: Resampled, other: Resampled, level: float) -> Estimate:
     """Difference of two directions, paired by prompt."""
     whole, approximate, draws = (
         gradients.direction(ours) - gradients.direction(theirs) for ours, theirs in zip(own, other, strict=True)
@@ -83,14 +115,14 @@ def _over(own: Resampled, other: Resampled, level: float) -> Estimate:
     return _around(whole, approximate, draws, level, 2.0)
 
 
-def _moved(
+def _shifted(
     figure: Callable[[gradients.Products], Float[np.ndarray, " resample"]],
-    found: Resampled,
+    products: Resampled,
     level: float,
     limit: float = math.inf,
 ) -> Estimate:
     """The exact value, and the interval from the sketched units, moved to where the value is."""
-    whole, approximate, draws = (figure(item) for item in found)
+    whole, approximate, draws = (figure(item) for item in products)
     return _around(whole, approximate, draws, level, limit)
 
 
@@ -110,64 +142,49 @@ def token_figures(
     samples: Sequence[Sampled],
     advantages: Sequence[Float[Tensor, "batch response"]],
     exact: Sequence[Float[Tensor, "batch response"]],
-    units: Int[np.ndarray, " prompt"],
-    weights: Float[np.ndarray, "resample unit"],
-    level: float,
+    resampling: Resampling,
 ) -> dict[str, Estimate]:
     """Fidelity and concentration of one pipeline over the tokens of all replicate batches."""
-    pairs = list(zip(samples, advantages, strict=True))
-    credit = np.concatenate([item[sampled.batch.response_mask].double().numpy() for sampled, item in pairs])
-    truth = np.concatenate([item[s.batch.response_mask].numpy() for s, item in zip(samples, exact, strict=True)])
-    token_units = np.concatenate([units[_owners_of_tokens(sampled)] for sampled in samples])
-    sums = fidelity.fidelity_sums(credit, truth, token_units)
+    masks = [sampled.batch.response_mask for sampled in samples]
+    credit = np.concatenate([item[mask].double().numpy() for item, mask in zip(advantages, masks, strict=True)])
+    truth = np.concatenate([item[mask].numpy() for item, mask in zip(exact, masks, strict=True)])
+    prompts = np.concatenate([_prompts_of_tokens(sampled) for sampled in samples])
+    sums = fidelity.fidelity_sums(credit, truth, resampling.units[prompts])
     return {
-        "rank_correlation": bootstrap(fidelity.rank_correlation(sums), weights, level),
-        "sign_agreement": bootstrap(fidelity.sign_agreement(sums), weights, level),
-        "captured": bootstrap(fidelity.captured_share(sums), weights, level),
-        **concentration_figures(samples, advantages, units, weights, level),
+        "rank_correlation": resampling.estimate(fidelity.rank_correlation(sums)),
+        "sign_agreement": resampling.estimate(fidelity.sign_agreement(sums)),
+        "captured": resampling.estimate(fidelity.captured_share(sums)),
+        **concentration_figures(samples, advantages, resampling),
     }
 
 
 def concentration_figures(
-    samples: Sequence[Sampled],
-    advantages: Sequence[Float[Tensor, "batch response"]],
-    units: Int[np.ndarray, " prompt"],
-    weights: Float[np.ndarray, "resample unit"],
-    level: float,
+    samples: Sequence[Sampled], advantages: Sequence[Float[Tensor, "batch response"]], resampling: Resampling
 ) -> dict[str, Estimate]:
     """Mean Gini coefficient and effective-token ratio over the responses that have any credit."""
-    found = {}
-    for name, measure in (("gini", gini), ("effective_tokens", effective_token_ratio)):
+    prompts = torch.cat([sampled.batch.group_ids for sampled in samples]).numpy()
+    estimates = {}
+    for name, concentration in (("gini", gini), ("effective_tokens", effective_token_ratio)):
         pairs = zip(samples, advantages, strict=True)
-        values = torch.cat([measure(item, sampled.batch.response_mask) for sampled, item in pairs]).numpy()
-        owners = units[torch.cat([sampled.batch.group_ids for sampled in samples]).numpy()]
-        defined, count = np.isfinite(values), int(units.max()) + 1
-        total = np.bincount(owners[defined], weights=values[defined], minlength=count)
-        number = np.bincount(owners[defined], minlength=count).astype(np.float64)
-        found[name] = bootstrap(ratio_of_sums(total, number), weights, level)
-    return found
+        values = torch.cat([concentration(item, sampled.batch.response_mask) for sampled, item in pairs]).numpy()
+        defined = np.isfinite(values)
+        estimates[name] = resampling.ratio(prompts[defined], values[defined], np.ones(int(defined.sum())))
+    return estimates
 
 
 def progress_figure(
     after: Float[np.ndarray, " probe"],
     before: Float[np.ndarray, " probe"],
-    best: Float[np.ndarray, " probe"],
-    units: Int[np.ndarray, " prompt"],
-    weights: Float[np.ndarray, "resample unit"],
-    level: float,
+    possible: Float[np.ndarray, " probe"],
+    resampling: Resampling,
 ) -> Estimate:
     """ΔV of a step as a share of that of the exact gradient's step, over the probe prompts."""
-    owners, count = units[: len(before)], weights.shape[1]
-    gained = np.bincount(owners, weights=after - before, minlength=count)
-    possible = np.bincount(owners, weights=best - before, minlength=count)
-    return bootstrap(ratio_of_sums(gained, possible), weights, level)
+    return resampling.ratio(np.arange(len(before)), after - before, possible - before)
 
 
-def products_of(
-    measured: Measured, row: int, target: Target, weights: Float[np.ndarray, "resample unit"]
-) -> list[Resampled]:
+def products_of(measured: Measured, row: int, target: Target, resampling: Resampling) -> list[Resampled]:
     """The products of one pipeline with each target."""
-    grams, squares = target.grams, target.squares
+    grams, squares, weights = target.grams, target.squares, resampling.weights
     once = np.ones((1, weights.shape[1]))
     own_total = measured.own_total[row][None]
     return [
@@ -187,6 +204,6 @@ def as_json(figures: Mapping[str, Estimate]) -> dict[str, list[float | None]]:
     }
 
 
-def _owners_of_tokens(sampled: Sampled) -> Int[np.ndarray, " token"]:
+def _prompts_of_tokens(sampled: Sampled) -> Int[np.ndarray, " token"]:
     mask = sampled.batch.response_mask
     return sampled.batch.group_ids[:, None].expand(mask.shape)[mask].numpy()

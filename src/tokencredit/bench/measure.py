@@ -1,11 +1,11 @@
 """Gradients of the pipelines: sums over the batch exactly, units by random projection, and the success after a step."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.problem import Sampled, World
+from tokencredit.bench.memory import AHEAD, Plan
+from tokencredit.bench.problem import World
+from tokencredit.bench.sampling import Sampled
 from tokencredit.bench.teacher import BenchTeacher, objective_of
 from tokencredit.collect.exact.gradient import (
     advantage_weights,
@@ -27,8 +29,6 @@ from tokencredit.collect.exact.score import trie_scorer
 from tokencredit.collect.exact.trie import build_trie
 from tokencredit.collect.teacher.objective import TeacherObjective
 from tokencredit.seeds import generator
-
-AHEAD = 2  # prompts whose gradients are computed at a time
 
 # ∇ Σ V(x), and Σ ∇V(x) / √(V(x)(1 − V(x))), which GRPO aims at.
 TARGETS = ("success", "standardized")
@@ -76,16 +76,6 @@ def unit_of_prompts(prompts: int, blocks: int) -> Int[np.ndarray, " prompt"]:
     return np.arange(prompts) * min(blocks, prompts) // prompts
 
 
-def pipelines_at_once(world: World, config: BenchConfig) -> int:
-    """How many pipelines fit in the memory that the config allows."""
-    parameters = trainable(world.model)
-    size = sum(item.numel() for item in parameters)
-    units = min(config.blocks, config.prompts)
-    # For each: its sums, a basis vector's gradient and as much for the backward that finds it, and sketches.
-    floats = size * (config.replicates + 2) + config.replicates * units * min(config.sketch, size)
-    return max(1, config.memory_mib * 2**20 // (floats * parameters[0].element_size()))
-
-
 def sketched(
     parts: Sequence[Float[Tensor, "row _"]], signs: Float[Tensor, " parameter"], size: int
 ) -> Float[Tensor, "row sketch"]:
@@ -97,18 +87,18 @@ def sketched(
     """
     if len(signs) <= size:
         return torch.cat(list(parts), dim=1)
-    found = parts[0].new_zeros(len(parts[0]), size)
+    sketch = parts[0].new_zeros(len(parts[0]), size)
     at = 0
     for part in parts:
         signed = part * signs[at : at + part.shape[1]]
         for first, behind in _folds(at, part.shape[1], size):
             place, piece = (at + first) % size, signed[:, first:behind]
             if piece.shape[1] > size:  # whole rounds
-                found += piece.unflatten(1, (-1, size)).sum(1)
+                sketch += piece.unflatten(1, (-1, size)).sum(1)
             else:
-                found[:, place : place + piece.shape[1]] += piece
+                sketch[:, place : place + piece.shape[1]] += piece
         at += part.shape[1]
-    return found
+    return sketch
 
 
 def _folds(start: int, length: int, size: int) -> list[tuple[int, int]]:
@@ -119,6 +109,11 @@ def _folds(start: int, length: int, size: int) -> list[tuple[int, int]]:
     return [(first, behind) for first, behind in pairwise(cuts) if behind > first]
 
 
+def target_names(teacher: BenchTeacher | None) -> tuple[str, ...]:
+    """The exact gradients that methods are compared with."""
+    return TARGETS if teacher is None or teacher.states is None else TARGETS + TEACHER_TARGETS
+
+
 def exact_target(
     world: World, config: BenchConfig, advance: Callable[[], None], teacher: BenchTeacher | None = None
 ) -> Target:
@@ -127,15 +122,14 @@ def exact_target(
     like = trainable(world.model)[0]
     size = sum(item.numel() for item in trainable(world.model))
     signs = torch.randint(0, 2, (size,), generator=generator("sketch", config.seed)).to(like) * 2 - 1
-    taught = teacher is not None and teacher.states is not None
-    names = TARGETS + (TEACHER_TARGETS if taught else ())
+    names = target_names(teacher)
     total = like.new_zeros(len(names), size)
     sketches = like.new_zeros(len(names), int(units.max()) + 1, min(config.sketch, size))
     weights = exact_weights(world.credit.trie, world.credit.nodes)
     objectives: list[TeacherObjective] = []
     for prompt in range(len(world.prompts)):
         rows = _success_rows(world, weights, prompt)
-        if taught and teacher is not None:
+        if teacher is not None and teacher.states is not None:
             objective = objective_of(teacher, world, prompt)
             rows = torch.cat((rows, -objective.gradients.to(rows)))
             objectives.append(objective._replace(gradients=rows[:0]))
@@ -151,7 +145,7 @@ def exact_target(
         step=config.gain * len(world.prompts) / max(float(total[0].norm()), 1e-12),
         success_after=_probe(world, config),
         grams=np.stack([_inner(item, item) for item in sketches]),
-        squares=total.double().square().sum(1).numpy(),
+        squares=total.double().square().sum(1).cpu().numpy(),
         names=names,
         objectives=objectives,
     )
@@ -164,10 +158,10 @@ def _success_rows(world: World, weights: Float[Tensor, " node"], prompt: int) ->
     if not len(span):
         return like[0].new_zeros(len(TARGETS), sum(item.numel() for item in like))
     value = float(credit.prompt_values[prompt])
-    found = score_gradients(
+    gradient = score_gradients(
         world.model, world.prompts[prompt], credit.trie, prompt, weights[None, span.start : span.stop]
     )
-    return found.detach() * torch.tensor([[1.0], [max(value * (1.0 - value), 1e-12) ** -0.5]]).to(found)
+    return gradient.detach() * torch.tensor([[1.0], [max(value * (1.0 - value), 1e-12) ** -0.5]]).to(gradient)
 
 
 def _probe(world: World, config: BenchConfig) -> Callable[[Float[Tensor, " parameter"]], Float[np.ndarray, " probe"]]:
@@ -202,56 +196,76 @@ def _probe(world: World, config: BenchConfig) -> Callable[[Float[Tensor, " param
 
 
 def measure(
-    world: World,
     samples: Sequence[Sampled],
     advantages: Sequence[Sequence[Float[Tensor, "batch response"]]],
     target: Target,
+    plan: Plan,
     advance: Callable[[], None],
 ) -> Measured:
     """Inner products and steps of a few pipelines; `advantages[k][m]` is pipeline m on replicate k."""
-    replicates = len(samples)
     distinct, place = _distinct(advantages)
     advantages = [[item[m] for m in distinct] for item in advantages]
-    pipelines = len(distinct)
-    total = target.total.new_zeros(replicates, pipelines, target.total.shape[1])
-    sketches = target.sketches.new_zeros(pipelines, replicates, *target.sketches.shape[1:])
-    size = target.sketches.shape[2]
+    world = samples[0].world
+    total = target.total.new_zeros(len(samples), len(distinct), target.total.shape[1])
+    sketches = target.sketches.new_zeros(len(distinct), len(samples), *target.sketches.shape[1:])
 
-    def prompt_gradients(number: int) -> tuple[Tensor, list[Tensor], Tensor]:
-        k, prompt = divmod(number, len(world.prompts))
-        weights = advantage_weights(samples[k].trie, advantages[k], prompt)
-        coordinates, basis = span_of(weights)
-        coordinates = coordinates.to(total)
-        parts = basis_gradients(world.model, world.prompts[prompt], samples[k].trie, prompt, basis)
-        return coordinates, parts, coordinates @ sketched(parts, target.signs, size)
+    def differentiate(slice_: _Slice) -> tuple[_Slice, list[Tensor], Tensor]:
+        trie, prompt = samples[slice_.replicate].trie, slice_.prompt
+        parts = basis_gradients(world.model, world.prompts[prompt], trie, prompt, slice_.basis)
+        return slice_, parts, sketched(parts, target.signs, target.sketches.shape[2])
 
-    for number, (coordinates, parts, sketch) in enumerate(_ahead(prompt_gradients, replicates * len(world.prompts))):
-        k, prompt = divmod(number, len(world.prompts))
-        for columns, part in zip(total[k].split([item.shape[1] for item in parts], dim=1), parts, strict=True):
-            columns.addmm_(coordinates, part)
-        sketches[:, k, target.units[prompt]] += sketch
-        advance()
-    found = Measured(
+    for slice_, parts, sketch in _ahead(differentiate, _slices(samples, advantages, plan.vectors)):
+        coordinates = slice_.coordinates.to(total)
+        columns = total[slice_.replicate].split([part.shape[1] for part in parts], dim=1)
+        for column, part in zip(columns, parts, strict=True):
+            column.addmm_(coordinates, part)
+        sketches[:, slice_.replicate, target.units[slice_.prompt]] += coordinates @ sketch
+        if slice_.is_last:
+            advance()
+    measured = Measured(
         own=np.stack([[[_inner(a, b) for b in item] for a in item] for item in sketches]),
         cross=np.stack([[[_inner(a, e) for a in item] for e in target.sketches] for item in sketches]),
         own_total=np.stack([_inner(item, item) for item in total.unbind(1)]),
         cross_total=np.stack([_inner(target.total, item) for item in total.unbind(1)]),
         after=_after_steps(total[0], target),
     )
-    return Measured(**{item.name: getattr(found, item.name)[place] for item in fields(Measured)})
+    return Measured(**{item.name: getattr(measured, item.name)[place] for item in fields(Measured)})
 
 
-def _ahead(work: Callable[[int], Any], count: int) -> Iterator[Any]:
-    """work(0), work(1), … in order; the next one is computed while the caller adds up the last.
+class _Slice(NamedTuple):
+    """Vectors of node weights on one prompt; Σ `coordinates @ basis` over the slices are the pipelines' weights."""
+
+    replicate: int
+    prompt: int
+    coordinates: Float[Tensor, "pipeline rank"]
+    basis: Float[Tensor, "rank node"]
+    is_last: bool
+
+
+def _slices(
+    samples: Sequence[Sampled], advantages: Sequence[Sequence[Float[Tensor, "batch response"]]], vectors: int
+) -> Iterator[_Slice]:
+    """The work of `measure` in its order, at most so many vectors at a time."""
+    for replicate, (sampled, given) in enumerate(zip(samples, advantages, strict=True)):
+        for prompt in range(sampled.trie.prompts):
+            coordinates, basis = span_of(advantage_weights(sampled.trie, given, prompt))
+            last = max(len(basis) - 1, 0) // vectors
+            for number in range(last + 1):
+                rows = slice(number * vectors, (number + 1) * vectors)
+                yield _Slice(replicate, prompt, coordinates[:, rows], basis[rows], number == last)
+
+
+def _ahead(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Yield `work(item)` for all items in order; the next ones are computed while the caller adds up the last.
 
     Torch frees the interpreter while it computes. Sums are taken in order, so they do not depend on the timing.
     """
+    left = iter(items)
     with ThreadPoolExecutor(AHEAD, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)) as pool:
-        waiting = deque(pool.submit(work, number) for number in range(min(AHEAD, count)))
-        for number in range(count):
+        waiting = deque(pool.submit(work, item) for item in islice(left, AHEAD))
+        while waiting:
             result = waiting.popleft().result()
-            if number + AHEAD < count:
-                waiting.append(pool.submit(work, number + AHEAD))
+            waiting.extend(pool.submit(work, item) for item in islice(left, 1))
             yield result
 
 
@@ -278,4 +292,4 @@ def _after_steps(total: Float[Tensor, "pipeline parameter"], target: Target) -> 
 
 
 def _inner(a: Float[Tensor, "unit number"], b: Float[Tensor, "other number"]) -> Float[np.ndarray, "unit other"]:
-    return (a @ b.T).double().numpy()
+    return (a @ b.T).double().cpu().numpy()

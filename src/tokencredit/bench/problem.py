@@ -1,29 +1,28 @@
-"""A task, a model and sampled responses: what one cell of the benchmark measures."""
+"""A task and a model with the exact credit of its prompts: what one cell of the benchmark measures on."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
-from tokencredit.batch.records import TokenBatch
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.texts import encode_listed, encode_prompt
-from tokencredit.collect.exact.score import in_float64, score_trie
-from tokencredit.collect.exact.trie import Trie, build_trie
-from tokencredit.collect.exact.values import ExactCredit, PrefixCredit, exact_credit
+from tokencredit.collect.exact.score import in_float64
+from tokencredit.collect.exact.spellings import Accepted, encode_accepted
+from tokencredit.collect.exact.values import ExactCredit, exact_credit
+from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.plugins import load_attribute
-from tokencredit.seeds import generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class World:
-    """The prompts of a task and a model on them, with exact credit; `listed` are the accepted texts of each prompt."""
+    """The prompts of a task and a model on them, with exact credit; `listed` are the accepted texts of each prompt.
+
+    Ids, tries and values are on the CPU, whatever device the model is on.
+    """
 
     task: Any
     problems: Sequence[Any]
@@ -33,28 +32,18 @@ class World:
     credit: ExactCredit
     listed: list[frozenset[str]]
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
     def padded_prompts(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the prompts, padded on the left."""
+        """Ids and mask of the prompts, padded on the left, on the model's device."""
         width, pad = max(map(len, self.prompts)), self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in self.prompts])
-        return ids, torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in self.prompts])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sampled:
-    """One replicate batch: responses on the left of the row, groups complete, their trie, exact credit.
-
-    `respelled` marks responses that say a listed text in tokens that are not listed; they count as wrong, as they do in
-    the exact success. `world` lets a collector ask the model for more.
-    """
-
-    world: World
-    batch: TokenBatch
-    trie: Trie
-    prefixes: PrefixCredit
-    replicate: int
-    respelled: Bool[Tensor, " batch"]
+        mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in self.prompts])
+        return ids.to(self.device), mask.to(self.device)
 
 
 def load_task(name: str) -> Any:
@@ -63,33 +52,48 @@ def load_task(name: str) -> Any:
         from tokencredit.lab.tasks import get_task
 
         return get_task(name)
-    found = load_attribute(name, "the task")
-    task = found() if isinstance(found, type) or (not hasattr(found, "problems") and callable(found)) else found
-    for needed in ("problems", "verify", "accepted", "max_response"):
-        if not hasattr(task, needed):
+    named = load_attribute(name, "the task")
+    is_factory = isinstance(named, type) or (not hasattr(named, "problems") and callable(named))
+    task = named() if is_factory else named
+    for attribute in ("problems", "verify", "accepted", "max_response"):
+        if not hasattr(task, attribute):
             raise TokenCreditError(
-                f"the task {name!r} has no `{needed}`",
+                f"the task {name!r} has no `{attribute}`",
                 hint="a task has problems(split, count, seed), verify(problem, text), accepted(problem), max_response",
             )
     return task
+
+
+def load_device(name: str) -> torch.device:
+    """The device of a config.
+
+    Raises:
+      TokenCreditError: it is neither the CPU nor a CUDA device that torch sees.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TokenCreditError(f"unknown device {name!r}", hint="cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TokenCreditError(f"the benchmark runs on cpu and cuda devices, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise TokenCreditError(
+            f"there is no device {name!r}: torch sees {count} CUDA devices", hint="`tokencredit doctor` says why"
+        )
+    return device
 
 
 def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     """Problems, model and exact values of one cell; the stage of a given model is "given"."""
     from tokencredit.lab.data import load_tokenizer
 
-    task = load_task(task_name)
-    folder: str | Path
-    if config.model is not None:
-        folder = config.model
-    else:
-        from tokencredit.lab.model import warm_start
-
-        folder = warm_start(task_name, stage=stage)
+    task, device = load_task(task_name), load_device(config.device)
+    folder = _model_folder(config, task_name, stage)
     model, tokenizer = _load_policy(folder), load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise TokenCreditError(f"the tokenizer of {str(folder)!r} has no EOS token", hint="set its `eos_token`")
-    model = in_float64(model) if config.dtype == "float64" else model
+    model = (in_float64(model) if config.dtype == "float64" else model).to(device)
     problems = list(task.problems(config.split, config.prompts, config.seed))
     if not problems:
         raise TokenCreditError(f"the task {task_name!r} has no problem in the split {config.split!r}")
@@ -101,6 +105,14 @@ def load_world(config: BenchConfig, task_name: str, stage: str) -> World:
     return World(
         task=task, problems=problems, prompts=prompts, model=model, tokenizer=tokenizer, credit=credit, listed=listed
     )
+
+
+def _model_folder(config: BenchConfig, task_name: str, stage: str) -> str | Path:
+    if config.model is not None:
+        return config.model
+    from tokencredit.lab.model import warm_start
+
+    return warm_start(task_name, stage=stage)
 
 
 def _load_policy(folder: str | Path) -> Any:
@@ -120,124 +132,84 @@ def _load_policy(folder: str | Path) -> Any:
     return PeftModel.from_pretrained(load_model(base), str(folder), is_trainable=True).eval()
 
 
-def _check_lengths(accepted: Sequence[Sequence[Sequence[int]]], limit: int, tokenizer: Any) -> None:
-    for responses in accepted:
-        for ids in responses:
-            if len(ids) > limit:
-                raise TokenCreditError(
-                    f"accepted response {tokenizer.decode(ids)!r} has {len(ids)} tokens, EOS included, "
-                    f"and `max_response` is {limit}",
-                    hint="raise the task's `max_response`: a response that is cut off is never accepted",
-                )
+def encode_prompt(tokenizer: Any, prompt: Any, chat: bool | str) -> list[int]:
+    """Encode one prompt as training does, with at most one BOS at the start.
 
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      prompt: a text, or a list of chat messages, which go through the tokenizer's chat template.
+      chat: whether a text becomes a user turn of the chat template. "auto": where the tokenizer has a template and the
+        text holds none of its special tokens, so that a text with the template applied stays as it is.
 
-def draw(world: World, config: BenchConfig, replicate: int) -> Sampled:
-    """Sample one replicate batch, verify it, and look up its exact credit."""
-    ids, mask = sample_responses(world, config.rollouts, "bench", config.seed, replicate)
-    owners = torch.arange(len(world.prompts)).repeat_interleave(config.rollouts)
-    texts = [row[chosen].tolist() for row, chosen in zip(ids, mask, strict=True)]
-    pairs = list(zip(owners.tolist(), texts, strict=True))
-    respelled = torch.tensor([_is_respelled(world, owner, text) for owner, text in pairs])
-    verdicts = [verdict(world, world.problems[owner], text) for owner, text in pairs]
-    rewards = torch.where(respelled, 0.0, torch.tensor(verdicts, dtype=torch.float64))
-    groups = [texts[row : row + config.rollouts] for row in range(0, len(texts), config.rollouts)]
-    trie = build_trie(groups)
-    node_logprobs, node_entropies = score_trie(world.model, world.prompts, trie)
-    paths = torch.nn.functional.pad(trie.paths, (0, ids.shape[1] + 1 - trie.paths.shape[1]), value=-1)
-    logprobs = torch.where(mask, node_logprobs[paths[:, 1:].clamp_min(0)], 0.0)
-    entropies = torch.where(mask, node_entropies[paths[:, :-1].clamp_min(0)], 0.0)
-    world.credit.check_rewards(owners, ids, mask, rewards)
-    prefixes = world.credit.of_responses(owners, ids, mask)
-    batch = TokenBatch(
-        response_ids=ids,
-        response_mask=mask,
-        rewards=rewards,
-        group_ids=owners,
-        old_logprobs=logprobs,
-        current_logprobs=logprobs,
-        rollout_logprobs=logprobs,
-        entropies=entropies,
-        values=prefixes.values,
-        progress=0.0,
-        step=0,
-    )
-    return Sampled(world=world, batch=batch, trie=trie, prefixes=prefixes, replicate=replicate, respelled=respelled)
-
-
-def verdict(world: World, problem: Any, ids: list[int]) -> float:
-    """1 for a response that ended in EOS and that the verifier accepts."""
-    finished = len(ids) > 0 and ids[-1] == world.tokenizer.eos_token_id
-    return float(finished and bool(world.task.verify(problem, world.tokenizer.decode(ids[:-1]))))
-
-
-def _is_respelled(world: World, owner: int, ids: list[int]) -> bool:
-    """Whether a finished response says a listed text in other tokens than any that is listed."""
-    finished = len(ids) > 0 and ids[-1] == world.tokenizer.eos_token_id
-    if not finished or world.credit.trie.ends_at_leaf(owner, ids):
-        return False
-    return world.tokenizer.decode(ids[:-1]) in world.listed[owner]
-
-
-def sample_responses(world: World, each: int, *stream: str | int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of `each` responses to every prompt, at temperature 1; rows of a prompt are neighbours."""
-    from tokencredit.lab import sampler
-
-    prompt_ids, prompt_mask = world.padded_prompts()
-    if sampler.unsupported(world.model) is None:
-        drawn = sampler.sample(
-            world.model,
-            prompt_ids,
-            prompt_mask,
-            max_new_tokens=world.task.max_response,
-            eos_token_id=world.tokenizer.eos_token_id,
-            generator=generator(*stream),
-            num_return=each,
-        )
-        return drawn.ids, drawn.mask
-    return _generated(world, prompt_ids, prompt_mask, each, stream)
-
-
-def _generated(
-    world: World, prompt_ids: Tensor, prompt_mask: Tensor, each: int, stream: Sequence[str | int]
-) -> tuple[Tensor, Tensor]:
-    """The same through Hugging Face `generate`, which draws from a global generator: it is put back.
-
-    The model's own generation settings, such as a repetition penalty, would change the distribution and are set aside.
+    Raises:
+      TokenCreditError: the prompt is neither, is empty, cannot be encoded, or needs a chat template that is missing.
     """
-    from transformers import GenerationConfig
+    if not isinstance(prompt, str) and not _are_messages(prompt):
+        raise TokenCreditError(
+            f"a problem's `prompt` is a text or a list of messages with role and content, got {prompt!r}"
+        )
+    if isinstance(prompt, str) and (chat is True or (chat == "auto" and _takes_a_turn(tokenizer, prompt))):
+        prompt = [{"role": "user", "content": prompt}]
+    ids = prompt_ids(tokenizer, prompt)
+    bos = tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if not ids:
+        raise TokenCreditError(f"the prompt {prompt!r} has no tokens", hint="a prompt needs at least one token")
+    return ids
 
-    device, eos = world.model.device, world.tokenizer.eos_token_id
-    kept = world.model.generation_config
-    world.model.generation_config = GenerationConfig()
-    try:
-        with seeded(device, generator(*stream).initial_seed() % 2**63):
-            output = world.model.generate(
-                input_ids=prompt_ids.to(device),
-                attention_mask=prompt_mask.long().to(device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=world.task.max_response,
-                num_return_sequences=each,
-                eos_token_id=eos,
-                pad_token_id=eos,
+
+def _takes_a_turn(tokenizer: Any, prompt: str) -> bool:
+    """Whether there is a chat template that the text was not rendered with already."""
+    is_rendered = any(token and token in prompt for token in tokenizer.all_special_tokens)
+    return getattr(tokenizer, "chat_template", None) is not None and not is_rendered
+
+
+def _are_messages(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(turn, Mapping) and {"role", "content"} <= turn.keys() for turn in prompt)
+    )
+
+
+def encode_listed(tokenizer: Any, responses: Sequence[Any], limit: int | None = None) -> Accepted:
+    """Encode accepted responses as `encode_accepted` does: texts in all their spellings, token ids as they are.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer.
+      responses: texts without EOS, or lists of token ids with or without it.
+      limit: the most tokens of a response, EOS included.
+
+    Raises:
+      TokenCreditError: a response is neither, is listed twice, or cannot be encoded.
+    """
+    size = len(tokenizer)
+    for response in responses:
+        if not isinstance(response, str) and not _are_ids(response, size):
+            raise TokenCreditError(
+                f"an accepted response is a text or a list of token ids below {size}, got {response!r}"
             )
-    finally:
-        world.model.generation_config = kept
-    ids = output[:, prompt_ids.shape[1] :].cpu()
-    ended = (ids == eos).long().cumsum(1)
-    return ids, (ended == 0) | ((ids == eos) & (ended == 1))
+    try:
+        return encode_accepted(tokenizer, responses, max_tokens=limit)
+    except TokenCreditError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain `Exception`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TokenCreditError(f"an accepted response cannot be encoded: {reason}") from error
 
 
-@contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's global generators of the CPU and of `device`; both, and those of no other device, are put back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed every device of the machine
-        if devices:
-            state = torch.Generator(device=device)
-            state.manual_seed(seed)
-            torch.cuda.set_rng_state(state.get_state(), device)
-        yield
+def _are_ids(response: Any, size: int) -> bool:
+    return isinstance(response, Sequence) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < size for item in response
+    )
+
+
+def _check_lengths(accepted: Sequence[Sequence[Sequence[int]]], limit: int, tokenizer: Any) -> None:
+    for ids in (ids for responses in accepted for ids in responses):
+        if len(ids) > limit:
+            raise TokenCreditError(
+                f"accepted response {tokenizer.decode(ids)!r} has {len(ids)} tokens, EOS included, "
+                f"and `max_response` is {limit}",
+                hint="raise the task's `max_response`: a response that is cut off is never accepted",
+            )

@@ -9,11 +9,12 @@ from typing import Any
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.entries import FieldCollector
-from tokencredit.bench.problem import load_task
+from tokencredit.bench.problem import load_device, load_task
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.files import lock_folder, make_folder, read_json, write_text
 
 SCHEMA = 1
+FREE = "memory_mib"  # the key of a config that moves no figure
 
 
 def run_bench(
@@ -54,9 +55,10 @@ def _claim(folder: Path, config: BenchConfig, locked: ExitStack) -> None:
 
 
 def _check_names(config: BenchConfig) -> None:
-    """Tasks and stages of all cells, before the first one runs for minutes."""
+    """Device, tasks and stages of all cells, before the first one runs for minutes."""
     from tokencredit.lab.model import STAGES
 
+    load_device(config.device)
     for task in config.tasks:
         load_task(task)
     for stage in config.stages:
@@ -69,16 +71,16 @@ def _check_folder(folder: Path, config: BenchConfig) -> None:
     path = folder / "config.json"
     if not path.is_file():
         return
-    given = json.loads(json.dumps(config.to_mapping()))
-    kept = _read_mapping(path)
+    asked, kept = json.loads(json.dumps(config.to_mapping())), _read_mapping(path)
     if "chat" not in kept:  # written when prompts never went through a chat template; the lab's models have none
-        kept["chat"] = given["chat"] if kept.get("model") is None else False
-    if kept != given:
-        other = next(key for key in sorted(kept | given) if kept.get(key) != given.get(key))
-        raise TokenCreditError(
-            f"{str(folder)!r} holds a benchmark with {other} = {kept.get(other)!r}, asked for is {given.get(other)!r}",
-            hint="choose another `--out`, or delete the folder",
-        )
+        kept["chat"] = asked["chat"] if kept.get("model") is None else False
+    kept = BenchConfig().to_mapping() | kept
+    for key in sorted(kept | asked):
+        if key != FREE and kept.get(key) != asked.get(key):
+            raise TokenCreditError(
+                f"{str(folder)!r} holds a benchmark with {key} = {kept.get(key)!r}, asked for is {asked.get(key)!r}",
+                hint="choose another `--out`, or delete the folder",
+            )
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

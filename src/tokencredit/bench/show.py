@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.entries import Entry
-from tokencredit.bench.problem import Sampled, World
+from tokencredit.bench.problem import World
+from tokencredit.bench.sampling import Sampled
 from tokencredit.collect.token_texts import token_texts
 from tokencredit.diagnostics.capacity import information_bounds, quadrant_shares, token_shares
 from tokencredit.methods.exact import exact_advantage
@@ -80,7 +81,7 @@ def _states(sampled: Sampled) -> dict[str, list[float]]:
 
 
 def examples(
-    world: World, sampled: Sampled, found: Sequence[Entry], advantages: Sequence[Tensor]
+    world: World, sampled: Sampled, entries: Sequence[Entry], advantages: Sequence[Tensor]
 ) -> list[dict[str, Any]]:
     """Responses to the prompts with the most exact credit among those solved now and then: tokens and their credit."""
     batch, exact = sampled.batch, exact_advantage(sampled.batch)
@@ -104,7 +105,7 @@ def examples(
                     "exact": _rounded(exact[row][at]),
                     "methods": {
                         entry.name: _rounded(item[row][at])
-                        for entry, item in zip(found, advantages, strict=True)
+                        for entry, item in zip(entries, advantages, strict=True)
                         if not entry.matched
                     },
                 }

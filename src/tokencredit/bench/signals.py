@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.bench.problem import Sampled, World, sample_responses, seeded, verdict
+from tokencredit.bench.problem import World
+from tokencredit.bench.sampling import Sampled, sample_responses, seeded, verdict
 from tokencredit.collect.adapter_residual import adapter_residuals, doubling_ratio, reference_logprobs
 from tokencredit.collect.attention.answer import answer_importances, answer_mask
 from tokencredit.collect.attention.entropies import attention_entropies
@@ -26,16 +27,12 @@ Span = tuple[Tensor, Tensor, int, int]
 
 
 def span_of(world: World, response_ids: Tensor, response_mask: Tensor) -> Span:
-    """Prompts and responses as one sequence, its mask, and the lengths of the parts."""
+    """Prompts and responses as one sequence on the model's device, its mask, and the lengths of the parts."""
     ids, mask = world.padded_prompts()
     each = len(response_ids) // len(ids)
-    whole = torch.cat((ids.repeat_interleave(each, 0), response_ids), dim=1)
-    return (
-        whole,
-        torch.cat((mask.repeat_interleave(each, 0), response_mask), dim=1),
-        ids.shape[1],
-        response_ids.shape[1],
-    )
+    whole = torch.cat((ids.repeat_interleave(each, 0), response_ids.to(ids.device)), dim=1)
+    seen = torch.cat((mask.repeat_interleave(each, 0), response_mask.to(ids.device)), dim=1)
+    return whole, seen, ids.shape[1], response_ids.shape[1]
 
 
 def _span(sampled: Sampled) -> Span:
@@ -44,17 +41,17 @@ def _span(sampled: Sampled) -> Span:
 
 def entropies(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """Entropy of the attention at the middle layer, from one pass up to it."""
-    return attention_entropies(sampled.world.model, *_span(sampled))
+    return attention_entropies(sampled.world.model, *_span(sampled)).cpu()
 
 
 def distances(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """How far local heads look back."""
-    return _rhythms(sampled)[0]
+    return _rhythms(sampled)[0].cpu()
 
 
 def influences(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """How much later tokens look back at a token."""
-    return _rhythms(sampled)[1]
+    return _rhythms(sampled)[1].cpu()
 
 
 @lru_cache(maxsize=1)
@@ -64,13 +61,13 @@ def _rhythms(sampled: Sampled) -> tuple[Tensor, Tensor]:
 
 def importances(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """Attention that the last tokens of a response pay to those before, in the last layer."""
-    answer = answer_mask(sampled.batch.response_mask, None, None, TAIL)
-    return answer_importances(sampled.world.model, *_span(sampled), answer=answer)
+    answer = answer_mask(sampled.batch.response_mask, None, None, TAIL).to(sampled.world.device)
+    return answer_importances(sampled.world.model, *_span(sampled), answer=answer).cpu()
 
 
 def residuals(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """The adapter residual of the model's own adapter, or of a fresh one after one step (`adapted`)."""
-    return adapter_residuals(adapted(sampled.world), *_span(sampled))[0]
+    return adapter_residuals(adapted(sampled.world), *_span(sampled))[0].cpu()
 
 
 def doubling(sampled: Sampled) -> Float[Tensor, " batch"]:
@@ -87,10 +84,10 @@ def reference(sampled: Sampled) -> Float[Tensor, "batch response"]:
     """
     world = sampled.world
     if hasattr(world.model, "peft_config"):
-        return reference_logprobs(world.model, *_span(sampled))
+        return reference_logprobs(world.model, *_span(sampled)).cpu()
     from tokencredit.collect.logprobs import token_logprobs
 
-    return token_logprobs(adapted(world), *_span(sampled))[0]
+    return token_logprobs(adapted(world), *_span(sampled))[0].cpu()
 
 
 @lru_cache(maxsize=1)
@@ -104,7 +101,7 @@ def adapted(world: World) -> Any:
         return world.model
     from peft import LoraConfig, get_peft_model
 
-    with seeded(world.model.device, derive("bench adapter")):
+    with seeded(world.device, derive("bench adapter")):
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
         model = get_peft_model(copy.deepcopy(world.model), config).eval()
     parameters = [value for name, value in model.named_parameters() if "lora_B" in name]
@@ -127,6 +124,7 @@ def _objectives(world: World, model: Any) -> Iterator[Tensor]:
     groups = rewards.view(-1, EACH)
     advantages = (groups - groups.mean(1, keepdim=True)).flatten()
     whole, seen, prompt, response = span_of(world, ids, mask)
+    ids, mask = ids.to(whole.device), mask.to(whole.device)
     for rows in torch.arange(len(whole)).split(TILE):
         logits = model(input_ids=whole[rows], attention_mask=seen[rows]).logits[:, prompt - 1 : prompt - 1 + response]
         logprobs = torch.log_softmax(logits, -1).gather(2, ids[rows][..., None])[..., 0]

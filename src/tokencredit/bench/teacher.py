@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.entries import FieldCollector
-from tokencredit.bench.problem import Sampled, World, sample_responses
+from tokencredit.bench.problem import World
+from tokencredit.bench.sampling import Sampled, sample_responses
 from tokencredit.collect.exact.score import score_trie
 from tokencredit.collect.exact.trie import Trie, build_trie
 from tokencredit.collect.teacher.build import LocalTeacher, Teacher, build_teacher
@@ -70,31 +71,32 @@ def _row(world: World, problem: Any, number: int, config: BenchConfig) -> dict[s
     return {**answer, **held, **known, "prompt": problem.prompt}
 
 
-def teacher_collectors(found: BenchTeacher | None) -> dict[str, FieldCollector]:
+def teacher_collectors(bench_teacher: BenchTeacher | None) -> dict[str, FieldCollector]:
     """The batch fields that a teacher fills. The reference of ExOPD is the student as it is, before its first step."""
-    if found is None:
+    if bench_teacher is None:
         return {}
 
     def scores(sampled: Sampled, score: Callable[..., Any]) -> Any:
         owners = sampled.batch.group_ids.tolist()
-        rows: list[Row] = [found.rows[owner] for owner in owners]
-        if found.teacher.needs_attempts:
+        rows: list[Row] = [bench_teacher.rows[owner] for owner in owners]
+        if bench_teacher.teacher.needs_attempts:
             rows = [{**row, "attempt": text} for row, text in zip(rows, _attempts(sampled), strict=True)]
         world, batch = sampled.world, sampled.batch
         prompts = [world.prompts[owner] for owner in owners]
-        return score(prompts, batch.response_ids, batch.response_mask, rows, 1.0, policy=world.model)
+        ids, mask = (item.to(world.device) for item in (batch.response_ids, batch.response_mask))
+        return score(prompts, ids, mask, rows, 1.0, policy=world.model)
 
-    teacher = found.teacher
+    teacher = bench_teacher.teacher
     fields: dict[str, FieldCollector] = {"ref_logprobs": lambda sampled: sampled.batch.require("old_logprobs")}
     if not isinstance(teacher, LocalTeacher):
-        return fields | {"teacher_logprobs": lambda sampled: scores(sampled, teacher.score).double()}
+        return fields | {"teacher_logprobs": lambda sampled: scores(sampled, teacher.score).double().cpu()}
 
     @lru_cache(maxsize=1)
     def both(sampled: Sampled) -> tuple[Tensor, Tensor]:
         return scores(sampled, teacher.score_with_entropies)
 
-    fields["teacher_logprobs"] = lambda sampled: both(sampled)[0].double()
-    fields["teacher_entropies"] = lambda sampled: both(sampled)[1].double()
+    fields["teacher_logprobs"] = lambda sampled: both(sampled)[0].double().cpu()
+    fields["teacher_entropies"] = lambda sampled: both(sampled)[1].double().cpu()
     return fields
 
 
@@ -104,35 +106,41 @@ def _attempts(sampled: Sampled) -> list[str | None]:
     return better_attempts(texts, batch.group_ids.tolist(), batch.rewards.tolist())
 
 
-def objective_of(found: BenchTeacher, world: World, prompt: int) -> TeacherObjective:
+def objective_of(teacher: BenchTeacher, world: World, prompt: int) -> TeacherObjective:
     """The teacher's objective on one prompt, at the states that many samples of the student passed."""
-    assert found.states is not None and isinstance(found.teacher, LocalTeacher)
-    longest = (found.states.paths[found.states.owners == prompt][:, 1:] >= 0).any(0, keepdim=True)
-    with found.teacher.opened([world.prompts[prompt]], longest, [found.rows[prompt]], world.model) as (model, prompts):
-        return teacher_objective(world.model, world.prompts[prompt], model, prompts[0], found.states, prompt)
+    assert teacher.states is not None and isinstance(teacher.teacher, LocalTeacher)
+    longest = (teacher.states.paths[teacher.states.owners == prompt][:, 1:] >= 0).any(0, keepdim=True)
+    longest = longest.to(world.device)
+    with teacher.teacher.opened([world.prompts[prompt]], longest, [teacher.rows[prompt]], world.model) as (
+        model,
+        prompts,
+    ):
+        return teacher_objective(world.model, world.prompts[prompt], model, prompts[0], teacher.states, prompt)
 
 
-def described(found: BenchTeacher, world: World, config: BenchConfig, objectives: list[TeacherObjective]) -> dict:
+def describe_teacher(
+    teacher: BenchTeacher, world: World, config: BenchConfig, objectives: list[TeacherObjective]
+) -> dict:
     """What the results say of the teacher: exact success, distance, and the share of state visits that is listed."""
     assert config.teacher is not None
-    about: dict[str, Any] = {"section": dict(config.teacher), "success": teacher_success(found, world)}
+    about: dict[str, Any] = {"section": dict(config.teacher), "success": teacher_success(teacher, world)}
     if objectives:
         visits = sum(item.visits for item in objectives) / len(objectives)
         about |= {
             "divergence": sum(item.divergence for item in objectives) / len(objectives),
-            "covered": visits / max(found.length, 1e-12),
-            "states": sum(len(span) for span in found.states.spans) if found.states is not None else 0,
+            "covered": visits / max(teacher.length, 1e-12),
+            "states": sum(len(span) for span in teacher.states.spans) if teacher.states is not None else 0,
         }
     return about
 
 
-def teacher_success(found: BenchTeacher, world: World) -> float | None:
+def teacher_success(teacher: BenchTeacher, world: World) -> float | None:
     """Mean exact success of the teacher under its own prompt; None where it gives sampled tokens only."""
-    if found.states is None or not isinstance(found.teacher, LocalTeacher):
+    if teacher.states is None or not isinstance(teacher.teacher, LocalTeacher):
         return None
     trie = world.credit.trie
-    seen = torch.ones(len(world.prompts), 1, dtype=torch.bool)
-    with found.teacher.opened(world.prompts, seen, list(found.rows), world.model) as (model, prompts):
+    seen = torch.ones(len(world.prompts), 1, dtype=torch.bool, device=world.device)
+    with teacher.teacher.opened(world.prompts, seen, list(teacher.rows), world.model) as (model, prompts):
         logprobs = score_trie(model, prompts, trie).logprobs
     reached = trie.paths[:, 1:]
     whole = torch.where(reached >= 0, logprobs[reached.clamp_min(0)], 0.0).sum(1).exp()

@@ -7,33 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencredit import files
 from tokencredit.errors import TokenCreditError
-from tokencredit.files import parse_yaml
+from tokencredit.files import parse_yaml, read_yaml
 from tokencredit.progress import printable
 
 FLAGS = ("prompts", "rollouts", "replicates", "seed", "resamples", "threads")
-NARROW = ("direction", "direction_over_baseline", "expected_direction", "progress")
-COLUMNS = (
-    "direction",
-    "direction_over_baseline",
-    "expected_direction",
-    "signal_to_noise",
-    "progress",
-    "rank_correlation",
-    "captured",
-)
-TEACHER_NARROW = ("direction", "expected_direction", "teacher_direction", "teacher_sequence")
-TEACHER_COLUMNS = (
-    "direction",
-    "expected_direction",
-    "teacher_direction",
-    "teacher_over_baseline",
-    "teacher_expected",
-    "teacher_sequence",
-    "signal_to_noise",
-    "progress",
-)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -75,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
         help="a stage of the lab's model, a folder, or a YAML mapping such as '{kind: self, template: trace}'",
     )
     parser.add_argument("--dtype", choices=("float32", "float64"), help="precision of the model; default float32")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda or cuda:1")
     for name in FLAGS:
         parser.add_argument(f"--{name}", type=int, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="default: runs/bench")
@@ -111,18 +90,22 @@ def config_of(arguments: argparse.Namespace) -> Any:
     from tokencredit.lab.model import STAGES
     from tokencredit.lab.tasks import TASKS
 
-    given: dict[str, Any] = read_yaml(arguments.config) if arguments.config is not None else {}
+    given = {} if arguments.config is None else read_yaml(arguments.config, "config file")
+    if not isinstance(given, dict):
+        raise TokenCreditError(f"{arguments.config} must hold a mapping, got {type(given).__name__}")
     for item in arguments.overrides:
         _override(given, item)
-    credits = arguments.credit
-    flags: dict[str, Any] = {
-        "tasks": _expanded(arguments.task, TASKS),
-        "stages": _expanded(arguments.stage, STAGES),
-        "pipelines": None if credits is None else [inline_yaml(text, "--credit") for text in credits],
-        "teacher": None if arguments.teacher is None else teacher_section(arguments.teacher, STAGES),
-        **{name: getattr(arguments, name) for name in ("model", "dtype", "baseline", "controls", *FLAGS)},
-    }
-    return BenchConfig.from_mapping(given | {name: value for name, value in flags.items() if value is not None})
+    names = ("model", "dtype", "device", "baseline", "controls", *FLAGS)
+    flags = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.task is not None:
+        flags["tasks"] = _expand(arguments.task, TASKS)
+    if arguments.stage is not None:
+        flags["stages"] = _expand(arguments.stage, STAGES)
+    if arguments.credit is not None:
+        flags["pipelines"] = [inline_yaml(text, "--credit") for text in arguments.credit]
+    if arguments.teacher is not None:
+        flags["teacher"] = teacher_section(arguments.teacher, STAGES)
+    return BenchConfig.read(given | flags)
 
 
 def _override(given: dict[str, Any], item: str) -> None:
@@ -156,16 +139,8 @@ def teacher_section(text: str, stages: Mapping[str, Any]) -> dict[str, Any]:
     return section
 
 
-def _expanded(names: Sequence[str] | None, known: Mapping[str, Any]) -> list[str] | None:
-    return list(known) if names == ["all"] else None if names is None else list(names)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping."""
-    content = files.read_yaml(path, "config file")
-    if not isinstance(content, dict):
-        raise TokenCreditError(f"{path} must hold a mapping, got {type(content).__name__}")
-    return content
+def _expand(names: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    return list(known if names == ["all"] else names)
 
 
 def print_table(cell: Mapping[str, Any]) -> None:
@@ -174,76 +149,35 @@ def print_table(cell: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from tokencredit.report import bench_table
+
+    title = printable(bench_table.title(cell))
     if not cell["methods"]:
-        print(printable(title(cell)))
+        print(title)
         return
-    table = Table(title=Text(printable(title(cell))))
-    columns = TEACHER_NARROW if has_objective(cell) else NARROW
-    names = header(columns)
-    for number, name in enumerate(names):
+    table = Table(title=Text(title))
+    columns = bench_table.TEACHER_NARROW if bench_table.has_objective(cell) else bench_table.NARROW
+    for number, name in enumerate(bench_table.header(columns)):
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")  # no name is cut
-    for row in table_rows(cell, columns):
+    for row in bench_table.table_rows(cell, columns):
         table.add_row(*(Text(printable(value)) for value in row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def print_markdown(cell: Mapping[str, Any]) -> None:
     """The same table in markdown."""
-    columns = TEACHER_COLUMNS if has_objective(cell) else COLUMNS
-    names = header(columns)
-    rows = [names, ["---"] * len(names), *table_rows(cell, columns)]
-    print(f"\n### {printable(title(cell))}\n")
+    from tokencredit.report import bench_table
+
+    columns = bench_table.TEACHER_COLUMNS if bench_table.has_objective(cell) else bench_table.COLUMNS
+    names = bench_table.header(columns)
+    rows = [names, ["---"] * len(names), *bench_table.table_rows(cell, columns)]
+    print(f"\n### {printable(bench_table.title(cell))}\n")
     print("\n".join(f"| {' | '.join(printable(value).replace('|', chr(92) + '|') for value in row)} |" for row in rows))
 
 
 def print_notes(cell: Mapping[str, Any]) -> None:
-    """What the table does not say by itself: why it is empty, whose rows were added or left out, what a star means."""
-    from tokencredit.report.bench_page import notes
+    """What the table does not say by itself."""
+    from tokencredit.report.bench_table import notes
 
     for note in notes(cell):
         print(printable(note))
-
-
-def title(cell: Mapping[str, Any]) -> str:
-    """What the cell measured, in one line."""
-    from tokencredit.report.bench_page import success_text
-
-    sizes = cell["sizes"]
-    text = (
-        f"{cell['task']}, {cell['stage']}: {success_text(cell)}; "
-        f"{sizes['prompts']} prompts, {sizes['accepted']} accepted responses"
-    )
-    if not has_objective(cell):
-        return text
-    teacher = cell["teacher"]
-    return (
-        f"{text}; teacher's success {teacher['success']:.3f}, KL to it {teacher['divergence']:.3f} nats a response, "
-        f"{100 * teacher['covered']:.1f} % of the state visits listed"
-    )
-
-
-def has_objective(cell: Mapping[str, Any]) -> bool:
-    """Whether the methods were compared with the gradient of a teacher's objective."""
-    return "divergence" in cell.get("teacher", {})
-
-
-def header(columns: Sequence[str]) -> list[str]:
-    """Names of the columns."""
-    return ["method", *(name.replace("_", " ") for name in columns), "direction, mass matched"]
-
-
-def table_rows(cell: Mapping[str, Any], columns: Sequence[str]) -> list[list[str]]:
-    """One row a method, best direction first; its mass-matched twin gives the last column."""
-    from tokencredit.report.bench_page import figure_text
-
-    plain = [method for method in cell["methods"] if not method["matched"]]
-    matched = {method["name"]: method["figures"]["direction"] for method in cell["methods"] if method["matched"]}
-    ranked = sorted(plain, key=lambda method: -(method["figures"]["direction"][0] or 0.0))
-    return [
-        [
-            method["name"],
-            *(figure_text(method["figures"].get(name), name) for name in columns),
-            figure_text(matched[method["name"]]) if method["name"] in matched else "same",
-        ]
-        for method in ranked
-    ]

@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Handle the verb."""
-    from tokencredit.report.page import write_report
+    from tokencredit.report import write_report
     from tokencredit.runs.compare import compare_runs, plan_runs
     from tokencredit.runs.config.load import load_config
     from tokencredit.runs.stop import Stop

@@ -71,7 +71,7 @@ def _say_loading(what: str) -> None:
 
 def _train(arguments: argparse.Namespace, stop: Stop) -> int:
     _say_loading("torch, transformers and TRL")
-    from tokencredit.report.page import write_report
+    from tokencredit.report import write_report
     from tokencredit.runs.config.load import load_config
     from tokencredit.runs.folders import read_metrics
     from tokencredit.runs.train import plan_run, train_run

@@ -1,13 +1,14 @@
-"""Whether two methods rank the tokens of the same batch alike."""
+"""How alike two methods rank the tokens of the same batch."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, response_lengths
 from tokencredit.diagnostics.concentration import Mean, mean_over_responses
 
 
@@ -22,22 +23,15 @@ def spearman(
 
     NaN where a response has fewer than two tokens or either quantity is constant on it: uniform credit ranks nothing.
     """
-    n = response_lengths(mask).clamp_min(1)
-    x, y = average_ranks(first, mask), average_ranks(second, mask)
-    x, y = (torch.where(mask, r - (n + 1) / 2, 0.0) for r in (x, y))  # ranks 1 … n have the mean (n+1)/2
-    scale = (x.square().sum(1) * y.square().sum(1)).sqrt()
-    return torch.where(scale > 0, (x * y).sum(1) / torch.where(scale > 0, scale, 1.0), torch.nan)
+    from scipy.stats import rankdata
 
-
-def average_ranks(
-    x: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> Float[Tensor, "batch response"]:
-    """Rank 1 … n of each chosen token within its response, ties share their mean; 0 outside the mask. `x` is finite."""
-    ordered = torch.where(mask, x.detach().double(), torch.inf).sort(dim=1).values
-    values = chosen(x, mask)
-    below = torch.searchsorted(ordered, values)
-    through = torch.searchsorted(ordered, values, right=True)
-    return torch.where(mask, (below + through + 1).double() / 2, 0.0)
+    tables = [item.detach().double().cpu().numpy() for item in (first, second)]
+    correlations = []
+    for one, two, chosen in zip(*tables, mask.cpu().numpy(), strict=True):
+        x, y = (rankdata(values[chosen]) - (chosen.sum() + 1) / 2 for values in (one, two))  # mean rank (n + 1)/2
+        scale = np.sqrt((x @ x) * (y @ y))
+        correlations.append(x @ y / scale if scale > 0 else np.nan)
+    return torch.tensor(correlations, dtype=torch.float64)
 
 
 def agreement(
@@ -65,9 +59,7 @@ def agreement_table(
     scope: Literal["response", "batch"] = "response",
 ) -> dict[tuple[str, str], Mean]:
     """`agreement` of every pair of methods on one batch, each pair once."""
-    names = list(credits)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return {(a, b): agreement(credits[a], credits[b], mask, scope=scope) for a, b in pairs}
+    return {(a, b): agreement(credits[a], credits[b], mask, scope=scope) for a, b in combinations(credits, 2)}
 
 
 def top_overlap(

@@ -1,4 +1,4 @@
-"""How concentrated the credit of a response is: Gini coefficient, effective-token ratio, peak and edges.
+"""How concentrated the credit of a response is: Gini coefficient, effective-token ratio.
 
 Every function takes weights of any sign and positive scale (it reads their magnitude) and returns one number a
 response, NaN where it is not defined, so that each response has one vote in `mean_over_responses`.
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, positions, response_lengths, row_quantile
+from tokencredit.batch.masked import chosen, response_lengths
 
 
 class Mean(NamedTuple):
@@ -57,28 +57,6 @@ def effective_token_ratio(
     defined = square > 0
     n = response_lengths(mask)[:, 0]
     return torch.where(defined, w.sum(1).square() / torch.where(defined, n * square, 1.0), torch.nan)
-
-
-def peak_over_median(
-    weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> Float[Tensor, " batch"]:
-    """Largest weight over the median weight of each response; NaN where the median is 0."""
-    w = chosen(weights, mask).abs()
-    middle = row_quantile(w, mask, 0.5)[:, 0]
-    largest = w.amax(1) if w.shape[1] else torch.zeros_like(middle)
-    return torch.where(middle > 0, largest / torch.where(middle > 0, middle, 1.0), torch.nan)
-
-
-def edge_mass(
-    weights: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], edge: int = 5
-) -> Float[Tensor, "batch 2"]:
-    """Share of the weight on the first and on the last `edge` chosen tokens of each response; NaN where Σ w = 0."""
-    w = chosen(weights, mask).abs()
-    place = positions(mask)
-    first = torch.where(place < edge, w, 0.0).sum(1)
-    last = torch.where(place >= response_lengths(mask) - edge, w, 0.0).sum(1)
-    mass = w.sum(1, keepdim=True)
-    return torch.where(mass > 0, torch.stack((first, last), 1) / torch.where(mass > 0, mass, 1.0), torch.nan)
 
 
 def mean_over_responses(values: Float[Tensor, " batch"]) -> Mean:

@@ -1,6 +1,6 @@
-"""What distillation did with its credit: where the gap lies, what the weights were, what the router moved.
+"""What distillation did with its credit: where the gap is, what the weights were, what the router moved.
 
-Each summary is a ratio of sums, so that ranks and micro-batches add up; `teacher_sums` gives those that a trainer logs.
+Each number is a ratio of sums, so that ranks add up: `teacher_sums` of each, `teacher_numbers` of all.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, positions, response_lengths, row_quantile
 from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.position import profile_sums
-from tokencredit.methods.distillation.dasd import bonus_direction, scaled_gap, signed_gap
+from tokencredit.methods.distillation.dasd import bonus_direction
 from tokencredit.methods.distillation.discrepancy import discrepancy_weights, mass_multiplier
 from tokencredit.methods.distillation.log_ratio import teacher_gap
 from tokencredit.methods.outcome import correct_rows
@@ -21,23 +21,6 @@ from tokencredit.methods.outcome import correct_rows
 BINS = 10
 ARMS, SIGNS, VERDICTS = ("attract", "repel"), ("up", "down"), ("correct", "wrong")
 BONUSES = tuple(f"bonus_{arm}_{sign}_{verdict}" for arm in ARMS for sign in SIGNS for verdict in VERDICTS)
-
-
-def discrepancy_summary(batch: TokenBatch, *, gamma: float = 0.5) -> dict[str, float]:
-    """IW-OPD in numbers: weights, advantage mass, and how positional they are; empty where every gap is 0.
-
-    * `weight_mean`, `weight_min`, `weight_max`. * `mass_multiplier`: mean over responses of Σ w|A| / Σ |A|.
-    * `first_share`: share of Σ|A| in the first 30 % of the tokens.
-    * `half_mass`: share of the way at which half of Σ|A| is spent.
-    * `distance`: mean over responses of max_t |F_t − t/n|; 0 means that the weight is a function of position.
-    """
-    found = _discrepancy(batch.reducer.total(_discrepancy_sums(batch, gamma)).tolist())
-    weights = discrepancy_weights(batch, gamma=gamma)[batch.response_mask]
-    ends = weights.new_full((2,), -torch.inf)
-    if weights.numel():
-        ends = torch.stack((weights.amax(), -weights.amin()))
-    largest, least = batch.reducer.maximum(ends).tolist()
-    return found | {"weight_min": -least, "weight_max": largest} if found else {}
 
 
 def _discrepancy_sums(batch: TokenBatch, gamma: float) -> Float[Tensor, " 7"]:
@@ -66,31 +49,6 @@ def _discrepancy(sums: Sequence[float]) -> dict[str, float]:
         return {}
     names = ("mass_multiplier", "first_share", "half_mass", "distance")
     return {"weight_mean": weight / tokens} | {name: total / live for name, total in zip(names, rest, strict=True)}
-
-
-def router_summary(
-    batch: TokenBatch,
-    advantages: Float[Tensor, "batch response"],
-    *,
-    beta: float = 0.1,
-    rho: float = 0.2,
-    threshold: float = 0.0,
-) -> dict[str, float]:
-    """DASD in numbers, at the default options of `directed_self_distillation` but for β and ρ.
-
-    * `router_positive`, `router_negative`: Σ of the router's values of one sign, a token. `attracted`: share of tokens.
-    * `bonus_<arm>_<sign of δ>_<correct|wrong>`: Σ bonus a token, arms "attract" and "repel"; a response is correct if
-      its reward is greater than `threshold`.
-    * `bonus_rms`, `advantage_rms`, and `overruled`: share of tokens whose sign the bonus changes. `advantages` are the
-      verifier's. * `gap_mean` (≤ 0 up to noise under the policy's own samples), `gap_abs`, `entropy_p80`.
-    """
-    router = bonus_direction(batch, "router", rho=rho)
-    bonus = signed_gap(scaled_gap(teacher_gap(batch), batch, "mean_abs"), router, beta=beta)
-    found = _router(batch.reducer.total(_router_sums(batch, advantages, bonus, router, threshold)).tolist())
-    total, mass, count = (
-        batch.reducer.total(profile_sums(teacher_gap(batch), batch.response_mask, 1)).flatten().tolist()
-    )
-    return found | {"gap_mean": total / max(count, 1.0), "gap_abs": mass / max(count, 1.0)}
 
 
 def _router_sums(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from tokencredit.diagnostics.stats import Statistic, divided, ratio_of_sums
+from tokencredit.diagnostics.stats import Statistic, average_ranks, divided, ratio_of_sums
 
 TOP_SHARE = 0.2
 
@@ -72,13 +72,6 @@ def sign_agreement(sums: FidelitySums) -> Statistic:
 def captured_share(sums: FidelitySums) -> Statistic:
     """Share of Σ|A*| on the tokens with the largest |Â|; the share of those tokens (0.2) is what random credit gets."""
     return ratio_of_sums(sums.captured, sums.mass)
-
-
-def average_ranks(values: Float[np.ndarray, " token"]) -> Float[np.ndarray, " token"]:
-    """Ranks from 0 to 1, equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - 0.5 * (counts + 1))[inverse] / max(values.size, 1)
 
 
 def top_inclusion(size: Float[np.ndarray, " token"], share: float) -> Float[np.ndarray, " token"]:

@@ -31,42 +31,42 @@ def products(
     return Products(*(resampled_inner(gram, weights) for gram in (own, cross, target)))
 
 
-def direction(given: Products) -> Float[np.ndarray, " resample"]:
+def direction(inner: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of one batch's estimate with the target, averaged over the replicate batches.
 
     mean_k ⟨ĝ_k, e⟩ / (‖ĝ_k‖ ‖e‖)
     """
-    squares = np.diagonal(given.own, axis1=1, axis2=2)  # [resample, replicate]
-    return _cosine(given.cross, squares, np.broadcast_to(given.target[:, None], given.cross.shape)).mean(1)
+    squares = np.diagonal(inner.own, axis1=1, axis2=2)  # [resample, replicate]
+    return _cosine(inner.cross, squares, np.broadcast_to(inner.target[:, None], inner.cross.shape)).mean(1)
 
 
-def average_direction(given: Products) -> Float[np.ndarray, " resample"]:
+def average_direction(inner: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of the average over the replicate batches with the target."""
-    return _cosine(given.cross.mean(1), given.own.mean((1, 2)), given.target)
+    return _cosine(inner.cross.mean(1), inner.own.mean((1, 2)), inner.target)
 
 
-def expected_direction(given: Products) -> Float[np.ndarray, " resample"]:
+def expected_direction(inner: Products) -> Float[np.ndarray, " resample"]:
     """Cosine of the expected estimate with the target: what is left of the error without sampling noise.
 
         ⟨ḡ, e⟩ / (‖e‖ √S),     S = mean_{k ≠ k'} ⟨ĝ_k, ĝ_k'⟩, an unbiased estimate of ‖E ĝ‖²
 
     An unbiased method has 1 up to the error of S, so it may exceed 1. NaN with one replicate or S ≤ 0.
     """
-    return _cosine(given.cross.mean(1), _signal(given), given.target)
+    return _cosine(inner.cross.mean(1), _signal(inner), inner.target)
 
 
-def signal_to_noise(given: Products) -> Float[np.ndarray, " resample"]:
+def signal_to_noise(inner: Products) -> Float[np.ndarray, " resample"]:
     """‖E ĝ‖² / tr Var ĝ of one batch, prompts fixed; both estimated without bias. NaN with one replicate."""
-    signal = _signal(given)
-    square = np.trace(given.own, axis1=1, axis2=2) / given.own.shape[1]
+    signal = _signal(inner)
+    square = np.trace(inner.own, axis1=1, axis2=2) / inner.own.shape[1]
     return divided(np.maximum(signal, 0.0), square - signal)
 
 
-def _signal(given: Products) -> Float[np.ndarray, " resample"]:
-    replicates = given.own.shape[1]
+def _signal(inner: Products) -> Float[np.ndarray, " resample"]:
+    replicates = inner.own.shape[1]
     if replicates == 1:
-        return np.full(len(given.own), np.nan)
-    between = given.own.sum((1, 2)) - np.trace(given.own, axis1=1, axis2=2)
+        return np.full(len(inner.own), np.nan)
+    between = inner.own.sum((1, 2)) - np.trace(inner.own, axis1=1, axis2=2)
     return between / (replicates * (replicates - 1))
 
 

@@ -24,14 +24,6 @@ class QuadrantStatistics(NamedTuple):
     net: float
 
 
-class WeightStatistics(NamedTuple):
-    """w = Â / base over the chosen tokens whose base is not 0; NaN when there is none."""
-
-    mean: float
-    least: float
-    largest: float
-
-
 def quadrant_sums(
     advantages: Float[Tensor, "batch response"],
     batch: TokenBatch,
@@ -73,28 +65,13 @@ def quadrant_statistics(
 
 def statistics_from_sums(sums: list[list[float]], count: float, mass: float) -> dict[str, QuadrantStatistics]:
     """`quadrant_sums` of one or more processes, the number of chosen tokens and the whole |Â| as statistics."""
+    count = count or float("nan")  # a share of nothing is not defined
     return {
         name: QuadrantStatistics(
-            tokens / count if count else float("nan"),
-            absolute / mass if mass else 0.0,
-            entropy / tokens if tokens else float("nan"),
-            net / count if count else float("nan"),
+            tokens / count, absolute / mass if mass else 0.0, entropy / (tokens or float("nan")), net / count
         )
         for name, (tokens, absolute, entropy, net) in zip(QUADRANTS, sums, strict=True)
     }
-
-
-def weight_statistics(
-    advantages: Float[Tensor, "batch response"],
-    base: Float[Tensor, "batch response"],
-    mask: Bool[Tensor, "batch response"],
-) -> WeightStatistics:
-    """Mean, least and largest w = Â / base: by how much a method scaled the credit of a token."""
-    ratio, defined = weight_ratio(advantages, base, mask)
-    if not bool(defined.any()):
-        return WeightStatistics(float("nan"), float("nan"), float("nan"))
-    found = ratio[defined]
-    return WeightStatistics(float(found.mean()), float(found.min()), float(found.max()))
 
 
 def weight_ratio(
@@ -106,13 +83,6 @@ def weight_ratio(
     b = chosen(base, mask)
     defined = b != 0
     return torch.where(defined, chosen(advantages, mask) / torch.where(defined, b, 1.0), 0.0), defined
-
-
-def entropy_position_correlation(
-    entropies: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> float:
-    """Pearson correlation of entropy and relative position over all chosen tokens; NaN where either is constant."""
-    return pearson_from_sums(*correlation_sums(entropies, relative_positions(mask), mask).tolist())
 
 
 def relative_positions(mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from tokencredit.diagnostics.bootstrap import Interval, interval
+from tokencredit.diagnostics.stats import Interval, interval
 from tokencredit.errors import TokenCreditError
 
 Outcomes = Shaped[np.ndarray, "problem sample"]  # bool, or 0 and 1
@@ -27,12 +27,11 @@ def evaluate(outcomes: Outcomes, ks: Iterable[int] = (1,), *, level: float = 0.9
     `outcomes[p, s]` says whether sample s solved problem p.
     """
     solved = _checked(outcomes)
-    wanted = sorted(set(ks))
     return Evaluation(
         problems=solved.shape[0],
         samples=solved.shape[1],
         avg=interval(avg_at_k(solved), level, seed=seed),
-        pass_at={k: interval(pass_at_k(solved, k), level, seed=seed) for k in wanted},
+        pass_at={k: interval(pass_at_k(solved, k), level, seed=seed) for k in sorted(set(ks))},
     )
 
 

@@ -3,15 +3,12 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from tokencredit.doctor.check import Check, check
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import read_yaml
-
-Check = dict[str, str]
-Status = Literal["ok", "fail", "note"]
 
 TORCHRUN = "tokencredit train CONFIG --launch torchrun --nproc-per-node N"
 # Accelerate's name for "one process", and the one that its launcher starts as one.
@@ -20,20 +17,15 @@ ALONE = ("NO", "MULTI_CPU")
 
 def diagnose(environment: Mapping[str, str] | None = None, accelerate_config: Path | None = None) -> list[Check]:
     """All checks of this machine, or of another environment and accelerate config."""
-    given = os.environ if environment is None else environment
+    variables = os.environ if environment is None else environment
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [
-        devices(given, gpus, nvidia=Path("/dev/nvidia0").exists()),
-        processes(given, gpus),
-        accelerate(accelerate_config or default_config(given), gpus),
-        threads(given),
+        devices(variables, gpus, nvidia=Path("/dev/nvidia0").exists()),
+        processes(variables, gpus),
+        accelerate(accelerate_config or default_config(variables), gpus),
+        threads(variables),
         backends(),
     ]
-
-
-def check(name: str, status: Status, found: str, fix: str = "") -> Check:
-    """One line of `tokencredit doctor`."""
-    return {"name": name, "status": status, "found": found, "fix": fix}
 
 
 def devices(environment: Mapping[str, str], gpus: int, *, nvidia: bool) -> Check:
@@ -106,10 +98,11 @@ def accelerate(path: Path, gpus: int) -> Check:
 
 def threads(environment: Mapping[str, str]) -> Check:
     """Whether processes that share the processors also share out the threads."""
-    here = int(environment.get("LOCAL_WORLD_SIZE", "1")) if environment.get("LOCAL_WORLD_SIZE", "1").isdigit() else 1
-    own, processors = torch.get_num_threads(), os.cpu_count() or 1
-    found = f"torch uses {own} of {processors} processors in each of {here} processes"
-    if here * own > processors and here > 1:
+    text = environment.get("LOCAL_WORLD_SIZE", "1")
+    here = int(text) if text.isdigit() else 1
+    used, processors = torch.get_num_threads(), os.cpu_count() or 1
+    found = f"torch uses {used} of {processors} processors in each of {here} processes"
+    if here * used > processors and here > 1:
         return check("threads", "fail", found, f"set OMP_NUM_THREADS={max(1, processors // here)}")
     return check("threads", "ok", found)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tokencredit.diagnostics.intervals import seed_interval
+from tokencredit.diagnostics.stats import seed_interval
 from tokencredit.errors import TokenCreditError
 from tokencredit.files import write_json
 from tokencredit.progress import bar

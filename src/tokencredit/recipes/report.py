@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-from tokencredit.files import read_json, write_json, write_text
+from tokencredit.files import read_json, write_json
 from tokencredit.recipes.confirm import expected_maximum, shrunken
 from tokencredit.recipes.evaluate.history import Evaluation, usable
 from tokencredit.recipes.search.loop import Search
 from tokencredit.recipes.search.policies import transitions_of
 from tokencredit.recipes.search.propose import credits
-
-TEMPLATES = Path(__file__).parent / "templates"
+from tokencredit.report import page, plots
+from tokencredit.report.page import visible
+from tokencredit.report.plots import GRID, INK, SERIES
 
 
 def build_report(search: Search) -> dict[str, Any]:
     """Gather the numbers of a run, write `report.json` and `report.html`, and return the numbers."""
     content = report_content(search)
     write_json(search.folder / "report.json", content)
-    write_text(search.folder / "report.html", render(content).encode("utf-8", "backslashreplace").decode("utf-8"))
+    page.write_page(search.folder / "report.html", render(content))
     return content
 
 
@@ -99,56 +100,39 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
 
 def render(content: Mapping[str, Any]) -> str:
     """The page; pictures are inline SVG, nothing is loaded from anywhere."""
-    from jinja2 import Environment, FileSystemLoader
-    from markupsafe import Markup
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    pictures = {name: Markup(svg) for name, svg in draw(content).items()}
-    return environment.get_template("report.html").render(content=content, pictures=pictures)
+    parts: dict[str, Any] = {"search": None, "confirm": None, "finalist": None, "credits": [], "llm": {}}
+    values = {"content": parts | dict(content), "pictures": {"path": None} | draw(content)}
+    return page.render("recipes.html", values, package="tokencredit.recipes")
 
 
-def draw(content: Mapping[str, Any]) -> dict[str, str]:
+def draw(content: Mapping[str, Any]) -> dict[str, Markup]:
     """Search path, size against score, funnel, and the forest plot where a confirmation exists."""
     pictures = {}
     done = [row for row in content["evaluations"] if row["score"] is not None]
     if done:
-        pictures["path"] = _svg(_draw_path, done, content)
-        pictures["size"] = _svg(_draw_size, done, content)
-        pictures["funnel"] = _svg(_draw_funnel, content["funnel"], content)
+        pictures["path"] = _picture("path", _draw_path, done, content)
+        pictures["size"] = _picture("size", _draw_size, done, content)
+        pictures["funnel"] = _picture("funnel", _draw_funnel, content["funnel"], content)
     if content.get("confirm", {}).get("differences"):
-        pictures["forest"] = _svg(_draw_forest, content["confirm"]["differences"], content)
+        pictures["forest"] = _picture("forest", _draw_forest, content["confirm"]["differences"], content)
     return pictures
 
 
-KINDS = {"warm-up": ("#8a8f98", "s"), "control": ("#b5651d", "D"), "search": ("#1f5fa8", "o")}
+KINDS = {"warm-up": (GRID, "s"), "control": (SERIES[1], "D"), "search": (SERIES[0], "o")}
 
 
-def _svg(paint: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
-    from io import StringIO
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    # "none" keeps text as text (small, searchable); a fixed salt keeps the file the same for the same run.
+def _picture(name: str, paint: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> Markup:
     bars = paint in {_draw_funnel, _draw_forest}
     height = 0.9 + 0.42 * (len(rows) + 1) if bars else 3.4
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recipes", "font.family": "sans-serif", "font.size": 10}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        paint(axes, rows, content)
-        buffer = StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return plots.svg(name, lambda axes: paint(axes, rows, content), size=(7.2, height))
 
 
 def _draw_path(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
     noise = content["noise_sd"]
     slots, scores = [row["slot"] for row in rows], [row["score"] for row in rows]
     level = float(np.median(scores))
-    axes.axhspan(level - 2 * noise, level + 2 * noise, color="#e8edf4", label="median ± 2 sd of noise")
-    axes.step(slots, np.maximum.accumulate(scores), where="post", color="#c0c6d0", label="best so far")
+    axes.axhspan(level - 2 * noise, level + 2 * noise, color=SERIES[0], alpha=0.12, label="median ± 2 sd of noise")
+    axes.step(slots, np.maximum.accumulate(scores), where="post", color=GRID, label="best so far")
     for kind, (colour, marker) in KINDS.items():
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
@@ -163,11 +147,11 @@ def _draw_path(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[st
                 linewidth=1,
             )
     forecast = [row for row in rows if row["mean"] is not None]
-    axes.plot([r["slot"] for r in forecast], [r["mean"] for r in forecast], "_", color="#111", ms=11, label="forecast")
+    axes.plot([r["slot"] for r in forecast], [r["mean"] for r in forecast], "_", color=INK, ms=11, label="forecast")
     axes.set_xlabel("evaluation")
     axes.set_ylabel("score, points")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+    axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
 
 
 def _draw_size(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
@@ -180,30 +164,24 @@ def _draw_size(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[st
     axes.set_xlim(0, content["pool"]["samples"] * 1.02)
     axes.set_xlabel("samples in the subset")
     axes.set_ylabel("score, points")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend()
 
 
 def _draw_funnel(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
     names = ["pool"] + [f"{number}. {row['op']}" for number, row in enumerate(rows, start=1)]
     counts = [content["pool"]["samples"]] + [row["samples"] for row in rows]
     places = np.arange(len(names))
-    axes.barh(places, counts, color=["#c0c6d0"] + ["#1f5fa8"] * len(rows), height=0.62)
+    axes.barh(places, counts, color=[GRID] + [SERIES[0]] * len(rows), height=0.62)
     for place, count in zip(places, counts, strict=True):
         axes.text(count, place, f" {count:,} ({count / counts[0]:.0%})", va="center", fontsize=9)
-    axes.set_yticks(places, names, parse_math=False)
+    axes.set_yticks(places, [visible(name, keep_lines=True) for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, counts[0] * 1.2)
     axes.set_xlabel("samples kept")
 
 
 def _draw_forest(axes: Any, rows: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> None:
-    places = np.arange(len(rows))
-    for place, row in zip(places, rows, strict=True):
-        colour = "#2b7a4b" if row["low"] > 0 else "#8a8f98"
-        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
-        axes.plot([row["mean"]], [place], "o", color=colour)
-    axes.axvline(0, color="#111", linewidth=1)
-    axes.set_yticks(places, [f"− {row['control']}" for row in rows], parse_math=False)
-    axes.invert_yaxis()
-    axes.margins(y=0.15)
+    colours = [SERIES[2] if row["low"] > 0 else GRID for row in rows]
+    lines = [(row["mean"], row["low"], row["high"], colour) for row, colour in zip(rows, colours, strict=True)]
+    plots.intervals(axes, [f"− {row['control']}" for row in rows], lines)
     axes.set_xlabel("finalist minus control, points, 95 % interval")

@@ -1,6 +1,12 @@
-"""A self-contained HTML page of training runs: results, curves, and what the credit did, token by token."""
+"""HTML pages that open offline: of training runs, of the benchmark and of recipe searches, from one kit.
 
-from tokencredit.report.page import write_report
-from tokencredit.report.run_page.folders import Run, load_runs
+`page` renders, escapes and writes, `plots` draws; `run_page/` and `bench_page` hold what two of the pages show.
+"""
+
+from tokencredit.lazy import lazy_attributes
 
 __all__ = ["Run", "load_runs", "write_report"]
+
+__getattr__ = lazy_attributes(
+    "tokencredit.report", {"run_page.page": ("write_report",), "run_page.folders": ("Run", "load_runs")}
+)

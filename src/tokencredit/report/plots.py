@@ -1,16 +1,15 @@
-"""Pictures as inline SVG. Colours are CSS variables of the page, so that they follow its light or dark theme."""
+"""Pictures of every page as inline SVG; colours are CSS variables, so that they follow the light or dark theme."""
 
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokencredit.report.run_page.results import Curve
-
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
 
 # matplotlib draws with these stand-ins; each becomes a variable of templates/style.css.
@@ -26,6 +25,16 @@ DASHES: tuple[tuple[float, ...], ...] = ((), (5.0, 2.0), (1.5, 1.5), (5.0, 1.5, 
 SIZE = (4.0, 2.7)  # inches: 288 units, about the width of a column of the page, so that text keeps its size
 STEP = "training step"
 CHARACTER = 0.0225  # width of a digit of a tick, as a share of the picture
+
+
+class Curve(NamedTuple):
+    """Mean over seeds and its interval at each step (NaN where one seed is all there is)."""
+
+    label: str
+    steps: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
 
 
 class Style(NamedTuple):
@@ -46,53 +55,51 @@ def style(number: int) -> Style:
 
 
 def curves(
-    name: str, curves: Sequence[Curve], styles: dict[str, Style], *, percent: bool = False, unit_interval: bool = False
-) -> str:
+    name: str,
+    curves: Sequence[Curve],
+    styles: Mapping[str, Style],
+    *,
+    in_percent: bool = False,
+    unit_interval: bool = False,
+) -> "Markup":
     """Lines with bands over training steps."""
 
     def draw(axes: "Axes") -> None:
         for curve in curves:
-            of = styles[curve.label]
-            _line(axes, curve, of.colour, of.dashes)
+            _line(axes, curve, styles[curve.label])
         axes.set_xlabel(STEP)
         if unit_interval:
             axes.set_ylim(-0.03, 1.03)
-        if percent:
-            _percent(axes)
+        if in_percent:
+            _label_in_percent(axes)
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
-def quadrant_lines(name: str, lines: dict[str, Curve], *, percent: bool = False) -> str:
+def quadrant_lines(
+    name: str, lines: Mapping[str, Curve], *, in_percent: bool = False, around_zero: bool = False
+) -> "Markup":
     """One number per quadrant over training; low-entropy quadrants are dashed."""
 
     def draw(axes: "Axes") -> None:
+        if around_zero:
+            axes.axhline(0.0, color=GRID, linewidth=0.8)
         for quadrant, curve in lines.items():
-            _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
+            _line(axes, curve, Style(QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0)))
         axes.set_xlabel(STEP)
-        axes.set_ylim(0, None)
-        if percent:
-            _percent(axes)
+        if around_zero:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        else:
+            axes.set_ylim(0, None)
+        if in_percent:
+            _label_in_percent(axes)
 
-    return _svg(name, draw)
-
-
-def bonus_lines(name: str, lines: dict[str, Curve]) -> str:
-    """What was added to the credit of each quadrant over training, around 0; low-entropy quadrants are dashed."""
-
-    def draw(axes: "Axes") -> None:
-        axes.axhline(0.0, color=GRID, linewidth=0.8)
-        for quadrant, curve in lines.items():
-            _line(axes, curve, QUADRANT_COLOURS[quadrant], () if quadrant[1] == "H" else (5.0, 2.0))
-        axes.set_xlabel(STEP)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
 def histogram(
-    name: str, edges: Sequence[float], counts: dict[str, Sequence[int]], *, axis: str = "entropy from … nats"
-) -> str:
+    name: str, edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, axis: str = "entropy from … nats"
+) -> "Markup":
     """Share of the tokens of each polarity in bins of entropy, side by side."""
     totals = {polarity: sum(values) for polarity, values in counts.items()}
     shown = [polarity for polarity, total in totals.items() if total]
@@ -106,54 +113,81 @@ def histogram(
         axes.set_xticks(range(len(edges) - 1), [f"{edge:g}" for edge in edges[:-1]], rotation=45)
         axes.set_xlabel(axis)
         axes.grid(axis="x", visible=False)
-        _percent(axes)
+        _label_in_percent(axes)
 
-    return _svg(name, draw, bottom=0.27)
+    return svg(name, draw, bottom=0.27)
 
 
 def profiles(
     name: str,
-    lines: dict[str, Sequence[float]],
-    styles: dict[str, Style],
+    lines: Mapping[str, Sequence[float]],
+    styles: Mapping[str, Style],
     *,
     axis: str = "position in the response, %",
-) -> str:
+) -> "Markup":
     """A quantity by relative position in the response, one line a method."""
 
     def draw(axes: "Axes") -> None:
         for method, values in lines.items():
-            of = styles[method]
+            line = styles[method]
             at = [100 * (k + 0.5) / len(values) for k in range(len(values))]
-            found = [(x, y) for x, y in zip(at, values, strict=True) if not math.isnan(y)]
-            axes.plot(*zip(*found, strict=True), color=of.colour, dashes=of.dashes, marker="o", markersize=3)
+            points = [(x, y) for x, y in zip(at, values, strict=True) if not math.isnan(y)]
+            axes.plot(*zip(*points, strict=True), color=line.colour, dashes=line.dashes, marker="o", markersize=3)
         axes.set_xlabel(axis)
         axes.set_xlim(0, 100)
         axes.set_ylim(0, None)
 
-    return _svg(name, draw)
+    return svg(name, draw)
 
 
-def _line(axes: "Axes", curve: Curve, colour: str, dashes: tuple[float, ...]) -> None:
+Row = tuple[float | None, float | None, float | None, str]
+
+
+def intervals(axes: "Axes", names: Sequence[str], rows: Sequence[Row]) -> None:
+    """Draw one line per name from the top: value, low and high end (None: not defined), and colour."""
+    for place, (value, low, high, colour) in enumerate(rows):
+        if value is not None and low is not None and high is not None:
+            axes.plot([low, high], [place, place], color=colour, linewidth=1.8)
+        if value is not None:
+            axes.plot([value], [place], "o", color=colour, markersize=4)
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(0.0, color=INK, linewidth=0.6)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+
+
+def _line(axes: "Axes", curve: Curve, style: Style) -> None:
     marker = "o" if len(curve.steps) <= 12 else ""
-    axes.plot(curve.steps, curve.mean, color=colour, dashes=dashes, marker=marker, markersize=3)
+    axes.plot(curve.steps, curve.mean, color=style.colour, dashes=style.dashes, marker=marker, markersize=3)
     if not all(map(math.isnan, curve.low)):
-        axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(curve.steps, curve.low, curve.high, color=style.colour, alpha=0.18, linewidth=0)
 
 
-def _percent(axes: "Axes") -> None:
+def _label_in_percent(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
-def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> str:
-    """One picture as an `<svg>` element whose ids start with `name`, so that many fit on one page."""
+def svg(
+    name: str, draw: "Callable[[Axes], None]", *, size: tuple[float, float] | None = None, bottom: float = 0.18
+) -> "Markup":
+    """Draw one picture as an `<svg>` element, which no template escapes: text inside it is escaped by the drawing.
+
+    Args:
+      name: what the ids in the picture start with, so that many pictures fit on one page.
+      draw: draws on the axes, in the colours of this module.
+      size: width and height in inches. Without it the picture is one of many in a grid, with margins that fit there.
+      bottom: the lower margin of a picture in a grid.
+    """
+    from markupsafe import Markup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     settings = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": name,
         "font.size": 10,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
         "lines.linewidth": 1.6,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -165,19 +199,28 @@ def _svg(name: str, draw: "Callable[[Axes], None]", *, bottom: float = 0.18) -> 
     }
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     with rc_context(settings):
-        figure = Figure(figsize=SIZE)
-        # Fixed margins: a layout engine draws everything twice.
-        axes = figure.add_axes((0.16, bottom, 0.81, 0.97 - bottom))
-        draw(axes)
-        left = _write_whole_labels(axes)
-        axes.set_position((left, bottom, 0.97 - left, 0.97 - bottom))
-        if axes.get_xlabel() == STEP:
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+        figure = Figure(figsize=size or SIZE, layout="constrained" if size else None)
+        if size:
+            draw(figure.add_subplot())
+        else:
+            _draw_in_grid(figure.add_axes((0.16, bottom, 0.81, 0.97 - bottom)), draw, bottom)
         file = io.StringIO()
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _for_page(file.getvalue(), name)
+    picture = _for_page(file.getvalue(), name)
+    return Markup(picture if size else re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", picture, count=1))
+
+
+def _draw_in_grid(axes: "Axes", draw: "Callable[[Axes], None]", bottom: float) -> None:
+    """Draw with fixed margins: a layout engine draws everything twice."""
+    from matplotlib.ticker import MaxNLocator
+
+    draw(axes)
+    left = _write_whole_labels(axes)
+    axes.set_position((left, bottom, 0.97 - left, 0.97 - bottom))
+    if axes.get_xlabel() == STEP:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
 
 
 def _write_whole_labels(axes: "Axes") -> float:
@@ -209,7 +252,6 @@ def _for_page(text: str, name: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text).replace("url(#", f"url(#{name}-")
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     for colour, variable in VARIABLES.items():

@@ -42,9 +42,11 @@ class Run:
     def series(self, kind: str, *names: str) -> dict[int, float]:
         """Step → number, for the first of `names` that the run logged under `kind`."""
         for name in names:
-            found = {line.step: line.metrics[name] for line in self.lines if line.kind == kind and name in line.metrics}
-            if found:
-                return found
+            series = {
+                line.step: line.metrics[name] for line in self.lines if line.kind == kind and name in line.metrics
+            }
+            if series:
+                return series
         return {}
 
     @property
@@ -96,15 +98,15 @@ def load_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     `CreditGRPOTrainer` (`trainer_state.json`, there or in a checkpoint, or records). Runs that a comparison has not
     started come with no lines. Two runs of one label and seed are distinguished by their name.
     """
-    found: list[Run] = []
+    runs: list[Run] = []
     for path in map(Path, paths):
         try:
-            found += _load_path(path)
+            runs += _load_path(path)
         except OSError as error:
             raise TokenCreditError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    if not found:
+    if not runs:
         raise TokenCreditError("no run to report", hint="give at least one run folder")
-    return _told_apart(found)
+    return _distinguish(runs)
 
 
 def _load_path(path: Path) -> list[Run]:
@@ -127,10 +129,10 @@ def _load_path(path: Path) -> list[Run]:
 
 def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs of the same label, in the order of their first appearance."""
-    found: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.label, []).append(run)
-    return found
+        groups.setdefault(run.label, []).append(run)
+    return groups
 
 
 def _names(path: Path) -> list[str]:
@@ -164,19 +166,21 @@ def _load_or_await(comparison: Path, name: str) -> Run:
 def _load(folder: Path) -> Run:
     content = _object(folder / "run.json")
     name = str(content.get("name") or folder.name)
-    settings, versions = content.get("settings"), content.get("versions")
-    seed = content.get("seed")
+
+    def typed(key: str, kind: type, default: Any) -> Any:
+        return content[key] if isinstance(content.get(key), kind) else default
+
     return Run(
         folder=folder,
         name=name,
         label=str(content.get("label") or name),
-        seed=seed if isinstance(seed, int) else None,
+        seed=typed("seed", int, None),
         task=str(content.get("task") or ""),
         model=str(content.get("model") or ""),
         status=str(content.get("status") or "unknown"),
         pipeline=content.get("pipeline"),
-        settings=settings if isinstance(settings, dict) else {},
-        versions=versions if isinstance(versions, dict) else {},
+        settings=typed("settings", dict, {}),
+        versions=typed("versions", dict, {}),
         lines=read_lines(folder / "metrics.jsonl"),
     )
 
@@ -188,13 +192,14 @@ def _load_trainer(folder: Path) -> Run | None:
         return None
     pipeline = None if records is None else pipeline_of(RecordStore(records))
     name = folder.resolve().name
+    has_ended = state is not None and state.parent == folder
     return Run(
         folder=folder,
         name=name,
         label=name_of(pipeline) or name,
-        status="finished" if state is not None and state.parent == folder else "unknown",
+        status="finished" if has_ended else "unknown",
         pipeline=pipeline,
-        lines=[] if state is None else read_state(state),
+        lines=read_state(state),
         record_folder=records,
     )
 
@@ -209,12 +214,12 @@ def _object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _told_apart(runs: list[Run]) -> list[Run]:
+def _distinguish(runs: list[Run]) -> list[Run]:
+    """Name runs of one label and seed apart."""
     seen: set[tuple[str, int | None]] = set()
-    found = []
+    distinct = []
     for run in runs:
-        if (run.label, run.seed) in seen and run.status != NOT_STARTED:
-            run = replace(run, label=f"{run.label} ({run.name})")
-        seen.add((run.label, run.seed))
-        found.append(run)
-    return found
+        is_new = (run.label, run.seed) not in seen or run.status == NOT_STARTED
+        distinct.append(run if is_new else replace(run, label=f"{run.label} ({run.name})"))
+        seen.add((distinct[-1].label, run.seed))
+    return distinct

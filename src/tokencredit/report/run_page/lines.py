@@ -90,17 +90,18 @@ def _line(content: dict[str, Any]) -> Line:
         raise ValueError(f"`step` must be a whole number from 0, got {shown(content['step'])}")
     if not isinstance(metrics, Mapping):
         raise ValueError(f"`metrics` must be a mapping, got {shown(metrics)}")
-    per_problem = content.get("per_problem") or metrics.get("per_problem")
+    per_problem = content.get("per_problem") or metrics.get("per_problem") or None
     if per_problem and not (isinstance(per_problem, list) and all(map(_is_number, per_problem))):
         raise ValueError(f"`per_problem` must be a list of finite numbers, got {shown(per_problem)}")
-    problems = metrics.get("problems")
-    binary = metrics.get("binary")
+    problems, binary = metrics.get("problems"), metrics.get("binary")
+    if not isinstance(problems, list):
+        problems = None
     return Line(
         step=content["step"],
         kind=str(content["kind"]),
         metrics={name: float(value) for name, value in metrics.items() if _is_number(value)},
-        per_problem=[float(value) for value in per_problem] if per_problem else None,
-        problems=problems if isinstance(problems, list) else None,
+        per_problem=per_problem and [float(value) for value in per_problem],
+        problems=problems,
         is_success=binary if isinstance(binary, bool) else None,
     )
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokencredit.diagnostics.bootstrap import Interval, interval, paired_bootstrap
+from tokencredit.diagnostics.stats import Interval, Values, paired_seed_interval, seed_interval
+from tokencredit.report.plots import Curve
 from tokencredit.report.run_page.folders import Run, by_label
 
 EDGE = 10  # logged steps at the start and at the end whose reward stands in where nothing was evaluated
@@ -24,16 +25,6 @@ class Result(NamedTuple):
     end: Interval | None
     difference: Interval | None
     paired_seeds: int
-
-
-class Curve(NamedTuple):
-    """Mean over seeds and its interval at each step (NaN where one seed is all there is)."""
-
-    label: str
-    steps: list[float]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
 
 
 class Measure(NamedTuple):
@@ -64,86 +55,91 @@ def training_results(runs: Sequence[Run]) -> list[Result]:
 
     The difference is to the first method, on shared seeds, at the end.
     """
-    found: list[Result] = []
+    rows: list[Result] = []
     reference: dict[int | None, float] | None = None
     for label, group in by_label(runs).items():
-        rewards = {run.seed: run.series("train", "reward", "rewards/mean") for run in group}
-        rewards = {seed: series for seed, series in rewards.items() if series}
-        edges = {seed: [series[step] for step in sorted(series)] for seed, series in rewards.items()}
-        end = {seed: float(np.mean(values[-EDGE:])) for seed, values in edges.items()}
-        steps = [step for series in rewards.values() for step in series]
-        shared = [] if reference is None else [seed for seed in end if seed in reference]
-        found.append(
+        series = {run.seed: run.series("train", "reward", "rewards/mean") for run in group}
+        rewards = {seed: [of[step] for step in sorted(of)] for seed, of in series.items() if of}
+        steps = [step for of in series.values() for step in of]
+        end = {seed: float(np.mean(values[-EDGE:])) for seed, values in rewards.items()}
+        difference, paired = (None, 0) if reference is None else _training_difference(reference, end)
+        rows.append(
             Result(
                 label=label,
                 seeds=len(end),
                 first_step=min(steps, default=0),
                 last_step=max(steps, default=0),
-                start=interval([float(np.mean(values[:EDGE])) for values in edges.values()]) if end else None,
-                end=interval(list(end.values())) if end else None,
-                difference=paired_bootstrap([reference[seed] for seed in shared], [end[seed] for seed in shared])
-                if shared and reference is not None
-                else None,
-                paired_seeds=len(shared),
+                start=_interval([float(np.mean(values[:EDGE])) for values in rewards.values()]),
+                end=_interval(list(end.values())),
+                difference=difference,
+                paired_seeds=paired,
             )
         )
         reference = end if reference is None else reference
-    return found
+    return rows
 
 
-def interval_over(runs: Sequence[Run]) -> str:
-    """What the intervals of the results resample, in words."""
-    if not measure_of(runs).evaluated:
-        return "seeds"
-    seeds = max(len([run for run in group if run.evaluations]) for group in by_label(runs).values())
-    single = all(len(values) == 1 for run in runs for values in run.evaluations.values())
-    if single:
-        return "seeds"
-    return "problems (there is one seed: another one may differ by more)" if seeds == 1 else "seeds and problems"
+def _training_difference(
+    reference: Mapping[int | None, float], end: Mapping[int | None, float]
+) -> tuple[Interval | None, int]:
+    shared = [seed for seed in end if seed in reference]
+    if not shared:
+        return None, 0
+    return paired_seed_interval([reference[seed] for seed in shared], [end[seed] for seed in shared]), len(shared)
+
+
+def interval_scope(runs: Sequence[Run]) -> str:
+    """What the intervals of the results are over, in words."""
+    has_problems = any(len(values) > 1 for run in runs for values in run.evaluations.values())
+    return "seeds and problems" if measure_of(runs).evaluated and has_problems else "seeds"
 
 
 def results(runs: Sequence[Run]) -> list[Result]:
     """Success at the start and at the end, per method: the first and the last step evaluated in all of its runs.
 
-    Intervals are 95 % bootstrap over seeds × problems; see `diagnostics.bootstrap`.
+    Intervals are 95 % t intervals over seeds and problems, none with one seed; see `diagnostics.stats.seed_interval`.
     """
-    groups = {label: [run for run in group if run.evaluations] for label, group in by_label(runs).items()}
-    found: list[Result] = []
+    rows: list[Result] = []
     reference: list[Run] | None = None
-    for label, group in groups.items():
-        steps = _common_steps(group)
-        difference, paired = (None, 0) if reference is None else _difference(reference, group)
-        found.append(
+    for label, group in by_label(runs).items():
+        evaluated = [run for run in group if run.evaluations]
+        steps = _common_steps(evaluated)
+        difference, paired = (None, 0) if reference is None else _difference(reference, evaluated)
+        rows.append(
             Result(
                 label=label,
-                seeds=len(group),
+                seeds=len(evaluated),
                 first_step=min(steps, default=0),
                 last_step=max(steps, default=0),
-                start=interval(scores(group, min(steps))) if steps else None,
-                end=interval(scores(group, max(steps))) if steps else None,
+                start=_interval(scores(evaluated, min(steps, default=None))),
+                end=_interval(scores(evaluated, max(steps, default=None))),
                 difference=difference,
                 paired_seeds=paired,
             )
         )
-        reference = group if reference is None else reference
-    return found
+        reference = evaluated if reference is None else reference
+    return rows
 
 
-def as_json(found: Sequence[Result]) -> list[dict[str, Any]]:
+def as_json(rows: Sequence[Result]) -> list[dict[str, Any]]:
     """Results as JSON-like data; a bound that does not exist is null."""
-    return [
-        {
-            key: {name: None if math.isnan(x) else x for name, x in value._asdict().items()}
-            if isinstance(value, Interval)
-            else value
-            for key, value in row._asdict().items()
-        }
-        for row in found
-    ]
+    return [{key: _plain(value) for key, value in row._asdict().items()} for row in rows]
 
 
-def scores(runs: Sequence[Run], step: int) -> np.ndarray:
-    """[seed, problem] at `step`; the mean of each seed alone where seeds do not share all problems."""
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Interval):
+        return value
+    return {name: None if math.isnan(bound) else bound for name, bound in value._asdict().items()}
+
+
+def _interval(values: Values) -> Interval | None:
+    return seed_interval(values) if len(values) else None
+
+
+def scores(runs: Sequence[Run], step: int | None) -> np.ndarray:
+    """[seed, problem] at `step`, empty without one; the mean of each seed where seeds do not share all problems."""
+    if step is None:
+        return np.zeros((0, 0))
     rows = [run.evaluations[step] for run in runs]
     problems = [run.problems_at(step) for run in runs]
     if len({len(row) for row in rows}) > 1 or any(item != problems[0] for item in problems):
@@ -153,15 +149,12 @@ def scores(runs: Sequence[Run], step: int) -> np.ndarray:
 
 def success_curves(runs: Sequence[Run]) -> list[Curve]:
     """The values of every evaluation, intervals over seeds × problems."""
-    found = []
+    curves = []
     for label, group in by_label(runs).items():
         steps = sorted({step for run in group for step in run.evaluations})
-        points = {
-            step: interval(scores([run for run in group if step in run.evaluations], step), resamples=500)
-            for step in steps
-        }
-        found.append(_curve(label, points))
-    return [curve for curve in found if curve.steps]
+        points = {step: scores([run for run in group if step in run.evaluations], step) for step in steps}
+        curves.append(_curve(label, points))
+    return [curve for curve in curves if curve.steps]
 
 
 def metric_curves(runs: Sequence[Run], values: Callable[[Run], Mapping[int, float]]) -> list[Curve]:
@@ -172,18 +165,17 @@ def metric_curves(runs: Sequence[Run], values: Callable[[Run], Mapping[int, floa
     per_run = {id(run): values(run) for run in runs}
     last = max((step for series in per_run.values() for step in series), default=0)
     width = max(1, math.ceil(last / POINTS))
-    found = []
+    curves = []
     for label, group in by_label(runs).items():
         binned: dict[float, list[float]] = {}
         for run in group:
-            for centre, value in _stretches(per_run[id(run)], width).items():
+            for centre, value in _mean_by_stretch(per_run[id(run)], width).items():
                 binned.setdefault(centre, []).append(value)
-        points = {step: interval(binned[step], resamples=500) for step in sorted(binned)}
-        found.append(_curve(label, points))
-    return [curve for curve in found if curve.steps]
+        curves.append(_curve(label, dict(sorted(binned.items()))))
+    return [curve for curve in curves if curve.steps]
 
 
-def _stretches(series: Mapping[int, float], width: int) -> dict[float, float]:
+def _mean_by_stretch(series: Mapping[int, float], width: int) -> dict[float, float]:
     """Means over stretches of `width` steps, keyed by their centre."""
     bins: dict[int, list[float]] = {}
     for step, value in series.items():
@@ -191,10 +183,11 @@ def _stretches(series: Mapping[int, float], width: int) -> dict[float, float]:
     return {(number + 0.5) * width - 0.5: float(np.mean(values)) for number, values in bins.items()}
 
 
-def _curve(label: str, points: Mapping[Any, Interval]) -> Curve:
-    steps = [float(step) for step in points]
-    columns = list(zip(*points.values(), strict=True)) or [(), (), ()]
-    return Curve(label, steps, *(list(column) for column in columns))
+def _curve(label: str, points: Mapping[Any, Values]) -> Curve:
+    """A curve from step → values of the seeds at it."""
+    intervals = [seed_interval(values) for values in points.values()]
+    columns = list(zip(*intervals, strict=True)) or [(), (), ()]
+    return Curve(label, [float(step) for step in points], *(list(column) for column in columns))
 
 
 def _common_steps(runs: Sequence[Run]) -> set[int]:
@@ -212,4 +205,4 @@ def _difference(reference: Sequence[Run], group: Sequence[Run]) -> tuple[Interva
     at = max(steps)
     if one.shape != two.shape or pairs[0][0].problems_at(at) != pairs[0][1].problems_at(at):
         one, two = one.mean(1, keepdims=True), two.mean(1, keepdims=True)
-    return paired_bootstrap(one, two), len(pairs)
+    return paired_seed_interval(one, two), len(pairs)

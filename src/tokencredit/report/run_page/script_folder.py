@@ -31,8 +31,10 @@ def find_state(folder: Path) -> Path | None:
     return max(folder.glob(f"checkpoint-*/{STATE}"), key=_checkpoint_number, default=None)
 
 
-def read_state(path: Path) -> list[Line]:
-    """The lines of a trainer's log history."""
+def read_state(path: Path | None) -> list[Line]:
+    """The lines of a trainer's log history, where there is one."""
+    if path is None:
+        return []
     content = read_json(path, "trainer state")
     if not isinstance(content, Mapping):
         raise TokenCreditError(f"{path} must hold a JSON object, got {type(content).__name__}")

@@ -1,16 +1,17 @@
 """Responses as tokens with their credit, made safe to look at. What a model wrote is untrusted text."""
 
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import CreditRecord
 from tokencredit.methods.entropy.quadrants import QUADRANTS, quadrant_masks
+from tokencredit.report.page import visible
+from tokencredit.report.run_page.data import polarity_of
 from tokencredit.report.run_page.folders import Run, by_label
 
 STEPS = 3  # steps shown: the first, the middle and the last that are recorded
@@ -34,7 +35,7 @@ class Signal(NamedTuple):
 
 
 class TokenView(NamedTuple):
-    """One token.
+    """One token; without an advantage it was not chosen by the policy.
 
     * `strength`: |Â| over the largest |Â| of the page, in [0, 1].
     * `weight`: Â over the advantage that the estimator gave the response; None where that is 0 or not recorded.
@@ -44,15 +45,15 @@ class TokenView(NamedTuple):
     """
 
     text: str
-    advantage: float | None
-    entropy: float | None
-    quadrant: str
-    strength: float
+    breaks: bool
     lines: bool
-    signals: dict[str, Signal]
+    quadrant: str = ""
+    advantage: float | None = None
+    strength: float = 0.0
     weight: float | None = None
+    entropy: float | None = None
     logprob: float | None = None
-    breaks: bool = False
+    signals: Mapping[str, Signal] = MappingProxyType({})
 
 
 class ResponseView(NamedTuple):
@@ -78,24 +79,6 @@ class PromptView(NamedTuple):
     step: int
     prompt: str
     methods: list[MethodView]
-
-
-def visible(text: str, *, keep_lines: bool = False) -> str:
-    """`text` with everything that would not show, or would change how its neighbours show, written out.
-
-    Newlines become ⏎ and spaces · (both kept where `keep_lines`), tabs ⇥; control characters, lone surrogates and
-    format characters (such as those that reverse the writing direction) become their code point ⟨U+202E⟩.
-    """
-    return "".join(_visible(character, keep_lines) for character in text)
-
-
-def _visible(character: str, keep_lines: bool) -> str:
-    special = {"\n": "\n" if keep_lines else "⏎", "\t": "⇥", " ": " " if keep_lines else "·"}
-    if character in special:
-        return special[character]
-    category = unicodedata.category(character)
-    # Cc control, Cf format, Cs surrogate, Cn unassigned, Zl Zp line separators, Zs other spaces; fonts have Co
-    return f"⟨U+{ord(character):04X}⟩" if category[0] in "CZ" and category != "Co" else character
 
 
 def prompt_views(runs: Sequence[Run]) -> list[PromptView]:
@@ -140,8 +123,7 @@ def _choose(records: dict[str, CreditRecord]) -> list[tuple[str, dict[str, list[
     ranked = sorted(rows_of.items(), key=lambda item: (-len(item[1]), -sum(map(len, item[1].values()))))
     if not ranked or len(ranked[0][1]) > 1:
         return ranked[:PROMPTS]
-    own = [[item for item in ranked if label in item[1]][:PROMPTS] for label in records]
-    return [item for of_label in own for item in of_label]
+    return [item for label in records for item in [item for item in ranked if label in item[1]][:PROMPTS]]
 
 
 def _steps(runs: Sequence[Run]) -> list[int]:
@@ -211,33 +193,34 @@ def _response_view(
     record: CreditRecord, credit: Tensor, largest: float, quadrants: list[str], row: int, limit: int
 ) -> ResponseView:
     batch = record.batch
-    mask = batch.response_mask[row]
-    length = int(mask.nonzero().max()) + 1 if bool(mask.any()) else 0
-    texts = record.tokens[row] if row < len(record.tokens) else []
+    mask = batch.response_mask[row].tolist()
+    length = max((column + 1 for column, is_chosen in enumerate(mask) if is_chosen), default=0)
     entropies, logprobs = (_listed(values, row, length) for values in (batch.entropies, batch.old_logprobs))
-    host = None if batch.host_advantages is None else float(batch.host_advantages[row])
+    host = 0.0 if batch.host_advantages is None else float(batch.host_advantages[row])
     signals = {COLOURS[name]: _signals(record, name, row) for name in COLOURS if _field(record, name) is not None}
     views = []
-    for column in range(min(length, limit)):
-        raw = texts[column] if column < len(texts) else f"⟨{int(batch.response_ids[row, column])}⟩"
-        is_chosen = bool(mask[column])
-        advantage = float(credit[column]) if is_chosen else None
-        views.append(
-            TokenView(
-                text=_token_text(raw, is_last=column + 1 == length),
+    for column, advantage in enumerate(credit[: min(length, limit)].tolist()):
+        raw = _raw_text(record, row, column)
+        text = _token_text(raw, is_last=column + 1 == length)
+        view = TokenView(text, breaks=raw.startswith(" "), lines=raw.endswith("\n"), quadrant=quadrants[column])
+        if mask[column]:
+            view = view._replace(
                 advantage=advantage,
-                entropy=entropies[column] if is_chosen else None,
-                quadrant=quadrants[column],
-                strength=abs(advantage) / largest if advantage is not None and largest else 0.0,
-                lines=raw.endswith("\n"),
-                signals={key: values[column] for key, values in signals.items()} if is_chosen else {},
-                weight=advantage / host if advantage is not None and host else None,
-                logprob=logprobs[column] if is_chosen else None,
-                breaks=raw.startswith(" "),
+                strength=abs(advantage) / (largest or 1.0),
+                weight=advantage / host if host else None,
+                entropy=entropies[column],
+                logprob=logprobs[column],
+                signals={letter: values[column] for letter, values in signals.items()},
             )
-        )
+        views.append(view)
     reward = float(batch.rewards[row]) if _is_scored(record, row) else None
     return ResponseView(reward, float(credit.sum()), views, length - len(views))
+
+
+def _raw_text(record: CreditRecord, row: int, column: int) -> str:
+    """The token as it was decoded, or its id where the record keeps no texts."""
+    texts = record.tokens[row] if row < len(record.tokens) else []
+    return texts[column] if column < len(texts) else f"⟨{int(record.batch.response_ids[row, column])}⟩"
 
 
 def _listed(values: Tensor | None, row: int, length: int) -> list[float | None]:
@@ -264,16 +247,10 @@ def _field(record: CreditRecord, name: str) -> Tensor | None:
 
 def _signals(record: CreditRecord, name: str, row: int) -> list[Signal]:
     values, mask = record.batch.require(FIELDS[name]), record.batch.response_mask
-    found = values[mask]
-    least, largest = (float(found.min()), float(found.max())) if found.numel() else (0.0, 0.0)
+    chosen_values = values[mask]
+    least, largest = (float(chosen_values.min()), float(chosen_values.max())) if chosen_values.numel() else (0.0, 0.0)
     width = largest - least
     strengths = (
         torch.nan_to_num((values[row] - least) / width).clamp(0, 1) if width > 0 else torch.zeros(len(values[row]))
     )
     return [Signal(value, strength) for value, strength in zip(values[row].tolist(), strengths.tolist(), strict=True)]
-
-
-def polarity_of(record: CreditRecord) -> Float[Tensor, "batch response"]:
-    """The estimator's advantages where the record has them, else those of the whole pipeline."""
-    host = record.batch.host_advantages
-    return record.advantages if host is None else torch.broadcast_to(host[:, None], record.advantages.shape)

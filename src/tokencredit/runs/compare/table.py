@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokencredit.diagnostics.bootstrap import Interval
-from tokencredit.diagnostics.intervals import paired_seed_interval, seed_interval
+from tokencredit.diagnostics.stats import Interval, paired_seed_interval, seed_interval
 from tokencredit.methods.table import BASELINE, EXACT
 from tokencredit.runs import folders
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sample_runs
+from support import sample_runs
 
 from tokencredit.report import plots, write_report
+from tokencredit.report.run_page.data import PageData
 from tokencredit.report.run_page.distillation import _profiles, adds_bonus, distillation_pictures
-from tokencredit.report.run_page.figures import credit_series
 from tokencredit.report.run_page.folders import Run, load_runs
 
 
@@ -21,10 +21,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 
 def drawn(runs: list[Run]) -> dict[str, str]:
-    styles = {run.label: plots.style(number) for number, run in enumerate(runs)}
-    return {
-        title: svg for title, _, svg in distillation_pictures(runs, styles, {id(r): credit_series(r) for r in runs})
-    }
+    return {picture.title: picture.svg for picture in distillation_pictures(PageData.of(runs))}
 
 
 def test_pictures_of_runs_with_a_teacher(runs: list[Run]) -> None:
@@ -48,9 +45,8 @@ def test_pictures_of_runs_with_a_teacher(runs: list[Run]) -> None:
 
 
 def test_profiles_rise_where_the_teacher_disagrees_and_fall_in_training(runs: list[Run]) -> None:
-    credit = {id(run): credit_series(run) for run in runs}
     assert "position in the response, %" in drawn(runs)["Gap by position, last steps"]
-    first, last = (_profiles(runs, credit, last=side) for side in (False, True))
+    first, last = (_profiles(PageData.of(runs), last=side) for side in (False, True))
     assert set(first) == {"opd", "dasd", "dasd_permuted"}
     assert first["opd"][9] > 2.0 * first["opd"][0]
     assert sum(last["opd"]) < sum(first["opd"])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import sample_runs
+from support import sample_runs
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.report.run_page.folders import NOT_STARTED, by_label, load_runs

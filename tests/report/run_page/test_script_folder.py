@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import sample_runs
+from support import sample_runs
 
 from tokencredit.batch.store import RecordStore
 from tokencredit.cli.main import main

@@ -6,27 +6,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import damage
 import pytest
-import sample_runs
 from hypothesis import HealthCheck, given, settings
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from support import damage, sample_runs
 
 from tokencredit.errors import TokenCreditError
 from tokencredit.report import plots, write_report
 
 
-def plan_only(name: str, draw: Callable[[Any], None], *, bottom: float = 0.18) -> str:
+def plan_only(name: str, draw: Callable[[Any], None], *, bottom: float = 0.18) -> Markup:
     """Stands in for the drawing of a picture, which takes most of the time of a report."""
     axes = Figure().add_axes((0.1, bottom, 0.8, 0.7))
     draw(axes)
     plots._write_whole_labels(axes)
-    return "<svg></svg>"
+    return Markup("<svg></svg>")
 
 
 @pytest.fixture
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "_svg", plan_only)
+    monkeypatch.setattr(plots, "svg", plan_only)
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

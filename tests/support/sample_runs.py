@@ -1,4 +1,4 @@
-"""Run folders as training leaves them: synthetic batches through real pipelines. `python sample_runs.py FOLDER`."""
+"""Run folders as training leaves them: synthetic batches through real pipelines. `python …/sample_runs.py FOLDER`."""
 
 import json
 import sys

@@ -4,14 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import sample_runs
 import torch
+from support import sample_runs
 
 from tokencredit import CreditRecord, TokenBatch, assign_credit
 from tokencredit.batch.store import RecordStore
 from tokencredit.report import write_report
+from tokencredit.report.page import visible
 from tokencredit.report.run_page.folders import Run, load_runs
-from tokencredit.report.run_page.tokens import prompt_views, response_views, visible
+from tokencredit.report.run_page.tokens import prompt_views, response_views
 
 
 @pytest.mark.parametrize(

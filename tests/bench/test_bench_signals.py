@@ -1,24 +1,24 @@
 """The benchmark's own collectors: attention, and an adapter fresh or given."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from bench_world import model_folder
+from support.bench_task import model_folder
 
 from tokencredit.bench import cell, signals
 from tokencredit.bench import entries as pipelines
 from tokencredit.bench.config import BenchConfig
-from tokencredit.bench.problem import draw, load_world
+from tokencredit.bench.problem import load_world
+from tokencredit.bench.sampling import draw
 from tokencredit.collect.adapter_residual import adapter_residuals
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.data import load_model
 from tokencredit.methods.table import PRESETS
 
-TASK = "bench_world:letters"
+TASK = "support.bench_task:letters"
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +68,18 @@ def test_a_fresh_adapter_moves_by_one_step_of_the_policy_gradient(config: BenchC
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_peft_folder_is_the_policy_with_its_adapter(config: BenchConfig, tmp_path: Path, dtype: str) -> None:
-    given = replace(config, model=str(adapter_folder(config, tmp_path / "adapter")), dtype=dtype)
+    given = config.replace(model=str(adapter_folder(config, tmp_path / "adapter")), dtype=dtype)
     world = load_world(given, TASK, "given")
     assert signals.adapted(world) is world.model
     sampled = draw(world, given, 0)  # checks exact values of the adapted policy against its verifier
     span = signals.span_of(world, sampled.batch.response_ids, sampled.batch.response_mask)
     torch.testing.assert_close(signals.residuals(sampled), adapter_residuals(world.model, *span)[0])
-    base = load_world(replace(config, dtype=dtype), TASK, "given")
+    base = load_world(config.replace(dtype=dtype), TASK, "given")
     assert not torch.allclose(world.credit.prompt_values, base.credit.prompt_values)
     gap = (signals.reference(sampled) - sampled.batch.old_logprobs)[sampled.batch.response_mask]
     assert float(gap.abs().max()) > 1e-3
     result = cell.run_cell(
-        replace(given, pipelines=("grpo", "arca")),
+        given.replace(pipelines=("grpo", "arca")),
         TASK,
         "given",
         tmp_path / "out",
@@ -96,4 +96,4 @@ def test_an_adapter_without_a_base_is_refused(config: BenchConfig, tmp_path: Pat
     path = folder / "adapter_config.json"
     path.write_text(path.read_text().replace(str(config.model), ""))
     with pytest.raises(TokenCreditError, match="does not say which model it belongs to"):
-        load_world(replace(config, model=str(folder)), TASK, "given")
+        load_world(config.replace(model=str(folder)), TASK, "given")

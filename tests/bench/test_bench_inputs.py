@@ -1,15 +1,14 @@
 """What a benchmark takes: pipelines, settings, prompts and lists of a user, and tokenizers with several spellings."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bench_world import Letters, model_folder
 from support import fakecuda
+from support.bench_task import Letters, model_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,12 +16,13 @@ from tokencredit import TokenBatch, TokenCreditError
 from tokencredit.bench import entries as pipelines
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.figures import _around
-from tokencredit.bench.problem import draw, load_world, sample_responses, seeded
+from tokencredit.bench.problem import encode_listed, encode_prompt, load_world
 from tokencredit.bench.run import run_bench
-from tokencredit.bench.texts import encode_listed, encode_prompt
+from tokencredit.bench.sampling import draw, sample_responses, seeded
 from tokencredit.cli.bench import config_of, print_notes, print_table
 from tokencredit.cli.main import build_parser, main
-from tokencredit.report.bench_page import figure_text, notes, render_bench
+from tokencredit.report.bench_page import render_bench
+from tokencredit.report.bench_table import estimate_text, notes
 
 TEMPLATE = (
     "{% for m in messages %}<s>[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -111,7 +111,17 @@ def test_whatever_compare_takes(letters: str, tmp_path: Path, capsys: pytest.Cap
         *("grpo", "{hapo: {alpha: .5}}", "[group_normalized, test_bench_inputs:doubled]"),
         *("[hapo, {test_bench_inputs:doubled: {by: 3.0}}]", "0.5 * grpo + 0.5 * hapo"),
     ]
-    command = ["bench", "--model", letters, "--task", "bench_world:letters", "--prompts", "2", "--rollouts", "16"]
+    command = [
+        "bench",
+        "--model",
+        letters,
+        "--task",
+        "support.bench_task:letters",
+        "--prompts",
+        "2",
+        "--rollouts",
+        "16",
+    ]
     options = ["--credit", *credits, "--no-controls", "--set", "resamples=20", "--out", str(tmp_path / "out"), "--json"]
     assert main([*command, *options]) == 0
     (cell,) = json.loads(capsys.readouterr().out)["cells"]
@@ -152,36 +162,36 @@ def test_pipelines_of_a_file_and_settings_of_the_command_line(tmp_path: Path) ->
         ({"stages": ["start", 2]}, "`stages` must be a name"),
         ({"pipelines": 3}, "`pipelines` is a list with one item per pipeline, got 3"),
         ({"pipelines": [3]}, "`pipelines` is a list with one item per pipeline"),
-        ({"model": 3}, "`model` must be a text, got 3"),
+        ({"model": 3}, "`model` must be a text, or null, got 3"),
         ({"controls": "no"}, "`controls` must be true or false"),
-        ({"seed": 1.5}, "`seed` must be of type int"),
-        ({"level": "high"}, "`level` must be of type float"),
-        ({"threads": 10**30}, "`threads` must be at most 1024"),
-        ({"gain": float("nan")}, "`gain` must be in"),
+        ({"seed": 1.5}, "`seed` must be a whole number"),
+        ({"level": "high"}, "`level` must be a number"),
+        ({"threads": 10**30}, "`threads` must be a whole number of at least 1 and of at most 1,024"),
+        ({"gain": float("nan")}, "`gain` must be a number above 0"),
         ({"chat": "sometimes"}, "`chat` must be true, false or auto"),
         ({"teacher": [1]}, "`teacher` must be a mapping"),
-        ({"teacher": {"kind": {1, 2}}}, "`teacher` holds a value that JSON cannot hold"),
+        ({"teacher": {"kind": {1, 2}}}, "which YAML reads as set"),
         ({"baseline": None}, "`baseline` must be a text"),
     ],
 )
 def test_every_key_has_a_type(given: dict, message: str) -> None:
     with pytest.raises(TokenCreditError, match=message):
-        BenchConfig.from_mapping(given)
+        BenchConfig.read(given)
 
 
 def test_methods_and_files_that_cannot_be_used(letters: str, tmp_path: Path) -> None:
-    config = small(model=letters, tasks=("bench_world:letters",))
+    config = small(model=letters, tasks=("support.bench_task:letters",))
     with pytest.raises(TokenCreditError, match="'hapo' is named twice"):
-        run_bench(replace(config, pipelines=("hapo", "hapo")), tmp_path / "a")
+        run_bench(config.replace(pipelines=("hapo", "hapo")), tmp_path / "a")
     with pytest.raises(TokenCreditError, match="takes \\(advantages, batch"):
-        run_bench(replace(config, pipelines=("test_bench_inputs:doubled",)), tmp_path / "a")
+        run_bench(config.replace(pipelines=("test_bench_inputs:doubled",)), tmp_path / "a")
     with pytest.raises(TokenCreditError, match="did you mean 'grpo'"):
-        run_bench(replace(config, baseline="grpoo"), tmp_path / "a")
+        run_bench(config.replace(baseline="grpoo"), tmp_path / "a")
     (tmp_path / "file").write_text("")
     with pytest.raises(TokenCreditError, match="cannot create the folder"):
         run_bench(config, tmp_path / "file" / "out")
     run_bench(config, tmp_path / "b")
-    for name, content in (("config.json", b"{"), ("bench_world.letters-given/cell.json", b"\xff\xfe")):
+    for name, content in (("config.json", b"{"), ("support.bench_task.letters-given/cell.json", b"\xff\xfe")):
         kept = (tmp_path / "b" / name).read_bytes()
         (tmp_path / "b" / name).write_bytes(content)
         with pytest.raises(TokenCreditError, match=name.rpartition("/")[2]):
@@ -190,9 +200,9 @@ def test_methods_and_files_that_cannot_be_used(letters: str, tmp_path: Path) -> 
 
 
 def test_a_damaged_part_is_measured_again_and_an_older_folder_goes_on(letters: str, tmp_path: Path) -> None:
-    config = small(model=letters, tasks=("bench_world:letters",), chat=False)
+    config = small(model=letters, tasks=("support.bench_task:letters",), chat=False)
     whole = run_bench(config, tmp_path)
-    folder = tmp_path / "bench_world.letters-given"
+    folder = tmp_path / "support.bench_task.letters-given"
     for content in (b"", b"\x00" * 300):
         (folder / "cell.json").unlink()
         (folder / "part-000.safetensors").write_bytes(content)
@@ -203,7 +213,7 @@ def test_a_damaged_part_is_measured_again_and_an_older_folder_goes_on(letters: s
     (tmp_path / "config.json").write_text(json.dumps(old))
     run_bench(config, tmp_path)
     with pytest.raises(TokenCreditError, match="chat = False, asked for is True"):
-        run_bench(replace(config, chat=True), tmp_path)
+        run_bench(config.replace(chat=True), tmp_path)
 
 
 def test_other_spellings_are_counted_and_the_success_is_a_lower_bound(words: str, tmp_path: Path) -> None:
@@ -219,7 +229,7 @@ def test_other_spellings_are_counted_and_the_success_is_a_lower_bound(words: str
     assert share > 0 and not bool(sampled.batch.rewards[sampled.respelled].any())
     assert share == pytest.approx(both - listed, abs=4 * (share / 4000) ** 0.5)  # the mass that the list leaves out
     assert not bool(draw(worlds["both_spellings"], config, 0).respelled.any())
-    results = run_bench(replace(config, tasks=("test_bench_inputs:one_spelling",)), tmp_path)
+    results = run_bench(config.replace(tasks=("test_bench_inputs:one_spelling",)), tmp_path)
     (cell,) = results["cells"]
     assert cell["success"]["other_spellings"] > 0
     assert "at least" in render_bench(results) and any("as token ids" in note for note in notes(cell))
@@ -249,12 +259,12 @@ def test_cosines_stay_cosines() -> None:
     draws = torch.linspace(0.5, 1.5, 101).double().numpy()
     one = torch.ones(1).double().numpy()
     assert _around(one * 0.9, one * 0.5, draws, 0.95, 1.0)[:] == pytest.approx((0.9, 0.925, 1.0))
-    assert figure_text([0.9, 0.8, 1.26], "expected_direction") == "0.90 [0.80, 1.00*]"
-    assert figure_text([-3.87, -3.93, -3.79], "expected_direction") == "noise*"
-    assert figure_text([3.59, None, None], "expected_direction") == "noise*"
-    assert figure_text([1.0 + 1e-12, 0.9, 1.0], "expected_direction") == "1.00 [0.90, 1.00]"
-    assert figure_text([6.82, 1.08, 21.66], "signal_to_noise") == "6.82 [1.08, 21.66]"
-    assert figure_text(None) == figure_text([None, None, None]) == "–"
+    assert estimate_text([0.9, 0.8, 1.26], "expected_direction") == "0.90 [0.80, 1.00*]"
+    assert estimate_text([-3.87, -3.93, -3.79], "expected_direction") == "noise*"
+    assert estimate_text([3.59, None, None], "expected_direction") == "noise*"
+    assert estimate_text([1.0 + 1e-12, 0.9, 1.0], "expected_direction") == "1.00 [0.90, 1.00]"
+    assert estimate_text([6.82, 1.08, 21.66], "signal_to_noise") == "6.82 [1.08, 21.66]"
+    assert estimate_text(None) == estimate_text([None, None, None]) == "–"
 
 
 def test_prompts_are_what_training_sees() -> None:

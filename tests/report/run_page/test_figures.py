@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sample_runs
+from support import sample_runs
 
 from tokencredit.diagnostics.position import position_profile
-from tokencredit.report.run_page.figures import _pooled, credit_series
+from tokencredit.report.run_page.data import credit_series, pooled_profile
 from tokencredit.report.run_page.folders import Line, load_runs
 
 
@@ -26,5 +26,5 @@ def test_pooled_profiles_count_tokens() -> None:
     batch, _, _ = sample_runs.sample_batch(0, 0)
     entropies, mask = batch.require("entropies"), batch.response_mask
     whole = position_profile(entropies, mask).mean.numpy()
-    halves = [position_profile(entropies[rows], mask[rows]) for rows in (slice(0, 5), slice(5, None))]
-    np.testing.assert_allclose(_pooled(halves), whole)
+    halves = [(entropies[rows], mask[rows]) for rows in (slice(0, 5), slice(5, None))]
+    np.testing.assert_allclose(pooled_profile(halves)[0], whole)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tokencredit.diagnostics.bootstrap import interval, paired_bootstrap
+from tokencredit.diagnostics.stats import interval, paired_seed_interval
 from tokencredit.errors import TokenCreditError
 
 
@@ -45,18 +45,6 @@ def test_same_seed_same_interval_other_seed_another() -> None:
     assert interval(values, seed=3) != interval(values, seed=4)
 
 
-def test_pairing_removes_what_both_share() -> None:
-    rng = np.random.default_rng(0)
-    hardness = rng.normal(size=(1, 60)) * 10
-    first = hardness + rng.normal(size=(3, 60))
-    second = first + 1.0 + 0.1 * rng.normal(size=(3, 60))
-    found = paired_bootstrap(first, second)
-    assert found.mean == pytest.approx(1.0, abs=0.05)
-    assert found.excludes_zero and found.high - found.low < 0.1
-    assert not paired_bootstrap(first, first).excludes_zero
-    assert paired_bootstrap(second, first).high < 0
-
-
 def test_one_unit_has_no_interval() -> None:
     found = interval([0.25])
     assert found.mean == 0.25 and math.isnan(found.low) and math.isnan(found.high) and not found.excludes_zero
@@ -66,7 +54,7 @@ def test_one_unit_has_no_interval() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paired_bootstrap([1.0, 2.0], [1.0]), r"one shape, got \[1, 2\] and \[1, 1\]"),
+        (lambda: paired_seed_interval([1.0, 2.0], [1.0]), r"one shape, got \[2\] and \[1\]"),
         (lambda: interval([1.0, math.nan]), "must be finite, got nan"),
         (lambda: interval([[1.0], [1.0, 2.0]]), "as many problems for every seed"),
         (lambda: interval(np.zeros((1, 1, 1))), "got shape"),

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from sample_runs import sample_batch, write_run
+from support.sample_runs import sample_batch, write_run
 
 from tokencredit import CreditRecord, assign_credit
 from tokencredit.batch.store import RecordStore
 from tokencredit.methods.outcome import group_normalized
 from tokencredit.pipeline.pipeline import get_pipeline
-from tokencredit.report.page import render
+from tokencredit.report.run_page.data import PageData
 from tokencredit.report.run_page.folders import Run, load_runs
+from tokencredit.report.run_page.page import render
 from tokencredit.report.run_page.results import metric_curves
 from tokencredit.report.run_page.signals import concentration_table, signals_of
 
@@ -50,15 +51,14 @@ def signal_run(folder: Path, label: str, seed: int = 0) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> tuple[list[Run], dict[str, list[CreditRecord]]]:
-    runs = load_runs([signal_run(folder / "arca", "arca"), signal_run(folder / "attention", "attention")])
-    return runs, {run.label: [run.records.read(-1)] for run in runs}
+def load(folder: Path) -> list[Run]:
+    return load_runs([signal_run(folder / "arca", "arca"), signal_run(folder / "attention", "attention")])
 
 
 def test_the_table_has_a_row_for_each_signal_that_is_carried(tmp_path: Path) -> None:
-    runs, last = loaded(tmp_path)
-    rows = {(row.label, row.signal): row for row in concentration_table(runs, last)}
-    assert list(signals_of(last["arca"][0].batch)) == [
+    data = PageData.of(load(tmp_path))
+    rows = {(row.label, row.signal): row for row in concentration_table(data)}
+    assert list(signals_of(data.last["arca"][0].batch)) == [
         "surprisal",
         "entropy reduction",
         "policy divergence",
@@ -73,11 +73,11 @@ def test_the_table_has_a_row_for_each_signal_that_is_carried(tmp_path: Path) -> 
     assert row.ratio_sharp < row.ratio
     # Nobody weighs by a signal: no table.
     plain = load_runs([write_run(tmp_path / "hapo", "hapo", 0, steps=25, every=25)])
-    assert concentration_table(plain, {"hapo": [plain[0].records.read(-1)]}) == []
+    assert concentration_table(PageData.of(plain)) == []
 
 
 def test_the_page_shows_signals_where_they_are_recorded(tmp_path: Path) -> None:
-    runs, _ = loaded(tmp_path)
+    runs = load(tmp_path)
     page = render(runs)
     for text in (
         'id="signals"',
@@ -102,7 +102,7 @@ def test_the_page_shows_signals_where_they_are_recorded(tmp_path: Path) -> None:
 def test_curves_read_the_records_over_training(tmp_path: Path) -> None:
     from tokencredit.report.run_page.signals import _over_training
 
-    runs, _ = loaded(tmp_path)
+    runs = load(tmp_path)
     found = _over_training(runs[0])
     assert sorted(found["surprisal"]) == [0, 50, 100]
     # At B = 0 the residual is nowhere: weights are uniform, G = 0.

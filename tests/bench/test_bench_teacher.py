@@ -1,19 +1,19 @@
 """The benchmark with a teacher: who takes part, and how methods stand to the gradient of the teacher's objective."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bench_world import ALPHABET, model_folder
+from support.bench_task import ALPHABET, model_folder
 
 from tokencredit import TokenCreditError
 from tokencredit.bench.cell import assign_all
 from tokencredit.bench.config import BenchConfig
 from tokencredit.bench.entries import FIELD_COLLECTORS, entries
-from tokencredit.bench.problem import draw, load_world
+from tokencredit.bench.problem import load_world
 from tokencredit.bench.run import run_bench
+from tokencredit.bench.sampling import draw
 from tokencredit.bench.teacher import load_teacher, objective_of, teacher_collectors, teacher_success
 from tokencredit.cli.bench import config_of, print_markdown, print_table
 from tokencredit.cli.main import build_parser
@@ -21,7 +21,7 @@ from tokencredit.collect.teacher.prompts import better_attempts
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.report.bench_page import render_bench
 
-TASK = "bench_world:letters"
+TASK = "support.bench_task:letters"
 
 
 def teacher_folder(where: Path) -> Path:
@@ -84,7 +84,7 @@ def test_the_divergence_is_that_of_samples(config: BenchConfig) -> None:
     # J against the mean of Σ ln π − ln ρ over the sampled responses.
     world = load_world(config, TASK, "given")
     teacher = load_teacher(world, config, TASK)
-    sampled = draw(world, replace(config, rollouts=200), 0)
+    sampled = draw(world, config.replace(rollouts=200), 0)
     gap = teacher_collectors(teacher)["teacher_logprobs"](sampled) - sampled.batch.old_logprobs
     estimate = -torch.where(sampled.batch.response_mask, gap, 0.0).sum(1).view(4, -1)
     for prompt in range(4):
@@ -107,16 +107,16 @@ def test_every_preset_of_the_family_takes_part(config: BenchConfig) -> None:
 
 def test_the_policy_under_a_privileged_prompt(config: BenchConfig) -> None:
     template = "{trace}{prompt}"
-    given = replace(config, teacher={"kind": "self", "template": template}, prompts=3)
+    given = config.replace(teacher={"kind": "self", "template": template}, prompts=3)
     world = load_world(given, TASK, "given")
     teacher = load_teacher(world, given, TASK)
     assert [row["trace"] in ("a", "ab", "aa") for row in teacher.rows] == [True] * 3
     before = objective_of(teacher, world, 0)
     assert before.divergence > 1e-6
-    other = load_teacher(world, replace(given, teacher={"kind": "self", "template": "b{prompt}"}), TASK)
+    other = load_teacher(world, given.replace(teacher={"kind": "self", "template": "b{prompt}"}), TASK)
     assert objective_of(other, world, 0).divergence != before.divergence
     # A teacher with the student's own weights is as good as the student on the same prompt, whatever the field's name.
-    plain = load_teacher(world, replace(given, teacher={"kind": "self", "weights": "frozen"}), TASK)
+    plain = load_teacher(world, given.replace(teacher={"kind": "self", "weights": "frozen"}), TASK)
     assert objective_of(plain, world, 0).divergence == pytest.approx(0.0, abs=1e-12)
     assert teacher_success(plain, world) == pytest.approx(float(world.credit.prompt_values.mean()))
 
@@ -137,8 +137,8 @@ def test_a_teacher_changes_nothing_for_those_who_do_not_ask(config: BenchConfig)
 
 
 def test_a_sibling_gives_credit_but_no_objective(config: BenchConfig, tmp_path: Path) -> None:
-    given = replace(
-        config, teacher={"kind": "self", "template": "{attempt}{prompt}"}, prompts=2, pipelines=("grpo", "sdpo")
+    given = config.replace(
+        teacher={"kind": "self", "template": "{attempt}{prompt}"}, prompts=2, pipelines=("grpo", "sdpo")
     )
     (cell,) = run_bench(given, tmp_path)["cells"]
     assert cell["teacher"]["success"] is None and "divergence" not in cell["teacher"]
@@ -176,10 +176,10 @@ def test_the_flag(flag: str, section: dict) -> None:
 
 def test_teachers_that_cannot_be(config: BenchConfig, tmp_path: Path) -> None:
     with pytest.raises(TokenCreditError, match="`teacher` must be a mapping, got 'late'"):
-        BenchConfig.from_mapping({"teacher": "late"})
+        BenchConfig.read({"teacher": "late"})
     with pytest.raises(TokenCreditError, match="unknown teacher kind 'modle', did you mean 'model'"):
-        run_bench(replace(config, teacher={"kind": "modle"}), tmp_path / "kind")
+        run_bench(config.replace(teacher={"kind": "modle"}), tmp_path / "kind")
     with pytest.raises(TokenCreditError, match="no `hint` for the teacher's prompt"):
-        run_bench(replace(config, teacher={"kind": "self", "template": "{hint}{prompt}"}), tmp_path / "hint")
+        run_bench(config.replace(teacher={"kind": "self", "template": "{hint}{prompt}"}), tmp_path / "hint")
     given = json.loads(json.dumps(config.to_mapping()))
-    assert BenchConfig.from_mapping(given) == config
+    assert BenchConfig.read(given) == config
