@@ -19,6 +19,8 @@ from tokencredit.cli.bench import config_of, print_markdown, print_table
 from tokencredit.cli.main import build_parser
 from tokencredit.collect.teacher.prompts import better_attempts
 from tokencredit.lab.model import build_model, build_tokenizer
+from tokencredit.methods.table import PRESETS
+from tokencredit.pipeline.pipeline import get_pipeline
 from tokencredit.report.bench_page import render_bench
 
 TASK = "support.bench_task:letters"
