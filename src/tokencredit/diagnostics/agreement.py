@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokencredit.batch.masked import response_lengths
 from tokencredit.diagnostics.concentration import Mean, mean_over_responses
 
 
