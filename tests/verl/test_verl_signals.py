@@ -27,6 +27,7 @@ from tokencredit.collect.table import resolve_options
 from tokencredit.errors import TokenCreditError
 
 LENGTHS = ((3, 5), (2, 7), (4, 1))  # prompt and response of each row
+OPTIONS = resolve_options({})[0]
 BOTH = {name: OPTIONS[name] for name in ("attention_entropies", "adapter_residuals")}
 LORA = "actor_rollout_ref.model.lora_rank=4"
 
