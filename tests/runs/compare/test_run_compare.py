@@ -215,7 +215,7 @@ def test_the_first_check_loads_the_model_once_for_all_methods(
     config = small_config(model_folder)
     check_first(plan_runs(config, ["grpo", "hapo", "exact"], range(2)), tmp_path / "out")
     assert loaded == [str(model_folder)]
-    with pytest.raises(TokenCreditError, match="arca: .*adapter_residuals"):  # needs LoRA
+    with pytest.raises(TokenCreditError, match=r"arca: .*adapter_residuals"):  # needs LoRA
         check_first(plan_runs(config, ["grpo", "arca"], range(1)), tmp_path / "out")
 
 
