@@ -190,3 +190,11 @@ def _logged(evaluate: Evaluate, trainer: Any) -> Evaluate:
         return metrics
 
     return evaluate_and_log
+
+
+def _mean_reward(model: Any, material: Any, row: Mapping[str, Any], samples: int) -> float:
+    """Mean reward of `samples` responses to one prompt, for checks outside a run; 0 if none was scored."""
+    source = Material(None, material.tokenizer, None, [material.reward], material.max_response)
+    (rewards,), _ = _rewards(model, source, [row], samples)
+    scored = [value for value in rewards if value is not None]
+    return sum(scored) / max(1, len(scored))
