@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen
+from tokencredit.batch.masked import level, picked
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.likelihood import score_weights
 
@@ -43,9 +43,9 @@ def adapter_residual(
     reported sweep says. `mix`, `floor`, `cap` and `gate` are ours.
     """
     mask = batch.response_mask
-    scores = chosen(batch.require("adapter_residuals"), mask)
+    scores = picked(batch.require("adapter_residuals"), mask)
     if gate > 0.0:
         trusted = batch.require("doubling_ratios").double() >= gate
-        scores = torch.where(trusted[:, None], scores, 0.0)
+        scores = torch.where(trusted[:, None], scores, torch.zeros_like(scores))
     weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return level(advantages, mask) * weights

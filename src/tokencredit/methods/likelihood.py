@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.masked import following, kept, level, picked, response_lengths, row_blocks, row_sums
 from tokencredit.batch.records import TokenBatch
 
 EPS = 1e-8  # below this greatest score a response has no signal
@@ -32,9 +32,8 @@ def surprisal(
     Paper: ARCA (arXiv:2606.00257), a baseline of its table 1, which was run at p = 2.
     """
     mask = batch.response_mask
-    scores = -chosen(batch.require("old_logprobs"), mask)
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    weights = score_weights(-batch.require("old_logprobs"), mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+    return level(advantages, mask) * weights
 
 
 def entropy_reduction(
@@ -59,7 +58,7 @@ def entropy_reduction(
     mask = batch.response_mask
     scores = entropy_drops(batch.require("entropies"), mask)
     weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return level(advantages, mask) * weights
 
 
 def policy_divergence(
@@ -81,19 +80,17 @@ def policy_divergence(
     Paper: ARCA (arXiv:2606.00257); its reference is the model with the adapter off.
     """
     mask = batch.response_mask
-    scores = (chosen(batch.require("old_logprobs"), mask) - chosen(batch.require("ref_logprobs"), mask)).abs()
+    scores = (picked(batch.require("old_logprobs"), mask) - picked(batch.require("ref_logprobs"), mask)).abs()
     weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+    return level(advantages, mask) * weights
 
 
 def entropy_drops(
     entropies: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
     """max(0, H_t − H_{t+1}) between neighbouring chosen tokens; 0 on the last one and outside the mask."""
-    packed = compact(chosen(entropies, mask), mask)
-    following = torch.cat((packed[:, 1:], torch.zeros_like(packed[:, :1])), dim=1)
-    last = torch.arange(mask.shape[1], device=mask.device) >= response_lengths(mask) - 1
-    return spread(torch.where(last, 0.0, (packed - following).clamp_min(0.0)), mask)
+    after, has_next = following(picked(entropies, mask), mask)
+    return kept((picked(entropies, mask) - after).clamp_min_(0.0), has_next)
 
 
 def score_weights(
@@ -118,14 +115,36 @@ def score_weights(
     fallback (a sum of *squares* against 1e-8) and of underflow. At p = 1 the weights differ by at most
     n (n − 1) · 1e-8 / Σα; for p < 1 there is no such bound, since the release's constant lifts small scores.
     """
-    scores = chosen(scores, mask).clamp_min(0.0)
+    weights = [
+        _row_weights(picked(scores[rows], mask[rows]).clamp_min_(0.0), mask[rows], sharpening, mix, floor, cap)
+        for rows in row_blocks(mask)
+    ]
+    return torch.cat(weights) if len(weights) > 1 else weights[0]
+
+
+def _row_weights(
+    scores: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    sharpening: float,
+    mix: float,
+    floor: float,
+    cap: float | None,
+) -> Float[Tensor, "batch response"]:
+    """`score_weights` of scores that are at least 0, and 0 outside the mask."""
     length = response_lengths(mask)
-    largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.sum(1, keepdim=True)
+    largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.new_zeros(len(scores), 1)
     signal = largest > EPS
-    powers = torch.where(mask, (scores / torch.where(signal, largest, 1.0)).pow(sharpening), 0.0)
-    weights = torch.where(signal & mask, length * powers / powers.sum(1, keepdim=True).clamp_min(1.0), 1.0)
-    weights = 1.0 + mix * (weights - 1.0)
+    powers = scores.div_(torch.where(signal, largest, 1.0))
+    if sharpening != 1.0:
+        powers = kept(powers.pow_(sharpening), mask)  # 0 to the power 0 is 1
+    # n / Σ where there is a signal, then mixed with 1: w = powers · factor + rest, both one number a response.
+    factor = torch.where(signal, mix * length / row_sums(powers).clamp_min(1.0), 0.0).to(powers.dtype)
+    rest = (1.0 - mix * signal.double()).to(powers.dtype)
+    weights = powers.mul_(factor)
+    is_whole = mix == 1.0 and mask.device.type == "cpu" and bool(signal.all())  # a GPU is not asked
+    if not is_whole:
+        weights = kept(weights.add_(rest), mask)
     if floor > 0.0 or cap is not None:
-        weights = torch.where(mask, weights.clamp(floor, cap), 0.0)
-        weights = weights * length / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.where(mask, weights, 0.0)
+        weights = kept(weights.clamp_(floor, cap), mask)
+        weights = weights * (length / row_sums(weights).clamp_min(torch.finfo(weights.dtype).tiny)).to(weights.dtype)
+    return weights

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class MethodSpec:
       they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
     * `is_host_baseline`: inside a host, the estimator returns the host's own advantages.
+    * `in_blocks`: the function bounds its temporaries by itself and is handed the whole batch.
     * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
     * `renamed`: choices of a hyperparameter that had another name before, so that older configs still read.
     """
@@ -51,6 +53,7 @@ class MethodSpec:
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
     is_host_baseline: bool = False
+    in_blocks: bool = False
     conserves: str | None = None
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -70,16 +73,21 @@ class MethodSpec:
     @property
     def draws(self) -> bool:
         """Whether the method takes a generator."""
-        return "generator" in inspect.signature(self.fn).parameters
+        return "generator" in _parameters(self.fn)
 
     @property
     def takes_base(self) -> bool:
         """Whether the method compares with what the estimator gave."""
-        return "base" in inspect.signature(self.fn).parameters
+        return "base" in _parameters(self.fn)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(fn: Method) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(fn).parameters
 
 
 def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
-    found = inspect.signature(fn).parameters
+    found = _parameters(fn)
     return {
         name: parameter
         for name, parameter in found.items()

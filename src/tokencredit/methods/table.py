@@ -60,15 +60,17 @@ WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", 
 ESTIMATORS: dict[str, MethodSpec] = {
     "group_normalized": MethodSpec(
         fn=group_normalized,
+        in_blocks=True,
         paper="arXiv:2402.03300",
         scope="group",
         domains={"eps": "[0, inf)"},
         is_host_baseline=True,
     ),
-    "group_centered": MethodSpec(fn=group_centered, paper="arXiv:2503.20783", scope="group"),
-    "leave_one_out": MethodSpec(fn=leave_one_out, paper="arXiv:2402.14740", scope="group"),
+    "group_centered": MethodSpec(fn=group_centered, in_blocks=True, paper="arXiv:2503.20783", scope="group"),
+    "leave_one_out": MethodSpec(fn=leave_one_out, in_blocks=True, paper="arXiv:2402.14740", scope="group"),
     "signed_outcome": MethodSpec(
         fn=signed_outcome,
+        in_blocks=True,
         paper="arXiv:2506.01347",
         scope="response",
         domains={"positive": "[0, inf)", "negative": "[0, inf)"},
@@ -81,6 +83,7 @@ ESTIMATORS: dict[str, MethodSpec] = {
 TRANSFORMS: dict[str, MethodSpec] = {
     "entropy_capacity": MethodSpec(
         fn=entropy_capacity,
+        in_blocks=True,
         paper="arXiv:2604.11056",
         requires=ENTROPIES,
         scope=capacity_scope,
@@ -101,6 +104,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "top_entropy": MethodSpec(
         fn=top_entropy,
+        in_blocks=True,
         paper="arXiv:2506.01939",
         requires=ENTROPIES,
         scope="batch",
@@ -125,6 +129,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "empg": MethodSpec(
         fn=empg,
+        in_blocks=True,
         paper="arXiv:2509.09265",
         requires=ENTROPIES,
         scope="batch",
@@ -184,6 +189,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "surprisal": MethodSpec(
         fn=surprisal,
+        in_blocks=True,
         paper="arXiv:2606.00257",
         requires=OLD,
         scope="response",
@@ -202,6 +208,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "policy_divergence": MethodSpec(
         fn=policy_divergence,
+        in_blocks=True,
         paper="arXiv:2606.00257",
         requires=OLD | {"ref_logprobs"},
         scope="response",
@@ -211,6 +218,7 @@ TRANSFORMS: dict[str, MethodSpec] = {
     ),
     "adapter_residual": MethodSpec(
         fn=adapter_residual,
+        in_blocks=True,
         paper="arXiv:2606.00257",
         requires=residual_fields,
         scope="response",

@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, response_lengths, unit_moments
+from tokencredit.batch.masked import chosen, group_sums, response_lengths, unit_moments
 from tokencredit.batch.records import TokenBatch
-from tokencredit.batch.reduce import group_totals
 from tokencredit.methods.spec import Scope
 
 Quadrant = Literal["PHR", "PLR", "NHR", "NLR"]
@@ -83,12 +82,11 @@ def _mean_of_means(entropies: Float[Tensor, "batch response"], batch: TokenBatch
     length = response_lengths(batch.response_mask)
     means = entropies.sum(1, keepdim=True) / length.clamp_min(1)
     stats = torch.cat((means, (length > 0).double()), dim=1)
-    total, count = group_totals(stats, batch.group_ids, batch.reducer).unbind(1)
+    total, count = group_sums(stats, batch).unbind(1)
     return (total / count.clamp_min(1.0))[:, None]
 
 
 def _group_maximum(per_row: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, " batch"]:
-    labels = batch.reducer.labels(batch.group_ids)
-    index = torch.searchsorted(labels, batch.group_ids)
-    table = per_row.new_full((labels.numel(),), -torch.inf).scatter_reduce(0, index, per_row, "amax")
+    index, count = batch.numbered_groups
+    table = per_row.new_full((count,), -torch.inf).scatter_reduce(0, index, per_row, "amax")
     return batch.reducer.maximum(table)[index]
