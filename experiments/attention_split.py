@@ -30,7 +30,8 @@ from tokencredit.collect.logprobs import token_logprobs
 from tokencredit.collect.models import backbone_of
 from tokencredit.lab import data
 from tokencredit.lab.model import warm_start
-from tokencredit.methods.attention.weights import lowest_or_highest, position_matched_shuffle
+from tokencredit.methods.controls import position_matched_shuffle
+from tokencredit.methods.selection import lowest_or_highest
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import get_pipeline
 from tokencredit.progress import track

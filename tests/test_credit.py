@@ -15,7 +15,7 @@ from batches import make_batch
 from jaxtyping import Float
 from torch import Tensor
 
-import tokencredit.methods as tables
+import tokencredit.methods.table as tables
 from tokencredit import (
     ESTIMATORS,
     PRESETS,
@@ -149,7 +149,7 @@ def test_an_override_goes_to_the_step_that_takes_it() -> None:
 @pytest.fixture
 def two_alphas(monkeypatch: pytest.MonkeyPatch) -> None:
     with_two = PRESETS | {"two": ["group_normalized", "entropy_bonus", {"entropy_capacity": {"phi": 3.0}}]}
-    monkeypatch.setattr("tokencredit.pipeline.parse.presets", lambda: with_two)
+    monkeypatch.setattr("tokencredit.methods.table.presets", lambda: with_two)
 
 
 def test_an_ambiguous_override_asks_which(two_alphas: None) -> None:
@@ -199,7 +199,7 @@ def test_a_function_says_what_it_requires_and_how_far_it_reaches() -> None:
 
 
 def test_then_appends_to_every_chain() -> None:
-    pipeline = (get_pipeline("dr_grpo") + get_pipeline("rloo")).then({"constant_scale": {"scale": 2.0}}, "reverse")
+    pipeline = (get_pipeline("dr_grpo") + get_pipeline("rloo")).then({"constant_scale": {"multiplier": 2.0}}, "reverse")
     assert [[step.name for step in chain.transforms] for chain in pipeline.chains] == [
         ["constant_scale", "reverse"]
     ] * 2
@@ -213,7 +213,7 @@ def test_then_appends_to_every_chain() -> None:
         ("grpo", True),
         ("1.0 * grpo", True),
         (["group_normalized", {"entropy_capacity": {"alpha": 0.0}}], True),
-        (["group_normalized", {"top_entropy": {"keep": 1}}, {"constant_scale": {"scale": 1.0}}], True),
+        (["group_normalized", {"top_entropy": {"keep": 1}}, {"constant_scale": {"multiplier": 1.0}}], True),
         ({"hapo": {"alpha": 0, "renorm": "group"}}, True),
         ({"hapo": {"alpha": 0.0, "alpha_negative": 0.1}}, False),
         ("hapo", False),
@@ -595,7 +595,7 @@ def returns_a_list(batch: TokenBatch) -> Any:
         ("dr_grpo", {"rewards": torch.tensor([3e38, -3e38], dtype=torch.float64)}, None),
         ("rloo", {"rewards": torch.tensor([3e38, -3e38], dtype=torch.float64)}, "gave inf"),
         (
-            ["grpo", {"constant_scale": {"scale": 1e308}}],
+            ["grpo", {"constant_scale": {"multiplier": 1e308}}],
             {"host_advantages": torch.tensor([1e3, 0.0])},
             "constant_scale gave",
         ),
@@ -611,6 +611,6 @@ def test_credit_is_finite_or_refused(config: Any, fields: dict[str, Any], messag
 
 
 def test_the_step_that_broke_first_is_named_and_hides_behind_no_later_one() -> None:
-    steps = ["group_centered", explodes, {"constant_scale": {"scale": 0.0}}]
+    steps = ["group_centered", explodes, {"constant_scale": {"multiplier": 0.0}}]
     with pytest.raises(TokenCreditError, match="test_credit:explodes gave nan at row 0, token 0"):
         assign_credit(Pipeline.of(*steps), small())

@@ -17,12 +17,13 @@ def lazy_attributes(package: str, homes: Mapping[str, tuple[str, ...]]) -> Calla
     return __getattr__
 
 
-def attributes_of(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose public names are those of one of its modules."""
+def attributes_of(*modules: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a package whose public names are those of some of its modules, the first that has one."""
 
     def __getattr__(name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(f"module {module.rpartition('.')[0]!r} has no attribute {name!r}")
-        return getattr(import_module(module), name)
+        for module in () if name.startswith("_") else modules:
+            if hasattr(import_module(module), name):
+                return getattr(import_module(module), name)
+        raise AttributeError(f"module {modules[0].rpartition('.')[0]!r} has no attribute {name!r}")
 
     return __getattr__

@@ -19,7 +19,6 @@ from tokencredit.cli.bench import config_of, print_markdown, print_table
 from tokencredit.cli.main import build_parser
 from tokencredit.collect.teacher.prompts import better_attempts
 from tokencredit.lab.model import build_model, build_tokenizer
-from tokencredit.methods.distillation.table import DISTILLATION_PRESETS
 from tokencredit.report.bench_page import render_bench
 
 TASK = "bench_world:letters"
@@ -99,7 +98,9 @@ def test_every_preset_of_the_family_takes_part(config: BenchConfig) -> None:
     world = load_world(config, TASK, "given")
     collectors = FIELD_COLLECTORS | teacher_collectors(load_teacher(world, config, TASK))
     found, left_out = entries((), controls=True, collectors=collectors)
-    assert DISTILLATION_PRESETS.keys() <= {entry.name for entry in found}
+    assert {name for name in PRESETS if "teacher_logprobs" in get_pipeline(name).requires} <= {
+        entry.name for entry in found
+    }
     _, without = entries((), controls=True, collectors=FIELD_COLLECTORS)
     assert left_out.keys() < without.keys()
 

@@ -7,17 +7,12 @@ import torch
 
 from tokencredit.batch.records import TokenBatch
 from tokencredit.errors import TokenCreditError
+from tokencredit.methods.attention.anchors import keep_attention
 from tokencredit.methods.attention.rhythm import answer_attention, attention_rhythm
-from tokencredit.methods.attention.weights import (
-    attention_gate,
-    attention_schedule,
-    attention_tilt,
-    keep_attention,
-    keep_positions,
-    lowest_or_highest,
-    position_matched_shuffle,
-    rank_quantiles,
-)
+from tokencredit.methods.attention.schedules import attention_gate, attention_schedule, attention_tilt, rank_quantiles
+from tokencredit.methods.controls import position_matched_shuffle
+from tokencredit.methods.position import keep_positions
+from tokencredit.methods.selection import lowest_or_highest
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import get_pipeline
 
@@ -145,7 +140,7 @@ def test_both_normalisers() -> None:
 
 def test_the_predictive_control_ranks_the_policys_entropy() -> None:
     batch = batch_of([ENTROPIES], field="entropies")
-    assert keep_attention(ones(batch), batch, signal="predictive").nonzero()[:, 1].tolist() == [2, 7]
+    assert keep_attention(ones(batch), batch, entropy="predictive").nonzero()[:, 1].tolist() == [2, 7]
     assert get_pipeline("predictive_low").requires == frozenset({"entropies"})
     assert get_pipeline("anchors").requires == frozenset({"attention_entropies"})
     with pytest.raises(TokenCreditError, match="attention_entropies"):

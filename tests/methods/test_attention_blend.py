@@ -10,7 +10,8 @@ import torch
 from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.attention.weights import attention_blend, keep_positions
+from tokencredit.methods.attention.blend import attention_blend
+from tokencredit.methods.position import keep_positions
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 from tokencredit.seeds import generator
@@ -124,7 +125,7 @@ def test_own_endpoints_and_one_sign_only() -> None:
 def test_the_predictive_version_is_the_same_rule_on_another_field() -> None:
     # entropies over ln V at τ are entropies at τ ln V
     batch = batch_of([FOUR], step=80, attention_entropies=None, entropies=torch.tensor([FOUR]).double() * math.log(50))
-    credit = attention_blend(ones(batch), batch, signal="predictive", tau=0.8 * math.log(50))
+    credit = attention_blend(ones(batch), batch, entropy="predictive", tau=0.8 * math.log(50))
     assert credit[0].tolist() == pytest.approx(PLACES, abs=1e-6)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tokencredit.batch.draws import draw_uniforms
 from tokencredit.batch.masked import response_lengths
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.controls import (
@@ -16,7 +17,6 @@ from tokencredit.methods.controls import (
     random_mask,
     reverse,
     shuffle_within_response,
-    token_uniforms,
 )
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import Pipeline
@@ -69,7 +69,7 @@ def test_mass_only_hapo_is_control_k6() -> None:
 
 def test_constant_scale() -> None:
     expected = torch.tensor([[-2.0, 0.0, -4.0, -6.0], [-8.0, -10.0, 0.0, 0.0], [0.0] * 4], dtype=torch.float64)
-    torch.testing.assert_close(constant_scale(CREDIT, BATCH, scale=-2.0), expected)
+    torch.testing.assert_close(constant_scale(CREDIT, BATCH, multiplier=-2.0), expected)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_match_mass_compares_with_the_estimator() -> None:
         rewards=torch.tensor([1.0, 0.0]),
         group_ids=torch.zeros(2, dtype=torch.long),
     )
-    pipeline = Pipeline.of("group_centered", {"constant_scale": {"scale": 7.0}}, "match_mass")
+    pipeline = Pipeline.of("group_centered", {"constant_scale": {"multiplier": 7.0}}, "match_mass")
     torch.testing.assert_close(assign_credit(pipeline, batch), torch.tensor([[0.5, 0.5], [-0.5, -0.5]]))
     # a response without credit stays without: nothing to scale
-    gone = Pipeline.of("group_centered", {"constant_scale": {"scale": 0.0}}, "match_mass")
+    gone = Pipeline.of("group_centered", {"constant_scale": {"multiplier": 0.0}}, "match_mass")
     assert torch.equal(assign_credit(gone, batch), torch.zeros(2, 2))
 
 
@@ -144,7 +144,7 @@ def test_random_mask_selected_divides_by_the_selected() -> None:
 
 def test_token_uniforms_are_uniform_and_independent_of_place(make_batch: Any) -> None:
     batch = make_batch(seed=2, groups=(40, 40), response=200, holes=False)
-    draws = token_uniforms(batch, generator("uniforms"))[batch.response_mask]
+    draws = draw_uniforms(batch, generator("uniforms"))[batch.response_mask]
     count = len(draws)
     assert float(draws.min()) >= 0.0 and float(draws.max()) < 1.0
     # mean 1/2 with sd 1 / sqrt(12 n), deciles n/10 with sd sqrt(0.09 n): five sigma

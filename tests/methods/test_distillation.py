@@ -10,7 +10,8 @@ import torch
 
 from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.distillation.log_ratio import discrepancy_weights, mass_multiplier, teacher_gap
+from tokencredit.methods.distillation.discrepancy import discrepancy_weights, mass_multiplier
+from tokencredit.methods.distillation.log_ratio import teacher_gap
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer, _jsd_divergence
@@ -106,8 +107,8 @@ def test_local_projection_of_the_derivation() -> None:
         ([1, 0, -2, -1], {"denominator": "drop_last"}, [1.5, 4 / 3, 4 / 3, 1.0]),
         # D = −2: before / D = 0, −½, −½, ½
         ([1, 0, -2, -1], {"discrepancy": "signed"}, [1.5, 1.5, 1.5, 1.25]),
-        ([1, 0, -2, -1], {"scale": "unit_mass"}, [1.1163, 1.0233, 1.0233, 0.8372]),
-        ([1, 0, -2, -1], {"floor": False}, [1.0, 0.75, 0.75, 0.25]),
+        ([1, 0, -2, -1], {"renorm": "unit_mass"}, [1.1163, 1.0233, 1.0233, 0.8372]),
+        ([1, 0, -2, -1], {"at_least_one": False}, [1.0, 0.75, 0.75, 0.25]),
         ([-1, 0.5, -2, -0.5], {}, [1.5, 1.375, 1.3125, 1.0625]),
         ([-1, 0.5, -2, -0.5], {"discrepancy": "signed"}, [1.5, 1.3333, 1.4167, 1.0833]),
         ([1, -1], {}, [1.5, 1.25]),
@@ -119,7 +120,7 @@ def test_local_projection_of_the_derivation() -> None:
         ([0.7] * 5, {}, [1.5, 1.4, 1.3, 1.2, 1.1]),
         ([0.7] * 5, {"denominator": "drop_last"}, [1.5, 1.375, 1.25, 1.125, 1.0]),
         ([0, 0, 0], {}, [1.5, 1.5, 1.5]),
-        ([0, 0, 0], {"scale": "unit_mass"}, [1.5, 1.5, 1.5]),
+        ([0, 0, 0], {"renorm": "unit_mass"}, [1.5, 1.5, 1.5]),
         ([0.3], {}, [1.5]),
         ([0.3, 0.9], {"denominator": "drop_last"}, [1.5, 1.0]),
     ],

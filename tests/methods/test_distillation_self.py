@@ -7,8 +7,8 @@ import torch
 
 from tokencredit import TokenBatch, assign_credit, get_pipeline
 from tokencredit.errors import TokenCreditError
+from tokencredit.methods.distillation.dasd import bonus_direction, scaled_gap
 from tokencredit.methods.distillation.log_ratio import teacher_gap
-from tokencredit.methods.distillation.self_distillation import bonus_direction, scaled_gap
 
 NAN = math.nan
 ENTROPIES = [0.0, 0.1, 0.2, 1.0, 2.0]
@@ -80,19 +80,19 @@ def test_scaled_gap() -> None:
         ({"gap_scale": "std"}, [0.1341, -0.1315, 0.3256, -0.4233, -0.1179]),
         ({"gap_scale": "zscore"}, [0.2076, -0.0710, 0.4253, -0.3720, -0.1824]),
         ({"gap_scale": "none"}, [0.4727, -0.4635, 1.3203, -1.4197, -0.4154]),
-        ({"gate": False}, [0.4727, -0.4635, 0.9030, -0.7228, -0.4154]),
+        ({"sigmoid": False}, [0.4727, -0.4635, 0.9030, -0.7228, -0.4154]),
         ({"cap": 0.2}, [0.1784, -0.1750, 0.2, -0.2, -0.1568]),
-        ({"direction": "conformity"}, [0.1888, -0.1888, 0.5, -2.0439, 0.1888]),
-        ({"direction": "novelty"}, [-0.1888, 0.1888, -0.5, 2.0439, -0.1888]),
-        ({"direction": "flipped"}, [-0.1784, 0.1750, -0.4515, 0.5910, 0.1568]),
-        ({"direction": "flip_low"}, [-0.1784, 0.1750, -0.4515, 0.5910, -0.1568]),
-        ({"direction": "flip_high"}, [0.1784, -0.1750, 0.4515, -0.5910, 0.1568]),
-        ({"direction": "attract_only"}, [0.1784, -0.1750, 0.4515, -0.5910, 0.0]),
-        ({"direction": "repel_only"}, [0.0, 0.0, 0.0, 0.0, -0.1568]),
-        ({"direction": "sign"}, [0.1888, -0.1888, 0.5, -2.0439, -0.1888]),
+        ({"pull": "conformity"}, [0.1888, -0.1888, 0.5, -2.0439, 0.1888]),
+        ({"pull": "novelty"}, [-0.1888, 0.1888, -0.5, 2.0439, -0.1888]),
+        ({"pull": "flipped"}, [-0.1784, 0.1750, -0.4515, 0.5910, 0.1568]),
+        ({"pull": "flip_low"}, [-0.1784, 0.1750, -0.4515, 0.5910, -0.1568]),
+        ({"pull": "flip_high"}, [0.1784, -0.1750, 0.4515, -0.5910, 0.1568]),
+        ({"pull": "attract_only"}, [0.1784, -0.1750, 0.4515, -0.5910, 0.0]),
+        ({"pull": "repel_only"}, [0.0, 0.0, 0.0, 0.0, -0.1568]),
+        ({"pull": "sign"}, [0.1888, -0.1888, 0.5, -2.0439, -0.1888]),
         ({"skip_first": 2}, [0.0, 0.0, 0.4515, -0.5910, -0.1568]),
         # Σ|ωδ̄| = 1.5527 over ΣH = 3.3: 0.4705 H
-        ({"direction": "entropy_bonus"}, [0.0, 0.0471, 0.0941, 0.4705, 0.9410]),
+        ({"pull": "entropy_bonus"}, [0.0, 0.0471, 0.0941, 0.4705, 0.9410]),
     ],
 )
 def test_bonus(options: dict, expected: list[float]) -> None:
@@ -166,7 +166,7 @@ def test_who_gets_the_bonus() -> None:
         return (assign_credit(get_pipeline("dasd", **options), batch) != 0).any(1).tolist()
 
     assert paid() == [True] * 4
-    assert paid(only="correct") == [True, False, True, True]
+    assert paid(responses="correct") == [True, False, True, True]
     assert paid(zero_spread="drop") == [True, True, False, False]
     assert get_pipeline("dasd").scope == "response"
     assert get_pipeline("dasd", zero_spread="drop").scope == "group"
@@ -180,7 +180,7 @@ def test_what_the_directions_need() -> None:
     with pytest.raises(TokenCreditError, match="entropies"):
         assign_credit("dasd", batch_of([GAPS], None))
     with pytest.raises(TokenCreditError, match="must be one of"):
-        get_pipeline("dasd", direction="sideways")
+        get_pipeline("dasd", pull="sideways")
 
 
 @pytest.mark.parametrize("shuffle", ["router", "gap"])
@@ -188,7 +188,7 @@ def test_permuted_controls_keep_the_histogram(shuffle: str) -> None:
     batch = batch_of([[*GAPS, NAN]], [[*ENTROPIES, NAN]], chosen=[[True] * 5 + [False]])
     steps = [
         "group_normalized",
-        {"randomly_directed_self_distillation": {"beta": 1.0, "gate": False, "shuffle": shuffle}},
+        {"randomly_directed_self_distillation": {"beta": 1.0, "sigmoid": False, "shuffle": shuffle}},
     ]
     got = assign_credit(steps, batch, generator=torch.Generator().manual_seed(1))[0]
     router = bonus_direction(batch)[0, :5]
@@ -317,7 +317,7 @@ def test_a_format_reward_is_no_success_above_the_threshold() -> None:
     }
     batch = batch_of([[1.0, -1.0], [1.0, -1.0]], [[0.1, 0.9], [0.1, 0.9]], **fields)
     plain = assign_credit("grpo", batch)
-    for name, options, moved in (("rlrt", {}, 0), ("dasd", {"only": "correct"}, 0), ("srpo", {}, 1)):
+    for name, options, moved in (("rlrt", {}, 0), ("dasd", {"responses": "correct"}, 0), ("srpo", {}, 1)):
         found = assign_credit(get_pipeline(name, threshold=0.5, **options), batch)
         assert not torch.equal(found[moved], plain[moved]) and torch.equal(found[1 - moved], plain[1 - moved]), name
         # at 0 every well-formed response is correct

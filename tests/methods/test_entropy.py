@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.entropy.rules import empg, entropy_bonus, entropy_capacity, gtpo, reward_capacity, top_entropy
+from tokencredit.methods.entropy.hapo import entropy_capacity, reward_capacity
+from tokencredit.methods.entropy.rules import empg, entropy_bonus, gtpo, top_entropy
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import get_pipeline
 
@@ -191,7 +192,7 @@ def test_gtpo_before_its_normalisation() -> None:
     batch = batch_of([[1.0, NAN], [3.0, NAN], [1.0, NAN], [3.0, NAN]])
     advantages = wide(torch.tensor([1.0, 1.0, -1.0, -1.0]), batch)
     expected = torch.tensor([[0.95, 0.0], [1.05, 0.0], [-1.05, 0.0], [-0.95, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(gtpo(advantages, batch, normalize=False), expected)
+    torch.testing.assert_close(gtpo(advantages, batch, standardize=False), expected)
     # per polarity: mean 1, std 0.05 -> -+1; 0.05 / 0.050001
     normalized = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(gtpo(advantages, batch), normalized, rtol=0.0, atol=3e-5)
@@ -202,7 +203,7 @@ def test_gtpo_aligns_by_chosen_position_and_counts_the_living() -> None:
     batch = batch_of([[1.0, NAN, 2.0], [3.0, NAN, NAN]])
     advantages = wide(torch.tensor([1.0, 1.0]), batch)
     expected = torch.tensor([[0.95, 0.0, 1.0], [1.05, 0.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(gtpo(advantages, batch, normalize=False), expected)
+    torch.testing.assert_close(gtpo(advantages, batch, standardize=False), expected)
 
 
 def test_empg_weights() -> None:

@@ -9,11 +9,12 @@ import torch
 
 from tokencredit.batch.masked import row_quantile
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.attention.weights import keep_attention
-from tokencredit.methods.controls import random_mask, share_of
+from tokencredit.methods.attention.anchors import keep_attention
+from tokencredit.methods.controls import random_mask
 from tokencredit.methods.distillation.log_ratio import _wanted
 from tokencredit.methods.position import middle_mask, prefix_boost, prefix_mask, suffix_mask
 from tokencredit.methods.probability import clip_cov
+from tokencredit.methods.selection import share_of
 from tokencredit.seeds import generator
 
 LENGTHS = torch.arange(1, 4097)

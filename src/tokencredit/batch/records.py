@@ -220,7 +220,7 @@ class TokenBatch(_Known):
         return self._changed({name: value.to(device) for name, value in self.tensors().items()})
 
     def whole_groups(self, index: Any) -> "TokenBatch":
-        """`rows`, of which the first has the lowest number among `numbered_groups` and none is missing up to the last."""
+        """`rows`, whose groups are whole and numbered without a gap, the first the lowest."""
         part = self.rows(index)
         numbers = self.numbered_groups[0][index]
         object.__setattr__(part, "_numbered", (numbers - numbers[0], len(numbers)))

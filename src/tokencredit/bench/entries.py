@@ -10,7 +10,7 @@ from tokencredit.batch.records import COLLECTORS, TokenBatch
 from tokencredit.bench import signals
 from tokencredit.bench.problem import Sampled
 from tokencredit.errors import TokenCreditError
-from tokencredit.methods.table import presets
+from tokencredit.methods.table import CONTROLS, presets
 from tokencredit.pipeline.labels import label_of
 from tokencredit.pipeline.pipeline import Pipeline
 
@@ -29,15 +29,6 @@ FIELD_COLLECTORS: dict[str, FieldCollector] = {
 }
 
 CARRIED = frozenset({"old_logprobs", "current_logprobs", "rollout_logprobs", "entropies", "values", "step"})
-
-CONTROLS: dict[str, list] = {
-    "hapo (shuffled)": ["group_normalized", "entropy_capacity", "shuffle_within_response"],
-    "hapo (reversed)": ["group_normalized", "entropy_capacity", "reverse"],
-    "forking_tokens (shuffled)": ["group_normalized", "top_entropy", "shuffle_within_response"],
-    "exact (shuffled)": ["exact_advantage", "shuffle_within_response"],
-    "exact (reversed)": ["exact_advantage", "reverse"],
-    "exact (mean)": ["exact_advantage", "mean_within_response"],
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

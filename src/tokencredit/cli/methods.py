@@ -10,7 +10,8 @@ from typing import Any
 
 from tokencredit.errors import unknown
 from tokencredit.methods.spec import MethodSpec
-from tokencredit.methods.table import estimators, presets, transforms
+from tokencredit.methods.table import ALIASES, HOST_ESTIMATOR, estimators, find_preset, presets, transforms
+from tokencredit.pipeline.labels import step_names
 from tokencredit.pipeline.pipeline import get_pipeline
 
 
@@ -28,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _show_one(arguments.name, as_json=arguments.json)
     rows = [_row("estimator", name, spec) for name, spec in sorted(estimators().items())]
     rows += [_row("transform", name, spec) for name, spec in sorted(transforms().items())]
-    found = {"methods": rows, "presets": dict(sorted(presets().items()))}
+    aliases = {name: {"of": alias.of, "differs": alias.differs} for name, alias in sorted(ALIASES.items())}
+    found = {"methods": rows, "presets": dict(sorted(presets().items())), "aliases": aliases}
     if arguments.json:
         print(json.dumps(found))
         return 0
@@ -55,9 +57,9 @@ def _show_one(name: str, *, as_json: bool) -> int:
         kind = "estimator" if name in estimators() else "transform"
         described = _row(kind, name, steps[name]) | {"doc": inspect.getdoc(steps[name].fn), "page": _page(name)}
         print(json.dumps(described) if as_json else _text(described))
-    elif name not in presets():
-        raise unknown("method", name, {*steps, *presets()})
-    if name in presets():
+    elif find_preset(name) is None:
+        raise unknown("method", name, {*steps, *presets(), *ALIASES})
+    if find_preset(name) is not None:
         described = _preset(name, steps)
         print(json.dumps(described) if as_json else _preset_text(described, steps))
     return 0
@@ -65,7 +67,7 @@ def _show_one(name: str, *, as_json: bool) -> int:
 
 def _preset(name: str, steps: Mapping[str, MethodSpec]) -> dict[str, Any]:
     pipeline = get_pipeline(name)
-    names = [step for step in _step_names(pipeline.to_config()) if step in steps]
+    names = [step for step in step_names(pipeline.to_config()) if step in steps]
     return {
         "kind": "preset",
         "name": name,
@@ -75,15 +77,6 @@ def _preset(name: str, steps: Mapping[str, MethodSpec]) -> dict[str, Any]:
         "papers": list(dict.fromkeys(steps[step].paper for step in names)),
         "page": _page(name, *reversed(names)),
     }
-
-
-def _step_names(config: Any) -> list[str]:
-    """The names of the methods of a pipeline; a weighted sum has several chains."""
-    if isinstance(config, str):
-        return [config]
-    if isinstance(config, Mapping):
-        return _step_names(config["weighted_sum"]) if "weighted_sum" in config else [str(key) for key in config]
-    return [name for part in config for name in _step_names(part)]
 
 
 def _page(*names: str) -> str | None:
@@ -101,7 +94,7 @@ def _text(described: Mapping[str, Any]) -> str:
     hyperparameters = ", ".join(f"{key}={value}" for key, value in described["hyperparameters"].items()) or "(none)"
     head = f"{described['name']} ({described['kind']})\nneeds: {needs}\nhyperparameters: {hyperparameters}"
     page = f"\npage: {described['page']}" if described["page"] else ""
-    first = [described["name"]] if described["kind"] == "estimator" else ["group_normalized", described["name"]]
+    first = [described["name"]] if described["kind"] == "estimator" else [HOST_ESTIMATOR, described["name"]]
     config = f"\nconfig: `credit: [{', '.join(first)}]`"
     return f"{head}\npaper: {described['paper']}{page}{config}\n\n{described['doc']}\n"
 
@@ -109,7 +102,10 @@ def _text(described: Mapping[str, Any]) -> str:
 def _preset_text(described: Mapping[str, Any], steps: Mapping[str, MethodSpec]) -> str:
     name = described["name"]
     needs = ", ".join(described["requires"]) or "only the outcome"
-    lines = [f"{name} (preset)", f"needs: {needs}", f"pipeline: {' → '.join(_chains(described['pipeline']))}"]
+    lines = [f"{name} (preset)"]
+    if name in ALIASES:
+        lines += [f"alias of: {ALIASES[name].of}; {ALIASES[name].differs}"]
+    lines += [f"needs: {needs}", f"pipeline: {' → '.join(_chains(described['pipeline']))}"]
     lines += [f"paper: {', '.join(described['papers'])}"]
     lines += [f"page: {described['page']}"] if described["page"] else []
     defaults = steps[described["steps"][-1]].defaults if described["steps"] else {}
@@ -148,6 +144,8 @@ def _print_tables(found: Mapping[str, Any]) -> None:
     table.add_column("pipeline")
     for name, steps in found["presets"].items():
         table.add_row(name, " → ".join(_step_text(step) for step in steps))
+    for name, alias in found["aliases"].items():
+        table.add_row(name, f"= {alias['of']}; {alias['differs']}")
     console.print(table)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from tokencredit.batch.masked import chosen, positions, response_lengths, row_quantile
 from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.position import profile_sums
-from tokencredit.methods.distillation.log_ratio import discrepancy_weights, mass_multiplier, teacher_gap
-from tokencredit.methods.distillation.self_distillation import bonus_direction, scaled_gap, signed_gap
+from tokencredit.methods.distillation.dasd import bonus_direction, scaled_gap, signed_gap
+from tokencredit.methods.distillation.discrepancy import discrepancy_weights, mass_multiplier
+from tokencredit.methods.distillation.log_ratio import teacher_gap
 from tokencredit.methods.outcome import correct_rows
 
 BINS = 10

@@ -1,8 +1,11 @@
-"""Methods of credit assignment as pure functions, with one table that tests, docs, command line and adapters read."""
+"""Methods of credit assignment as pure functions of a batch.
 
-from tokencredit.methods.table import ESTIMATORS as ESTIMATORS
-from tokencredit.methods.table import PRESETS as PRESETS
-from tokencredit.methods.table import TRANSFORMS as TRANSFORMS
-from tokencredit.methods.table import estimators as estimators
-from tokencredit.methods.table import presets as presets
-from tokencredit.methods.table import transforms as transforms
+One file per idea, each ending with the rows it adds to the tables; the files that read one signal share a folder.
+`spec` says what a row holds, `table` puts the rows together, `selection` keeps some tokens and rescales.
+"""
+
+from tokencredit.lazy import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__, {"table": ("ESTIMATORS", "PRESETS", "TRANSFORMS", "estimators", "presets", "transforms")}
+)

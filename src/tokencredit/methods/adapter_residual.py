@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tokencredit.batch.masked import level, picked
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.likelihood import score_weights
+from tokencredit.methods.likelihood import WEIGHT_DOMAINS, score_weights
+from tokencredit.methods.spec import Limit, MethodSpec, Rows
 
 
 def residual_fields(hyperparameters: Mapping[str, Any]) -> frozenset[str]:
@@ -49,3 +50,24 @@ def adapter_residual(
         scores = torch.where(trusted[:, None], scores, torch.zeros_like(scores))
     weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
     return level(advantages, mask) * weights
+
+
+ROWS = Rows(
+    transforms={
+        "adapter_residual": MethodSpec(
+            fn=adapter_residual,
+            in_blocks=True,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=residual_fields,
+            scope="response",
+            domains=WEIGHT_DOMAINS | {"gate": "[0, 2]"},
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],
+        "arca_released": ["group_normalized", {"adapter_residual": {"sharpening": 2.0}}],
+    },
+)

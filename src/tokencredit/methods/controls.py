@@ -1,16 +1,17 @@
 """Controls: what a method's gain must survive. Uniform, shuffled, reversed, random, and of equal mass."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.batch.draws import draw_uniforms, shuffle_tokens
 from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.entropy.rules import rescale_mass
-from tokencredit.methods.spec import Scope
+from tokencredit.methods.selection import Mass, Normalize, keep_selected, kept_count, rescale_mass, selection_scope
+from tokencredit.methods.spec import Limit, MethodSpec, Rows, Scope
 
 
 def shuffle_within_response(
@@ -25,16 +26,7 @@ def shuffle_within_response(
 
     Source: ours (controls K3 and K4 of the quadrant analysis).
     """
-    mask = batch.response_mask
-    place = compact(positions(mask), mask)
-    length = response_lengths(mask)
-    stretch = place * bins // length.clamp_min(1)
-    behind = torch.arange(mask.shape[1], device=mask.device) >= length
-    draws = compact(token_uniforms(batch, generator), mask)
-    # Sort by (stretch, draw); what lies behind the response stays behind it.
-    order = torch.where(behind, bins + 1.0, stretch.double() + draws).argsort(dim=1, stable=True)
-    credits = compact(chosen(advantages, mask), mask)
-    return spread(credits.gather(1, order), mask)
+    return shuffle_tokens(chosen(advantages, batch.response_mask), batch, generator, bins=bins)
 
 
 def reverse(advantages: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
@@ -55,7 +47,7 @@ def random_mask(
     *,
     generator: torch.Generator,
     keep: float = 0.2,
-    normalize: Literal["all", "selected"] = "all",
+    normalize: Normalize = "all",
 ) -> Float[Tensor, "batch response"]:
     """Credit on a random share of each response's tokens.
 
@@ -68,56 +60,23 @@ def random_mask(
     keeps each token with probability `keep`; ours keeps exactly k tokens of each response.
     """
     mask = batch.response_mask
-    draws = torch.where(mask, token_uniforms(batch, generator), 2.0)
+    draws = torch.where(mask, draw_uniforms(batch, generator), 2.0)
     ranks = draws.argsort(dim=1).argsort(dim=1)
-    return keep_only(advantages, mask & (ranks < kept_count(keep, mask)), batch, normalize)
-
-
-def selection_scope(hyperparameters: Mapping[str, Any]) -> Scope:
-    """Counting the selected tokens takes the whole batch, choosing them only the response."""
-    return "batch" if hyperparameters["normalize"] == "selected" else "response"
-
-
-def keep_only(
-    advantages: Float[Tensor, "batch response"],
-    selected: Bool[Tensor, "batch response"],
-    batch: TokenBatch,
-    normalize: Literal["all", "selected"],
-) -> Float[Tensor, "batch response"]:
-    """The credit of the selected tokens; "selected" rescales to their number over the whole batch."""
-    factor = 1.0
-    if normalize == "selected":
-        kept, count = batch.reducer.total(torch.stack((selected.sum(), batch.response_mask.sum()))).tolist()
-        factor = count / max(kept, 1)
-    return torch.where(selected, chosen(advantages, batch.response_mask) * factor, 0.0)
-
-
-def share_of(share: float, count: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """share · count in float64, rounded to nine decimals: round, floor and ceil then give what the decimals mean.
-
-    A share times an integer tensor would be float32, where 0.3 · 50 is above 15 and 0.1 · 90 below 9.
-    """
-    return (share * count.double()).mul(1e9).round() / 1e9
-
-
-def kept_count(keep: float, mask: Bool[Tensor, "batch response"]) -> Int[Tensor, "batch 1"]:
-    """round(keep · n), at least one token of a response that has any."""
-    length = response_lengths(mask)
-    return share_of(keep, length).round().long().clamp_min(1).minimum(length)
+    return keep_selected(advantages, mask & (ranks < kept_count(keep, mask)), batch, normalize)
 
 
 def constant_scale(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, scale: float = 1.0
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, multiplier: float = 1.0
 ) -> Float[Tensor, "batch response"]:
     """All credit times a constant.
 
-        Â′ = scale · Â
+        Â′ = multiplier · Â
 
-    Asks whether a gain is only a larger step. scale = 1 is the identity.
+    Asks whether a gain is only a larger step. multiplier = 1 is the identity.
 
     Source: ours.
     """
-    return chosen(advantages, batch.response_mask) * scale
+    return chosen(advantages, batch.response_mask) * multiplier
 
 
 def mean_within_response(
@@ -144,8 +103,8 @@ def mean_weight(
         Â′_t = w̄ · base_t,   w̄ = mean of Â_t / base_t over the batch's tokens with base ≠ 0
 
     What is left of a method when only the size of its step remains, and changes over training as the method changes it:
-    the control of a method whose weights do not have mean one. w̄ is what is logged as `credit/weight/mean`. Behind the
-    estimator alone it is the identity. Where every base is 0 so is the credit.
+    the control of a method whose weights do not have mean one. w̄ is what is logged as `credit/weight/mean`. Right after
+    the estimator it is the identity. Where every base is 0 so is the credit.
 
     Source: ours.
     """
@@ -162,7 +121,7 @@ def match_mass(
     batch: TokenBatch,
     *,
     base: Float[Tensor, "batch response"],
-    per: Literal["response", "group", "polarity", "batch"] = "response",
+    per: Mass = "response",
 ) -> Float[Tensor, "batch response"]:
     """Rescale the credit to the mass that the estimator gave.
 
@@ -178,44 +137,53 @@ def match_mass(
 
 def mass_scope(hyperparameters: Mapping[str, Any]) -> Scope:
     """The scope of `match_mass`: the unit whose mass is kept."""
-    per: Scope | Literal["polarity"] = hyperparameters["per"]
+    per: Mass = hyperparameters["per"]
     return "group" if per == "polarity" else per
 
 
-def token_uniforms(batch: TokenBatch, generator: torch.Generator) -> Float[Tensor, "batch response"]:
-    """A number in [0, 1) for every token, from one draw of the generator and the response's own tokens.
+def position_matched_shuffle(
+    batch: TokenBatch, *, generator: torch.Generator, bins: int = 10, field: str = "attention_entropies"
+) -> Float[Tensor, "batch response"]:
+    """The field permuted over the batch within tenths of the response: a signal that keeps the position profile alone.
 
-        u_t = mix(seed, hash(y₁…y_n), t) / 2⁵³
-
-    It does not depend on padding, row order, group labels, unchosen tokens or on which process holds the row, so
-    random controls obey the same laws as everything else. Ranks need generators in the same state.
+    Put it in the place of the field (`dataclasses.replace`) to ask whether a gain is more than position. Rows of this
+    process only.
     """
-    seed = torch.randint(0, 2**62, (), generator=generator, device=generator.device).to(batch.response_ids.device)
-    place = positions(batch.response_mask)
-    row = response_fingerprints(batch.response_ids, place, batch.response_mask)
-    bits = mix64(mix64(row[:, None] ^ seed) + place)
-    return _shifted(bits, 11).double() / 2**53
+    mask = batch.response_mask
+    values = batch.require(field)
+    stretch = (positions(mask) * bins // response_lengths(mask).clamp_min(1))[mask]
+    draws = draw_uniforms(batch, generator)[mask]
+    place = stretch.double().argsort(stable=True)
+    order = (stretch.double() + draws).argsort(stable=True)
+    shuffled = torch.empty_like(values[mask])
+    shuffled[place] = values[mask][order]
+    return torch.zeros_like(values).masked_scatter(mask, shuffled)
 
 
-def response_fingerprints(
-    ids: Int[Tensor, "batch response"], place: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
-) -> Int[Tensor, " batch"]:
-    """A 64-bit hash of the chosen tokens and their order; sums wrap around, which is meant."""
-    return torch.where(mask, mix64(ids.long() ^ mix64(place)), 0).sum(1)
-
-
-def mix64(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """The finaliser of splitmix64, on int64 with wrap-around."""
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Int[Tensor, "*shape"], by: int) -> Int[Tensor, "*shape"]:
-    """Logical shift to the right: torch shifts int64 arithmetically."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-def _signed(constant: int) -> int:
-    return constant - (1 << 64) if constant >= 1 << 63 else constant
+ROWS = Rows(
+    transforms={
+        "shuffle_within_response": MethodSpec(
+            fn=shuffle_within_response, paper="-", scope="response", domains={"bins": "[1, inf)"}, conserves="multiset"
+        ),
+        "reverse": MethodSpec(fn=reverse, paper="-", scope="response", conserves="multiset"),
+        "random_mask": MethodSpec(
+            fn=random_mask,
+            paper="-",
+            scope=selection_scope,
+            domains={"keep": "(0, 1]"},
+            limits=(Limit({"keep": 1.0}),),
+            keeps_sign=True,
+        ),
+        "constant_scale": MethodSpec(
+            fn=constant_scale, paper="-", limits=(Limit({"multiplier": 1.0}),), renamed={"scale": "multiplier"}
+        ),
+        "mean_within_response": MethodSpec(fn=mean_within_response, paper="-", scope="response"),
+        "mean_weight": MethodSpec(fn=mean_weight, paper="-", scope="batch"),
+        "match_mass": MethodSpec(fn=match_mass, paper="-", scope=mass_scope, keeps_sign=True, conserves="mass"),
+    },
+    presets={
+        "random_tokens": ["group_normalized", {"random_mask": {"keep": 0.2, "normalize": "selected"}}],
+        "opd_random": ["teacher_log_ratio", {"random_mask": {"keep": 0.3}}],
+        "opd_scaled": ["teacher_log_ratio", {"constant_scale": {"multiplier": 1.25}}],
+    },
+)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, compact, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.spec import MethodSpec, Rows
 
 
 def exact_advantage(batch: TokenBatch) -> Float[Tensor, "batch response"]:
@@ -76,3 +77,20 @@ def outcome_information(
     missing = (1.0 - probs.sum(-1)).clamp_min(0.0)
     inside = (probs * bernoulli_divergence(q, value[..., None].expand_as(q))).sum(-1)
     return inside + missing * bernoulli_divergence(torch.zeros_like(value), value)
+
+
+ROWS = Rows(
+    estimators={
+        "exact_advantage": MethodSpec(
+            fn=exact_advantage, is_exact=True, paper="-", requires=frozenset({"values"}), scope="response"
+        ),
+    },
+    presets={
+        "exact": ["exact_advantage"],
+    },
+    controls={
+        "exact (shuffled)": ["exact_advantage", "shuffle_within_response"],
+        "exact (reversed)": ["exact_advantage", "reverse"],
+        "exact (mean)": ["exact_advantage", "mean_within_response"],
+    },
+)

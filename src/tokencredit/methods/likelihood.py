@@ -9,7 +9,10 @@ from torch import Tensor
 
 from tokencredit.batch.masked import following, kept, level, picked, response_lengths, row_blocks, row_sums
 from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.spec import Limit, MethodSpec, Rows
 
+ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
+WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 EPS = 1e-8  # below this greatest score a response has no signal
 
 
@@ -148,3 +151,46 @@ def _row_weights(
         weights = kept(weights.clamp_(floor, cap), mask)
         weights = weights * (length / row_sums(weights).clamp_min(torch.finfo(weights.dtype).tiny)).to(weights.dtype)
     return weights
+
+
+ROWS = Rows(
+    transforms={
+        "surprisal": MethodSpec(
+            fn=surprisal,
+            in_blocks=True,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=OLD,
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+        "entropy_reduction": MethodSpec(
+            fn=entropy_reduction,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=ENTROPIES,
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+        "policy_divergence": MethodSpec(
+            fn=policy_divergence,
+            in_blocks=True,
+            report_section="signals",
+            paper="arXiv:2606.00257",
+            requires=OLD | {"ref_logprobs"},
+            scope="response",
+            domains=WEIGHT_DOMAINS,
+            limits=(Limit({"sharpening": 0.0}), Limit({"mix": 0.0})),
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "surprisal": ["group_normalized", "surprisal"],
+        "entropy_reduction": ["group_normalized", "entropy_reduction"],
+        "policy_divergence": ["group_normalized", "policy_divergence"],
+    },
+)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokencredit.batch.masked import group_sums
 from tokencredit.batch.records import TokenBatch
+from tokencredit.methods.spec import MethodSpec, Rows
 
 
 def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "batch response"]:
@@ -14,7 +15,7 @@ def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "
         A = (r − mean) / (std + eps)
 
     mean and unbiased std run over the responses of the group; a group of one, or of equal rewards, gives 0. Inside a
-    host the batch carries the host's own advantages (`host_advantages`), and those are handed on untouched, so that the
+    host the batch carries the host's own advantages (`host_advantages`), and those are passed on untouched, so that the
     host's reward weights, scaling and epsilon stay in force.
 
     Paper: GRPO (arXiv:2402.03300). Not stated: eps; ours follows verl (TRL adds 1e-4 and is used as it is inside TRL).
@@ -22,11 +23,11 @@ def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "
     has no groups of one.
     """
     if batch.host_advantages is not None:
-        return _broadcast(batch.host_advantages.double(), batch)
-    centred, count = _centred(batch)
+        return _spread_to_tokens(batch.host_advantages.double(), batch)
+    centred, count = _center(batch)
     squares = group_sums(centred.square()[:, None], batch)[:, 0]
     std = (squares / (count - 1).clamp_min(1.0)).sqrt()
-    return _broadcast(torch.where(std > 0, centred / torch.where(std > 0, std + eps, 1.0), 0.0), batch)
+    return _spread_to_tokens(torch.where(std > 0, centred / torch.where(std > 0, std + eps, 1.0), 0.0), batch)
 
 
 def group_centered(batch: TokenBatch) -> Float[Tensor, "batch response"]:
@@ -38,7 +39,7 @@ def group_centered(batch: TokenBatch) -> Float[Tensor, "batch response"]:
 
     Paper: Dr. GRPO (arXiv:2503.20783). Its fixed-length denominator is the host's (`loss_type: dr_grpo` in TRL).
     """
-    return _broadcast(_centred(batch)[0], batch)
+    return _spread_to_tokens(_center(batch)[0], batch)
 
 
 def leave_one_out(batch: TokenBatch) -> Float[Tensor, "batch response"]:
@@ -50,8 +51,8 @@ def leave_one_out(batch: TokenBatch) -> Float[Tensor, "batch response"]:
 
     Paper: RLOO (arXiv:2402.14740).
     """
-    centred, count = _centred(batch)
-    return _broadcast(centred * count / (count - 1).clamp_min(1.0), batch)
+    centred, count = _center(batch)
+    return _spread_to_tokens(centred * count / (count - 1).clamp_min(1.0), batch)
 
 
 def signed_outcome(
@@ -67,7 +68,7 @@ def signed_outcome(
     released code drops the other rows before the token mean for PSR and NSR; here they stay, with credit 0.
     """
     credit = torch.full_like(batch.rewards, -negative, dtype=torch.float64)
-    return _broadcast(credit.masked_fill(correct_rows(batch, threshold), positive), batch)
+    return _spread_to_tokens(credit.masked_fill(correct_rows(batch, threshold), positive), batch)
 
 
 def correct_rows(batch: TokenBatch, threshold: float = 0.0) -> Bool[Tensor, " batch"]:
@@ -80,7 +81,7 @@ def correct_rows(batch: TokenBatch, threshold: float = 0.0) -> Bool[Tensor, " ba
     return batch.rewards > threshold
 
 
-def _centred(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+def _center(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Outcome minus the mean of its group, and the size of the group; 0 exactly where all outcomes are equal."""
     rewards = batch.rewards.detach().double()
     stats = torch.stack((rewards, torch.ones_like(rewards)), dim=1)
@@ -89,6 +90,37 @@ def _centred(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, 
     return torch.where(deviation.abs() > 1e-12 * rewards.abs(), deviation, 0.0), count
 
 
-def _broadcast(per_response: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def _spread_to_tokens(per_response: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """One column, spread without a copy; what lies outside the mask is left to whoever reads it."""
     return per_response.detach()[:, None].expand(batch.response_mask.shape)
+
+
+ROWS = Rows(
+    estimators={
+        "group_normalized": MethodSpec(
+            fn=group_normalized,
+            in_blocks=True,
+            paper="arXiv:2402.03300",
+            scope="group",
+            domains={"eps": "[0, inf)"},
+            is_host_baseline=True,
+        ),
+        "group_centered": MethodSpec(fn=group_centered, in_blocks=True, paper="arXiv:2503.20783", scope="group"),
+        "leave_one_out": MethodSpec(fn=leave_one_out, in_blocks=True, paper="arXiv:2402.14740", scope="group"),
+        "signed_outcome": MethodSpec(
+            fn=signed_outcome,
+            in_blocks=True,
+            paper="arXiv:2506.01347",
+            scope="response",
+            domains={"positive": "[0, inf)", "negative": "[0, inf)"},
+        ),
+    },
+    presets={
+        "grpo": ["group_normalized"],
+        "dr_grpo": ["group_centered"],
+        "rloo": ["leave_one_out"],
+        "w_reinforce": ["signed_outcome"],
+        "psr": [{"signed_outcome": {"positive": 1.0, "negative": 0.0}}],
+        "nsr": [{"signed_outcome": {"positive": 0.0, "negative": 1.0}}],
+    },
+)

@@ -6,9 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.batch.draws import draw_uniforms
 from tokencredit.batch.masked import chosen, response_lengths, row_quantile, unit_moments
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.controls import token_uniforms
+from tokencredit.methods.selection import count_share, keep_selected
+from tokencredit.methods.spec import Limit, MethodSpec, Rows
+
+ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
 
 
 def probability_scaled(
@@ -72,10 +76,10 @@ def clip_cov(
     a = chosen(advantages, mask)
     covariance = _covariance(a, batch)
     eligible = mask & (covariance > low) & (covariance < high)
-    able, count = batch.reducer.total(torch.stack((eligible.sum(), mask.sum()))).tolist()
-    wanted = max(1, math.floor(round(share * count, 9))) if share > 0 else 0
-    dropped = eligible & (token_uniforms(batch, generator) < wanted / max(able, 1))
-    return torch.where(dropped, 0.0, a)
+    able, count = batch.reducer.total(torch.stack((eligible.sum(), mask.sum())))
+    quota = int(count_share(share, count, "floor")) if share > 0 else 0
+    dropped = eligible & (draw_uniforms(batch, generator) < quota / max(int(able), 1))
+    return keep_selected(a, mask & ~dropped, batch)
 
 
 def _covariance(a: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
@@ -120,10 +124,11 @@ def outcome_importance(
         x = minmax(ln(1 + s)),  θ = quantile_τ(x)
         w = max(x/θ, 0.1) where x < θ,   1 + β (x − θ)/(1 − θ) elsewhere;   Â′ = Â w n / Σ w
 
-    s is `batch.importances` ≥ 0; everything runs within the response, so the weights have mean one.
+    s is `batch.importances`, 0 where that is not positive (tokens of the answer itself); everything runs within the
+    response, so the weights have mean one.
 
     Paper: Outcome-Grounded Advantage Reshaping (ACL 2026), τ = 0.4, β = 2. Deviation: its release overwrites τ by θ
-    inside the loop, so that later responses use another level; ours does not. No collector for s ships here.
+    inside the loop, so that later responses use another level; ours does not. OAR's own s has no collector here.
     """
     mask = batch.response_mask
     s = torch.log1p(chosen(batch.require("importances"), mask).clamp_min(0.0))
@@ -172,3 +177,68 @@ def future_ratio(
         running = torch.where(mask[:, t], ratio[:, t] + gamma * running, running)
         future[:, t] = running
     return chosen(advantages, mask) * chosen(future.exp().clamp(low, high), mask)
+
+
+ROWS = Rows(
+    transforms={
+        "probability_scaled": MethodSpec(
+            fn=probability_scaled,
+            paper="arXiv:2505.12929",
+            requires=OLD,
+            domains={"alpha": "[0, 1]"},
+            limits=(Limit({"alpha": 0.0}),),
+            keeps_sign=True,
+        ),
+        "steer": MethodSpec(
+            fn=steer,
+            paper="arXiv:2510.10150",
+            requires=ENTROPIES | OLD,
+            scope="batch",
+            domains={"least": "(0, 1]", "floor": "(0, inf)"},
+            limits=(Limit({"least": 1.0}),),
+            keeps_sign=True,
+        ),
+        "clip_cov": MethodSpec(
+            fn=clip_cov,
+            paper="arXiv:2505.22617",
+            requires=OLD,
+            scope="batch",
+            domains={"share": "[0, 1]"},
+            limits=(Limit({"share": 0.0}),),
+            keeps_sign=True,
+        ),
+        "a3po": MethodSpec(
+            fn=a3po,
+            paper="arXiv:2512.21625",
+            requires=OLD,
+            scope="response",
+            domains={"share": "[0, 1]", "until": "(0, inf)", "gain": "(0, inf)"},
+            limits=(Limit({"gain": 1.0}),),
+            keeps_sign=True,
+        ),
+        "outcome_importance": MethodSpec(
+            fn=outcome_importance,
+            paper="OAR (ACL 2026)",
+            requires=frozenset({"importances"}),
+            scope="response",
+            domains={"tau": "[0, 1]", "beta": "[0, inf)"},
+            keeps_sign=True,
+        ),
+        "future_ratio": MethodSpec(
+            fn=future_ratio,
+            paper="arXiv:2603.19835",
+            requires=OLD | {"current_logprobs"},
+            scope="response",
+            domains={"half_life": "(0, inf)", "low": "(0, inf)", "high": "(0, inf)", "clip_ratio_c": "[1, inf)"},
+            limits=(Limit({"low": 1.0, "high": 1.0}),),
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "advantage_reweighting": ["group_normalized", "probability_scaled"],
+        "steer": ["group_normalized", "steer"],
+        "clip_cov": ["group_normalized", "clip_cov"],
+        "a3po": ["group_normalized", "a3po"],
+        "fipo": ["group_normalized", "future_ratio"],
+    },
+)

@@ -1,4 +1,4 @@
-"""What the table says of a method, and the check of hyperparameters against its signature and its row."""
+"""The row of a method, the rows of a file, and the check of hyperparameters against signature and row."""
 
 import inspect
 import sys
@@ -39,10 +39,15 @@ class MethodSpec:
     * `scope`: the largest unit whose other tokens change the credit of a token; a function of the hyperparameters where
       they decide. Methods of scope "group" or "batch" must see whole groups.
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
+    * `limits`: see `Limit`. `keeps_sign`, `conserves` ("multiset" per response, "mass" or None): laws that are tested.
     * `is_host_baseline`: inside a host, the estimator returns the host's own advantages.
     * `in_blocks`: the function bounds its temporaries by itself and is handed the whole batch.
-    * `limits`: see `Limit`. `conserves`: "multiset" (per response) or "mass" or None, tested.
-    * `renamed`: choices of a hyperparameter that had another name before, so that older configs still read.
+    * `is_exact`: the estimator is the exact credit that benchmarks compare with.
+    * `ignores_reward`: the estimator learns from a teacher only; rewards are logged and nothing else.
+    * `report_section`: where the report shows runs with this method: "bonus" for a teacher's bonus on top of the
+      estimator's credit, "signals" for weights in proportion to a signal of each token.
+    * `renamed`: old name to new name of a hyperparameter, or new name to {old choice: new choice}, so that older
+      configs still read.
     """
 
     fn: Method
@@ -52,10 +57,13 @@ class MethodSpec:
     domains: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[Limit, ...] = ()
     keeps_sign: bool = False
+    conserves: str | None = None
     is_host_baseline: bool = False
     in_blocks: bool = False
-    conserves: str | None = None
-    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    is_exact: bool = False
+    ignores_reward: bool = False
+    report_section: Literal["bonus", "signals"] | None = None
+    renamed: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
 
     def required(self, hyperparameters: Mapping[str, Any]) -> frozenset[str]:
         """Batch fields read at these hyperparameters."""
@@ -64,6 +72,15 @@ class MethodSpec:
     def scope_at(self, hyperparameters: Mapping[str, Any]) -> Scope:
         """The scope at these hyperparameters."""
         return self.scope if isinstance(self.scope, str) else self.scope(hyperparameters)
+
+    def current_name(self, key: str) -> str:
+        """The name of a hyperparameter today."""
+        name = self.renamed.get(key, key)
+        return name if isinstance(name, str) else key
+
+    def accepts(self, key: str) -> bool:
+        """Whether the method has this hyperparameter, under today's name or an older one."""
+        return self.current_name(key) in self.defaults
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -81,39 +98,69 @@ class MethodSpec:
         return "base" in _parameters(self.fn)
 
 
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another published name of a preset, and how the papers differ."""
+
+    of: str
+    differs: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """What one file of methods adds to the tables: its `ROWS`.
+
+    `controls` are pipelines that the benchmark runs beside the presets: a method with its credit shuffled, reversed or
+    averaged.
+    """
+
+    estimators: Mapping[str, MethodSpec] = field(default_factory=dict)
+    transforms: Mapping[str, MethodSpec] = field(default_factory=dict)
+    presets: Mapping[str, list[Any]] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+    controls: Mapping[str, list[Any]] = field(default_factory=dict)
+
+
 @lru_cache(maxsize=1024)
 def _parameters(fn: Method) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(fn).parameters
 
 
 def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
-    found = _parameters(fn)
     return {
         name: parameter
-        for name, parameter in found.items()
+        for name, parameter in _parameters(fn).items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in SUPPLIED
     }
 
 
-def resolve(name: str, spec: MethodSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(name: str, spec: MethodSpec, written: Mapping[str, Any]) -> dict[str, Any]:
     """All hyperparameters of a step, defaults filled in; errors name the value and what is accepted."""
     parameters = _hyperparameters(spec.fn)
-    given = {key: _current_name(spec, key, value) for key, value in given.items()}
-    for key, value in given.items():
+    resolved = spec.defaults
+    for key, value in _with_current_names(name, spec, written).items():
         if key not in parameters:
             raise _no_such_hyperparameter(name, key, parameters)
         _check_choice(name, key, value, parameters[key].annotation)
         _check_domain(name, key, value, spec.domains.get(key))
-    resolved = spec.defaults | {key: _as_annotated(value, parameters[key].annotation) for key, value in given.items()}
+        resolved[key] = _as_annotated(value, parameters[key].annotation)
     missing = [key for key, value in resolved.items() if value is inspect.Parameter.empty]
     if missing:
         raise TokenCreditError(f"{name} needs `{missing[0]}`", hint=f"write `{name}: {{{missing[0]}: …}}`")
     return resolved
 
 
-def _current_name(spec: MethodSpec, key: str, value: Any) -> Any:
-    """Today's name of a choice that was renamed."""
-    return spec.renamed.get(key, {}).get(value, value) if isinstance(value, str) else value
+def _with_current_names(name: str, spec: MethodSpec, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Today's names of hyperparameters and of their choices."""
+    current: dict[str, Any] = {}
+    for key, value in written.items():
+        new = spec.current_name(key)
+        if new in current:
+            raise TokenCreditError(f"{name} has `{new}` twice: {shown(key)} is its old name", hint="leave out one")
+        choices = spec.renamed.get(new, {})
+        renames = isinstance(value, str) and not isinstance(choices, str)
+        current[new] = choices.get(value, value) if renames else value  # type: ignore[union-attr]
+    return current
 
 
 def _no_such_hyperparameter(name: str, key: str, parameters: Mapping[str, Any]) -> TokenCreditError:

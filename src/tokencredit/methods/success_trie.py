@@ -7,12 +7,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokencredit.batch.draws import mix64
 from tokencredit.batch.masked import chosen, compact, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LOCAL, group_totals
-from tokencredit.methods.controls import mix64
 from tokencredit.methods.outcome import correct_rows
+from tokencredit.methods.spec import MethodSpec, Rows
 
+OLD = frozenset({"old_logprobs"})
 SALT = 0x2545F4914F6CDD1D  # keeps token ids apart from group ids, which are hashed by the same function
 
 
@@ -125,3 +127,15 @@ def _met(keys: Int[Tensor, "batch prefix"], passes: Bool[Tensor, "batch prefix"]
     """Where responses meet: prefixes of several. Long responses part early, and alone each is its own sum."""
     _, index, count = keys[passes].unique(return_inverse=True, return_counts=True)
     return passes.masked_scatter(passes, (count > 1)[index])
+
+
+ROWS = Rows(
+    estimators={
+        "success_trie": MethodSpec(
+            fn=success_trie, paper="-", requires=OLD, scope="group", domains={"kappa": "[0, inf)"}
+        ),
+    },
+    presets={
+        "success_trie": ["success_trie"],
+    },
+)

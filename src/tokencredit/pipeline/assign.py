@@ -163,7 +163,7 @@ def _compute(
 
 
 def _scope(pipeline: Pipeline, batch: TokenBatch) -> Scope:
-    """The largest unit of rows that act on each other; an estimator that hands on the host's baseline reads no other."""
+    """The largest unit of rows that act on each other. What the host computed acts on nothing."""
     steps = [step for chain in pipeline.chains for step in chain.active]
     if batch.host_advantages is not None:
         steps = [step for step in steps if not step.spec.is_host_baseline]

@@ -1,9 +1,9 @@
-"""Names of credit pipelines for tables, plots and folders."""
+"""Names of credit pipelines for tables, plots and folders, and what a report shows of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokencredit.methods.table import estimators, presets
+from tokencredit.methods.table import estimators, find_preset, transforms
 from tokencredit.pipeline.pipeline import Pipeline
 from tokencredit.pipeline.steps import Step
 
@@ -27,13 +27,28 @@ def label_of(credit: Any) -> str:
     return " → ".join((label_of(head), *(_label_of_step(step) for step in behind)))
 
 
+def step_names(config: Any) -> list[str]:
+    """The names of the steps of a pipeline as `Pipeline.to_config` writes it, chain by chain."""
+    if isinstance(config, str):
+        return [config]
+    if isinstance(config, Mapping):
+        return step_names(config["weighted_sum"] if "weighted_sum" in config else config.get("credit", [*config]))
+    return [name for part in config or () for name in step_names(part)]
+
+
+def reports_in(section: str, config: Any) -> bool:
+    """Whether a step of a stored pipeline belongs in a section of the report (`MethodSpec.report_section`)."""
+    specs = {**estimators(), **transforms()}
+    return any(name in specs and specs[name].report_section == section for name in step_names(config))
+
+
 def _preset_at_start(credit: Any) -> Any:
     """The first item of a list of steps where it names a preset, else None."""
     if isinstance(credit, str) or not isinstance(credit, Sequence) or not credit:
         return None
     first = credit[0]
     name = next(iter(first)) if isinstance(first, Mapping) and len(first) == 1 else first
-    is_preset = isinstance(name, str) and name in presets() and name not in estimators()
+    is_preset = isinstance(name, str) and find_preset(name) is not None and name not in estimators()
     return first if is_preset else None
 
 
@@ -43,7 +58,7 @@ def _label_of_chain(weight: float, chain: Any) -> str:
 
 
 def _label_of_step(step: Step) -> str:
-    return _with_settings(step.name, step.changed)
+    return _with_settings(step.name, {step.written.get(key, key): value for key, value in step.changed.items()})
 
 
 def _with_settings(name: str, given: Mapping[str, Any]) -> str:

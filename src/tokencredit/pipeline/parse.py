@@ -7,7 +7,7 @@ from typing import Any
 
 from tokencredit.errors import TokenCreditError, shown, unknown
 from tokencredit.methods.spec import MethodSpec
-from tokencredit.methods.table import estimators, presets, transforms
+from tokencredit.methods.table import ALIASES, HOST_ESTIMATOR, estimators, find_preset, presets, transforms
 from tokencredit.pipeline.steps import (
     Chain,
     WeightedSum,
@@ -43,7 +43,7 @@ def parse_config(config: Any) -> WeightedSum:
 def parse_steps(steps: Sequence[Any], name: str = "custom") -> WeightedSum:
     """The chains of several steps, the first of which is an estimator, a preset or a whole pipeline."""
     if not steps:
-        raise TokenCreditError("a pipeline has at least one step", hint="start it with `group_normalized`")
+        raise TokenCreditError("a pipeline has at least one step", hint=f"start it with `{HOST_ESTIMATOR}`")
     first, *transforms_after = steps
     return replace(_parse_start(first).then(*transforms_after), name=name)
 
@@ -82,7 +82,7 @@ def _parse_start(item: Any) -> WeightedSum:
     if isinstance(item, Mapping) and first == "weighted_sum":
         return _parse_weighted_sum(given)
     if isinstance(first, str) and first not in estimators():
-        if first in presets():
+        if find_preset(first) is not None:
             return parse_name(first, hyperparameters_of(first, given))
         if first in transforms():
             raise _lacks_estimator(first)
@@ -108,19 +108,20 @@ def _add(terms: Sequence[WeightedSum]) -> WeightedSum:
 
 def _steps_of(name: str) -> Sequence[Any]:
     """The steps of a preset or an estimator."""
-    if name in presets():
-        return presets()[name]
+    steps = find_preset(name)
+    if steps is not None:
+        return steps
     if name in estimators() or ":" in name:
         return [name]
     if name in transforms():
         raise _lacks_estimator(name)
-    raise unknown("credit method", name, presets() | estimators().keys())
+    raise unknown("credit method", name, presets().keys() | ALIASES.keys() | estimators().keys())
 
 
 def _lacks_estimator(name: str) -> TokenCreditError:
     return TokenCreditError(
         f"a pipeline starts with an estimator, got the transform {name!r}",
-        hint=f"start it with `group_normalized`: `[group_normalized, {name}]`",
+        hint=f"start it with `{HOST_ESTIMATOR}`: `[{HOST_ESTIMATOR}, {name}]`",
     )
 
 
@@ -132,8 +133,8 @@ def _as_pair(item: Any) -> Pair:
 def _override(preset: str, steps: list[Pair], key: str, value: Any) -> None:
     """Set a hyperparameter of the one step of a preset that has it; `step.key` says which where several do."""
     step_name, _, parameter = key.rpartition(".")
-    accepting = [(step, given) for step, given in steps if parameter in _spec_of(step).defaults]
-    targets = [given for step, given in accepting if step_name in ("", step)]
+    accepting = [(step, given) for step, given in steps if _spec_of(step).accepts(parameter)]
+    targets = [(step, given) for step, given in accepting if step_name in ("", step)]
     if len(targets) > 1:
         choices = [f"{step}.{parameter}" for step, _ in accepting]
         raise TokenCreditError(f"{parameter!r} of {preset} is ambiguous", hint=f"write one of {choices}")
@@ -142,7 +143,11 @@ def _override(preset: str, steps: list[Pair], key: str, value: Any) -> None:
         raise TokenCreditError(
             f"{preset} has no hyperparameter {shown(key)}; accepted: {', '.join(accepted) or '(none)'}"
         )
-    targets[0][parameter] = value
+    ((step, given),) = targets
+    current = _spec_of(step).current_name
+    for name in [name for name in given if current(name) == current(parameter)]:
+        del given[name]
+    given[parameter] = value
 
 
 def _spec_of(step: str) -> MethodSpec:

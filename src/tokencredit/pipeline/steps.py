@@ -2,8 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -11,20 +11,25 @@ from torch import Tensor
 from tokencredit.batch.records import OPTIONAL_FIELDS
 from tokencredit.errors import TokenCreditError, shown, unknown
 from tokencredit.methods.spec import SCOPES, MethodSpec, Scope, resolve
-from tokencredit.methods.table import estimators, presets, transforms
+from tokencredit.methods.table import ALIASES, HOST_ESTIMATOR, estimators, find_preset, presets, transforms
 from tokencredit.pipeline.plugins import load_function
 
 Sum = TypeVar("Sum", bound="WeightedSum")  # a `Pipeline` stays one
 CALLS = {"estimator": ("batch",), "transform": ("advantages", "batch")}
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One function of a pipeline with all its hyperparameters."""
+    """One function of a pipeline with all its hyperparameters.
+
+    `written` maps the name of a hyperparameter to the older name that a config gave it; labels show that one.
+    """
 
     name: str
     spec: MethodSpec
     hyperparameters: Mapping[str, Any]
+    written: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def is_identity(self) -> bool:
@@ -121,7 +126,9 @@ def make_step(item: Any, kind: str) -> Step:
         name, spec = user_function(item, kind)
     else:
         raise _unknown_step(item, kind)
-    return Step(name, spec, resolve(name, spec, hyperparameters_of(name, given)))
+    hyperparameters = hyperparameters_of(name, given)
+    older = {spec.current_name(key): key for key in hyperparameters if spec.current_name(key) != key}
+    return Step(name, spec, resolve(name, spec, hyperparameters), older)
 
 
 def named_step(item: Any) -> tuple[Any, Any]:
@@ -159,40 +166,48 @@ def user_function(item: Any, kind: str | None = None) -> tuple[str, MethodSpec]:
       kind: what it is used as, "estimator" or "transform"; None leaves its arguments unchecked.
     """
     fn: Callable[..., Tensor] = load_function(item, "the step") if isinstance(item, str) else item
-    kept = getattr(fn, "__qualname__", type(fn).__qualname__)
-    name = item if isinstance(item, str) else f"{getattr(fn, '__module__', type(fn).__module__)}:{kept}"
+    name = item if isinstance(item, str) else _name_function(fn)
     if isinstance(fn, type):
         raise TokenCreditError(f"a step is a function, but {name} is a class", hint="pass a function of the batch")
     _check_arguments(name, fn, kind)
     return name, MethodSpec(fn=fn, paper="-", requires=_requires(name, fn), scope=_scope(name, fn))
 
 
+def _name_function(fn: Any) -> str:
+    """`module:name` of a function, or of the class of a callable object."""
+    kind = type(fn)
+    return f"{getattr(fn, '__module__', kind.__module__)}:{getattr(fn, '__qualname__', kind.__qualname__)}"
+
+
 def _check_arguments(name: str, fn: Callable[..., Tensor], kind: str | None) -> None:
     """The function can be called as a step of its kind; refused here, before a batch is sampled."""
     try:
-        parameters = inspect.signature(fn).parameters.values()
+        parameters = tuple(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError) as error:  # some functions of C
         raise TokenCreditError(
             f"cannot read the arguments of {name}, so it cannot be a step", hint="wrap it in a function of your own"
         ) from error
-    if kind is None:
+    if kind is None or _can_be_called(parameters, kind):
         return
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if _can_be_called(parameters, "transform" if kind == "estimator" else "estimator"):
+        hint = f"put {name} first"
+        if kind == "estimator":
+            hint = f"start the pipeline with an estimator: `[{HOST_ESTIMATOR}, {name}]`"
+    else:
+        hint = "hyperparameters of a step are keyword-only: write `*` before them"
+    takes = ", ".join(p.name for p in parameters if p.kind in POSITIONAL) or "no positional arguments"
+    article = "an" if kind == "estimator" else "a"
+    raise TokenCreditError(
+        f"{article} {kind} is called as f({', '.join(CALLS[kind])}), but {name} takes ({takes})", hint=hint
+    )
+
+
+def _can_be_called(parameters: Sequence[inspect.Parameter], kind: str) -> bool:
+    """Whether a function with these parameters takes the arguments of a step of this kind."""
+    positional = [p for p in parameters if p.kind in POSITIONAL]
     least = sum(p.default is p.empty for p in positional)
-    most = len(positional) if not any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(CALLS[kind])
-    if not least <= len(CALLS[kind]) <= max(least, most):
-        takes = ", ".join(p.name for p in positional) or "no positional arguments"
-        other = "transform" if kind == "estimator" else "estimator"
-        hint = (
-            "start the pipeline with an estimator: `[group_normalized, {}]`" if kind == "estimator" else "put {} first"
-        )
-        fits_other = least <= len(CALLS[other]) <= max(least, most)
-        raise TokenCreditError(
-            f"an {kind} is called as f({', '.join(CALLS[kind])}), but {name} takes ({takes})".replace("an t", "a t"),
-            hint=hint.format(name)
-            if fits_other
-            else "hyperparameters of a step are keyword-only: write `*` before them",
-        )
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return least <= len(CALLS[kind]) <= max(least, len(CALLS[kind]) if takes_any else len(positional))
 
 
 def _requires(name: str, fn: Any) -> frozenset[str]:
@@ -215,11 +230,11 @@ def _scope(name: str, fn: Any) -> Scope:
 
 
 def _unknown_step(item: Any, kind: str) -> TokenCreditError:
-    if kind == "transform" and isinstance(item, str) and (item in presets() or item in estimators()):
-        steps = " → ".join(str(named_step(step)[0]) for step in presets().get(item, [item]))
+    starts = [*estimators(), *presets(), *ALIASES]
+    if kind == "transform" and isinstance(item, str) and item in starts:
+        steps = " → ".join(str(named_step(step)[0]) for step in find_preset(item) or [item])
         return TokenCreditError(
             f"{item!r} can only start a pipeline, because it begins with an estimator ({steps})",
             hint=f"write it first, or add two pipelines: `0.5 * grpo + 0.5 * {item}`",
         )
-    accepted = estimators().keys() | presets().keys() if kind == "estimator" else transforms().keys()
-    return unknown(kind, item, accepted)
+    return unknown(kind, item, starts if kind == "estimator" else transforms())

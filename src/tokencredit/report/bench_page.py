@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokencredit.files import make_folder, write_bytes
+from tokencredit.methods.table import BASELINE, EXACT
 from tokencredit.report.run_page.tokens import PART, visible
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _view(cell: Mapping[str, Any]) -> dict[str, Any]:
 
     ranked = _ranked(cell)
     names = [method["name"] for method in ranked if not method["name"].endswith(CONTROLS)]
-    compared = list(dict.fromkeys([*[name for name in names if name != "exact"][: SHOWN - 1], "grpo"]))
+    compared = list(dict.fromkeys([*[name for name in names if name != EXACT][: SHOWN - 1], BASELINE]))
     return {
         **cell,
         "success_text": success_text(cell),
@@ -117,7 +118,7 @@ def _draw_ranking(
         value, low, high = method["figures"][figure]
         if value is None:
             continue
-        colour = RED if method["name"] == "exact" else GREY if method["name"].endswith(CONTROLS) else BLUE
+        colour = RED if method["name"] == EXACT else GREY if method["name"].endswith(CONTROLS) else BLUE
         if low is not None and high is not None:
             axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
         axes.plot([value], [place], "o", color=colour, markersize=4)

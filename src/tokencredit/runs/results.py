@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 
 from tokencredit.diagnostics.bootstrap import Interval
 from tokencredit.diagnostics.intervals import paired_seed_interval, seed_interval
+from tokencredit.methods.table import BASELINE, EXACT
 from tokencredit.runs import folders
 
 LAST = 10  # steps of training that the training reward is the mean of
-
-BASELINE, CEILING = "grpo", "exact"  # a usual method, and perfect credit
 
 
 class _Method(NamedTuple):
@@ -112,15 +111,13 @@ def headroom(rows: Sequence[Mapping[str, Any]], plans: Sequence[Any], folder: Pa
       evaluated.
     """
     labels = {row["label"] for row in rows}
-    if not {BASELINE, CEILING} <= labels or not all(
-        row.get("end") for row in rows if row["label"] in (BASELINE, CEILING)
-    ):
+    if not {BASELINE, EXACT} <= labels or not all(row.get("end") for row in rows if row["label"] in (BASELINE, EXACT)):
         return None
-    pair = {label: _Method(label, {}) for label in (BASELINE, CEILING)}
+    pair = {label: _Method(label, {}) for label in (BASELINE, EXACT)}
     for plan in plans:
         if plan.label in pair:
             pair[plan.label].runs[plan.seed] = folders.read_metrics(folder / plan.path)
-    difference = _difference(_values(pair[BASELINE], -1), _values(pair[CEILING], -1))
+    difference = _difference(_values(pair[BASELINE], -1), _values(pair[EXACT], -1))
     return None if difference is None else {"difference": difference, "verdict": verdict(difference)}
 
 

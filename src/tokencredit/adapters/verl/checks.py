@@ -106,7 +106,7 @@ def check_algorithm(pipeline: Pipeline, config: DictConfig) -> None:
             f"{ACTOR}.policy_loss.loss_mode=geo_mean averages a response's advantages, which erases token credit",
             hint="set loss_mode=vanilla, gspo, sapo or cispo",
         )
-    group = pipeline.scope in ("group", "batch") or pipeline.chains[0].estimator.name == "group_normalized"
+    group = pipeline.scope in ("group", "batch") or pipeline.chains[0].estimator.spec.is_host_baseline
     if group and int(config.actor_rollout_ref.rollout.n) < 2:
         raise TokenCreditError(
             f"actor_rollout_ref.rollout.n must be at least 2 for {pipeline.name}, got "

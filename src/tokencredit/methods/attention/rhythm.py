@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, compact, response_lengths, row_quantile, spread
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.attention.weights import lowest_or_highest
+from tokencredit.methods.selection import lowest_or_highest
+from tokencredit.methods.spec import Limit, MethodSpec, Rows
 
 
 def attention_rhythm(
@@ -40,11 +41,12 @@ def attention_rhythm(
     n = response_lengths(mask)
     real = torch.arange(mask.shape[1], device=mask.device) < n
     distances = compact(chosen(batch.require("attention_distances"), mask), mask)
-    jumps = _jumps(distances, real)
+    jumps = _find_jumps(distances, real)
     influences = compact(chosen(batch.require("attention_influences"), mask), mask)
-    bonus = torch.where(_top(jumps if credit == "local" else influences, real, share), gain - 1.0, 0.0)
+    ranked = jumps if credit == "local" else influences
+    bonus = torch.where(_find_top(ranked, real, share), gain - 1.0, 0.0)
     if credit == "coupled":
-        bonus = _handed_back(bonus, distances, jumps, real, alpha, reach)
+        bonus = _hand_back(bonus, distances, jumps, real, alpha, reach)
     a = chosen(advantages, mask)
     return chosen(torch.where(a < 0, a, a * (1.0 + spread(bonus, mask))), mask)
 
@@ -57,7 +59,7 @@ def answer_attention(
         Â′_t = Â_t · max(floor, σ(z(ln m_t)))        Â′_t = Â_t on answer tokens
 
     m_t > 0 is the mean attention that the answer pays to token t in the last layer (`batch.importances`, from
-    `collect.answer` or a collector of your own); m_t ≤ 0 marks answer tokens. z standardises over the reasoning tokens
+    `collect.attention.answer` or a collector of your own); m_t ≤ 0 marks answer tokens. z standardises over the reasoning tokens
     of the response. floor = 1 is the identity.
 
     Source: project notes of ATPO, abandoned by their authors: attention is no causal contribution, and without the
@@ -75,7 +77,7 @@ def answer_attention(
     return chosen(chosen(advantages, mask) * weights, mask)
 
 
-def _jumps(
+def _find_jumps(
     distances: Float[Tensor, "batch response"], real: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
     """|x_t − x_{t+1}| of compacted rows; 0 on the last token."""
@@ -84,14 +86,14 @@ def _jumps(
     return torch.where(has_next, (distances - following).abs(), 0.0)
 
 
-def _top(
+def _find_top(
     x: Float[Tensor, "batch response"], real: Bool[Tensor, "batch response"], share: float
 ) -> Bool[Tensor, "batch response"]:
     """The highest `share` of each row; of equal values the earlier ones."""
     return lowest_or_highest(-x, real, share, "low")
 
 
-def _handed_back(
+def _hand_back(
     bonus: Float[Tensor, "batch response"],
     distances: Float[Tensor, "batch response"],
     jumps: Float[Tensor, "batch response"],
@@ -111,3 +113,31 @@ def _handed_back(
     source = torch.arange(jumps.shape[1], device=jumps.device) - reach + offset
     handed = torch.where(dominated, alpha * bonus, 0.0)
     return (bonus - handed).scatter_add(1, source.clamp_min(0), handed)
+
+
+ROWS = Rows(
+    transforms={
+        "attention_rhythm": MethodSpec(
+            fn=attention_rhythm,
+            paper="arXiv:2510.13554",
+            requires=frozenset({"attention_distances", "attention_influences"}),
+            scope="response",
+            domains={"share": "(0, 1]", "gain": "[1, inf)", "alpha": "[0, 1]", "reach": "[1, inf)"},
+            limits=(Limit({"gain": 1.0}),),
+            keeps_sign=True,
+        ),
+        "answer_attention": MethodSpec(
+            fn=answer_attention,
+            paper="-",
+            requires=frozenset({"importances"}),
+            scope="response",
+            domains={"floor": "(0, 1]"},
+            limits=(Limit({"floor": 1.0}),),
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "attention_illuminates": ["group_normalized", "attention_rhythm"],
+        "atpo": ["group_normalized", "answer_attention"],
+    },
+)

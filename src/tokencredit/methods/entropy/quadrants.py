@@ -9,11 +9,13 @@ from torch import Tensor
 
 from tokencredit.batch.masked import chosen, group_sums, response_lengths, unit_moments
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.spec import Scope
+from tokencredit.methods.selection import Normalize, keep_selected
+from tokencredit.methods.spec import MethodSpec, Rows, Scope
 
 Quadrant = Literal["PHR", "PLR", "NHR", "NLR"]
 QUADRANTS: tuple[Quadrant, ...] = get_args(Quadrant)
 Threshold = Literal["pooled", "response_means"]
+ENTROPIES = frozenset({"entropies"})
 
 
 def keep_quadrants(
@@ -21,8 +23,8 @@ def keep_quadrants(
     batch: TokenBatch,
     *,
     quadrants: Sequence[Quadrant] = ("PHR", "NHR"),
-    threshold: Threshold = "pooled",
-    normalize: Literal["all", "selected"] = "all",
+    mean: Threshold = "pooled",
+    normalize: Normalize = "all",
 ) -> Float[Tensor, "batch response"]:
     """Credit only tokens in the named quadrants.
 
@@ -35,14 +37,10 @@ def keep_quadrants(
     ours is the sign of the advantage, which is the same in mixed groups. `normalize="selected"` is our option.
     """
     inside = torch.zeros_like(batch.response_mask)
-    for name, members in quadrant_masks(advantages, batch, threshold=threshold).items():
+    for name, members in quadrant_masks(advantages, batch, threshold=mean).items():
         if name in quadrants:
             inside = inside | members
-    credit = torch.where(inside, chosen(advantages, batch.response_mask), 0.0)
-    if normalize == "selected":
-        selected, count = batch.reducer.total(torch.stack((inside.sum(), batch.response_mask.sum()))).tolist()
-        credit = credit * (count / max(selected, 1))
-    return credit
+    return keep_selected(advantages, inside, batch, normalize)
 
 
 def quadrant_scope(hyperparameters: Mapping[str, Any]) -> Scope:
@@ -90,3 +88,24 @@ def _group_maximum(per_row: Float[Tensor, " batch"], batch: TokenBatch) -> Float
     index, count = batch.numbered_groups
     table = per_row.new_full((count,), -torch.inf).scatter_reduce(0, index, per_row, "amax")
     return batch.reducer.maximum(table)[index]
+
+
+ROWS = Rows(
+    transforms={
+        "keep_quadrants": MethodSpec(
+            fn=keep_quadrants,
+            paper="arXiv:2604.11056",
+            requires=ENTROPIES,
+            renamed={"threshold": "mean"},
+            scope=quadrant_scope,
+            keeps_sign=True,
+        ),
+    },
+    presets={
+        "high_entropy_quadrants": ["group_normalized", {"keep_quadrants": {"quadrants": ["PHR", "NHR"]}}],
+        "phr": ["group_normalized", {"keep_quadrants": {"quadrants": ["PHR"]}}],
+        "plr": ["group_normalized", {"keep_quadrants": {"quadrants": ["PLR"]}}],
+        "nhr": ["group_normalized", {"keep_quadrants": {"quadrants": ["NHR"]}}],
+        "nlr": ["group_normalized", {"keep_quadrants": {"quadrants": ["NLR"]}}],
+    },
+)

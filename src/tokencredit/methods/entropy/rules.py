@@ -1,11 +1,9 @@
-"""Transforms that move credit by the entropy of the policy at each token.
+"""Published rules that move credit by the entropy of the policy at each token.
 
 Entropies are nats and detached: never an objective.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,106 +23,16 @@ from tokencredit.batch.masked import (
     response_lengths,
     row_sums,
     spread,
-    unit_moments,
     unit_sums,
     unit_totals,
 )
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import extrema, kth_smallest, quantile
-from tokencredit.methods.spec import SCOPES, Scope
+from tokencredit.methods.selection import Normalize, count_share, keep_selected
+from tokencredit.methods.spec import Alias, Limit, MethodSpec, Rows
 
-Unit = Literal["response", "group", "batch"]
+ENTROPIES = frozenset({"entropies"})
 EPS = 1e-6
-
-
-def entropy_capacity(  # noqa: PLR0913 - the named options of one published formula
-    advantages: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    *,
-    alpha: float = 0.2,
-    phi: float = 2.0,
-    alpha_negative: float | None = None,
-    stats: Unit = "group",
-    scale: Literal["advantage", "free"] = "advantage",
-    renorm: Literal["none", "response", "group", "polarity"] = "none",
-    signed: bool = True,
-) -> Float[Tensor, "batch response"]:
-    """HAPO (as EAPO): more credit, of either sign, where the policy was uncertain.
-
-        z  = (H − μ) / (σ + ε)
-        Â′ = Â + α · sign(Â) · clip(z, −|Â|/φ, +|Â|/φ)    =  Â · w,   w ∈ [1 − |α|/φ, 1 + |α|/φ]
-
-    H is the entropy of the policy at the token, μ and σ (population) its moments over the chosen tokens of the `stats`
-    unit. Keeps the sign of Â while |α| < φ; α = 0 is the identity; constant H or Â = 0 change nothing.
-
-    * `alpha_negative`: another α where Â < 0. `signed=False` drops sign(Â), a control.
-    * `scale="free"`: clip at ±1/φ and multiply by |Â|, for advantages that are not group-normalised.
-    * `renorm`: rescale so that Σ|Â| of each response, group, or sign within a group stays what it was.
-
-    Paper: arXiv:2604.11056 v1, Eq. 6-7, there EAPO. Version 2 names its method HAPO with equations unknown to us, so
-    this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
-    """
-    mask = batch.response_mask
-    a = level(advantages, mask)
-    entropies = batch.require("entropies")
-    moments = unit_moments(entropies, batch, stats)
-    # Filled, not `where` of two numbers: that would be float32.
-    strength = torch.full_like(a, alpha).masked_fill(a < 0, alpha if alpha_negative is None else alpha_negative)
-    bound = a.abs() / phi if scale == "advantage" else torch.full_like(a, 1.0 / phi)
-    push = strength * (a.sign() if signed else 1.0) * (1.0 if scale == "advantage" else a.abs())
-
-    def formula(h: Tensor, mean: Tensor, width: Tensor, bound: Tensor, push: Tensor, a: Tensor) -> Tensor:
-        z = minus(h, mean)
-        z = z.div_(width.to(z.dtype))
-        return z.maximum(-bound).minimum(bound) * push + a  # `clamp` between tensors takes four times as long
-
-    credit = by_blocks(formula, mask, entropies, moments.mean, moments.std + EPS, bound, push, a)
-    return credit if renorm == "none" else rescale_mass(credit, a.expand_as(credit), batch, renorm)
-
-
-def capacity_scope(hyperparameters: Mapping[str, Any]) -> Scope:
-    """The scope of `entropy_capacity`: the unit of its moments, or of `renorm` where that is larger."""
-    renorm = {"none": "token", "polarity": "group"}.get(hyperparameters["renorm"], hyperparameters["renorm"])
-    return max(hyperparameters["stats"], renorm, key=SCOPES.index)
-
-
-def rescale_mass(
-    credit: Float[Tensor, "batch response"],
-    reference: Float[Tensor, "batch response"],
-    batch: TokenBatch,
-    per: Literal["response", "group", "polarity", "batch"],
-) -> Float[Tensor, "batch response"]:
-    """Scale `credit` so that Σ|credit| equals Σ|reference| in each unit.
-
-    "polarity" treats the positive and the negative tokens of a group apart, by the sign of `reference`. Where
-    the credit of a unit is all 0 it stays 0.
-    """
-    signs = (reference > 0, reference <= 0) if per == "polarity" else (torch.ones_like(reference, dtype=torch.bool),)
-    unit = "group" if per == "polarity" else per
-    result = torch.zeros_like(credit)
-    for side in signs:
-        mass = unit_sums(torch.where(side, credit.abs(), 0.0), batch, unit)
-        wanted = unit_sums(torch.where(side, reference.abs(), 0.0), batch, unit)
-        factor = torch.where(mass > 0, wanted / torch.where(mass > 0, mass, 1.0), 1.0)
-        result = torch.where(side, credit * factor, result)
-    return result
-
-
-def reward_capacity(
-    advantages: Float[Tensor, "batch response"], batch: TokenBatch, *, alpha: float = 0.2
-) -> Float[Tensor, "batch response"]:
-    """Credit by how much one token can tell about a binary reward, which is at most ln 2.
-
-        Â′ = Â · (1 + α (c − mean c)),   c = min(H, ln 2) / ln 2
-
-    The mean runs over the chosen tokens of the group, so the weights have mean one; the sign is kept for α < 1.
-
-    Source: ours, after the bound I ≤ min(H, h_b(V)) ≤ ln 2 for binary rewards.
-    """
-    a = chosen(advantages, batch.response_mask)
-    capacity = chosen(batch.require("entropies"), batch.response_mask).clamp(0.0, math.log(2)) / math.log(2)
-    mean = unit_moments(capacity, batch, "group").mean
-    return chosen(a * (1.0 + alpha * (capacity - mean)), batch.response_mask)
 
 
 def top_entropy(
@@ -132,7 +40,7 @@ def top_entropy(
     batch: TokenBatch,
     *,
     keep: float = 0.2,
-    normalize: Literal["all", "selected"] = "all",
+    normalize: Normalize = "all",
     select: Literal["count", "quantile"] = "count",
 ) -> Float[Tensor, "batch response"]:
     """The 80/20 rule: credit only the most uncertain tokens of the batch.
@@ -148,17 +56,15 @@ def top_entropy(
     """
     mask = batch.response_mask
     entropies = batch.require("entropies").detach()
-    count = int(batch.reducer.total(mask.sum()))
-    if count == 0:
+    count = batch.reducer.total(mask.sum())
+    if int(count) == 0:
         return chosen(advantages, mask)
     if select == "count":
-        most = max(1, math.ceil(round(keep * count, 9)))
-        threshold = kth_smallest(entropies, mask, count - most, batch.reducer)
+        below = int(count - count_share(keep, count, "ceil"))
+        threshold = kth_smallest(entropies, mask, below, batch.reducer)
     else:
         threshold = quantile(entropies, mask, 1.0 - keep, batch.reducer)
-    high = mask & (entropies.float() >= threshold)
-    factor = count / int(batch.reducer.total(high.sum())) if normalize == "selected" else 1.0
-    return kept(level(advantages, mask) * factor, high)
+    return keep_selected(advantages, mask & (entropies.float() >= threshold), batch, normalize)
 
 
 def entropy_bonus(
@@ -183,18 +89,18 @@ def gtpo(
     *,
     base_share: float = 0.9,
     floor: float = 1e-3,
-    normalize: bool = True,
+    standardize: bool = True,
 ) -> Float[Tensor, "batch response"]:
     """GTPO: shaped rewards from entropies aligned by position, then normalised per polarity.
 
         correct:    r̃_t =  α₁ + α₂ d_t H_t / Σ H_t            incorrect:  r̃_t = −α₁ − α₂ h_t (1/H_t) / Σ (1/H_t)
-        Â′ = (r̃ − mean r̃) / (std r̃ + ε)   over the tokens of one polarity of the group     (normalize)
+        Â′ = (r̃ − mean r̃) / (std r̃ + ε)   over the tokens of one polarity of the group     (standardize)
 
     Sums run over the responses of the group with the same outcome that still have a token at position t; d_t, h_t count
     them; α₁ = `base_share`, α₂ = 1 − α₁; polarity is the sign of Â, and Â = 0 stays 0. H is at least `floor`.
-    `normalize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
+    `standardize=False` returns r̃, whose sign is the polarity; with it, correct tokens can get negative credit.
 
-    With `normalize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
+    With `standardize` r̃ is standardised, so `base_share` acts through ε only; and the only correct response of a group
     gets a credit of exactly 0 on every token, since its r̃ is constant (the paper's Eq. 6 does the same).
 
     Paper: GTPO (arXiv:2508.04349), from a secondary summary: α₁ + α₂ = 1; the split 0.9/0.1 and the floor are ours.
@@ -207,22 +113,22 @@ def gtpo(
     shaped = torch.zeros_like(a)
     for side, weight in ((1.0, entropies), (-1.0, 1.0 / entropies.clamp_min(floor))):
         mine = torch.where(polarity == side, alive, 0.0)
-        total = _aligned_totals(mine * weight, batch)
-        count = _aligned_totals(mine, batch)
+        total = _sum_by_position(mine * weight, batch)
+        count = _sum_by_position(mine, batch)
         share = count * weight / torch.where(total > 0, total, 1.0)
         shaped = torch.where(polarity == side, side * (base_share + (1.0 - base_share) * share), shaped)
     shaped = spread(shaped, mask)
-    return _normalized_per_polarity(shaped, polarity, batch) if normalize else chosen(shaped, mask)
+    return _standardize_per_polarity(shaped, polarity, batch) if standardize else chosen(shaped, mask)
 
 
-def _aligned_totals(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def _sum_by_position(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Sum over the rows of a group, position by position; ranks may be padded to different lengths."""
     own = x.shape[1]
     longest = int(batch.reducer.maximum(torch.tensor(own, device=x.device)))
     return group_sums(torch.nn.functional.pad(x, (0, longest - own)), batch)[:, :own]
 
 
-def _normalized_per_polarity(
+def _standardize_per_polarity(
     shaped: Float[Tensor, "batch response"], polarity: Float[Tensor, "batch 1"], batch: TokenBatch
 ) -> Float[Tensor, "batch response"]:
     result = torch.zeros_like(shaped)
@@ -321,3 +227,58 @@ def _next_step(
     wide.scatter_(1, torch.where(mask, step, mask.shape[1] + 1), torch.where(mask, step_values, torch.nan))
     after = wide.gather(1, step + 1)
     return after, mask & ~after.isnan()
+
+
+ROWS = Rows(
+    transforms={
+        "top_entropy": MethodSpec(
+            fn=top_entropy,
+            in_blocks=True,
+            paper="arXiv:2506.01939",
+            requires=ENTROPIES,
+            scope="batch",
+            domains={"keep": "(0, 1]"},
+            limits=(Limit({"keep": 1.0}),),
+            keeps_sign=True,
+        ),
+        "entropy_bonus": MethodSpec(
+            fn=entropy_bonus,
+            paper="arXiv:2506.14758",
+            requires=ENTROPIES,
+            domains={"alpha": "[0, inf)", "kappa": "(0, inf)"},
+            limits=(Limit({"alpha": 0.0}),),
+            keeps_sign=True,
+        ),
+        "gtpo": MethodSpec(
+            fn=gtpo,
+            renamed={"normalize": "standardize"},
+            paper="arXiv:2508.04349",
+            requires=ENTROPIES,
+            scope="group",
+            domains={"base_share": "[0, 1]", "floor": "(0, inf)"},
+        ),
+        "empg": MethodSpec(
+            fn=empg,
+            in_blocks=True,
+            paper="arXiv:2509.09265",
+            requires=ENTROPIES,
+            scope="batch",
+            limits=(Limit({"k": 0.0, "zeta": 0.0, "center": False}),),
+        ),
+    },
+    presets={
+        "forking_tokens": ["group_normalized", {"top_entropy": {"keep": 0.2, "normalize": "selected"}}],
+        "entropy_advantage": ["group_normalized", {"entropy_bonus": {"alpha": 0.4, "kappa": 2.0}}],
+        "gtpo": ["group_normalized", "gtpo"],
+        "empg": ["group_normalized", "empg"],
+    },
+    aliases={
+        "hepo": Alias(
+            of="forking_tokens",
+            differs="the name under which DASD (arXiv:2605.22263) runs the rule of arXiv:2506.01939 as a baseline.",
+        ),
+    },
+    controls={
+        "forking_tokens (shuffled)": ["group_normalized", "top_entropy", "shuffle_within_response"],
+    },
+)

@@ -1,10 +1,10 @@
 """The report's section on distillation: the gap to the teacher, where it lies, the router and what its bonus moved."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 
 from tokencredit.diagnostics.distillation import BINS, SIGNS
+from tokencredit.pipeline.labels import reports_in
 from tokencredit.report import plots
 from tokencredit.report.run_page.folders import Run, by_label
 from tokencredit.report.run_page.results import Curve, metric_curves
@@ -20,15 +20,6 @@ GAP = (
         True,
     ),
     ("Distance from position", "credit/teacher/distance", "0: the discrepancy weight is a function of position", True),
-)
-# Transforms that add a bonus to the verifier's advantage: only there is Â − base a bonus.
-BONUS_METHODS = (
-    "directed_self_distillation",
-    "randomly_directed_self_distillation",
-    "add_teacher_gap",
-    "rlsd",
-    "rlrt",
-    "antisd",
 )
 # Entropy above the router's threshold is high: the arm that repels.
 PARTS = {
@@ -77,8 +68,7 @@ def _router(runs: Sequence[Run], styles: dict[str, plots.Style], credit: Credit)
 
 def adds_bonus(run: Run) -> bool:
     """Whether the run's pipeline adds to the verifier's advantage."""
-    text = json.dumps(run.pipeline)
-    return any(f'"{name}"' in text for name in BONUS_METHODS)
+    return reports_in("bonus", run.pipeline)
 
 
 def _curves(runs: Sequence[Run], credit: Credit, name: str) -> list[Curve]:

@@ -1,6 +1,5 @@
 """The report's section on token signals: how concentrated each one is, and where entropies and residuals lie."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from tokencredit.batch.records import CreditRecord, TokenBatch
 from tokencredit.diagnostics.concentration import effective_token_ratio, gini, mean_over_responses
 from tokencredit.diagnostics.position import position_profile
 from tokencredit.methods.likelihood import entropy_drops, score_weights
+from tokencredit.pipeline.labels import reports_in
 from tokencredit.report import plots
 from tokencredit.report.run_page.folders import Run
 from tokencredit.report.run_page.results import metric_curves
@@ -20,8 +20,6 @@ from tokencredit.report.run_page.tokens import polarity_of, visible
 
 SHOWN = 12  # records of a run that the curves read, evenly spaced
 BINS = 10  # of the spectrum, over [0, 1]
-# Transforms that weigh by one of these signals: with one of them in a report the signals are compared.
-USERS = ("surprisal", "entropy_reduction", "policy_divergence", "adapter_residual")
 
 Drawn = tuple[str, str, str]  # title, unit, svg
 Last = Mapping[str, Sequence[CreditRecord]]  # label → the last record of each of its runs
@@ -78,7 +76,7 @@ def signal_pictures(runs: Sequence[Run], styles: dict[str, plots.Style], last: L
 
 
 def _concerned(runs: Sequence[Run]) -> bool:
-    return any(f'"{name}"' in json.dumps(run.pipeline) for run in runs for name in USERS)
+    return any(reports_in("signals", run.pipeline) for run in runs)
 
 
 def _numbers(batch: TokenBatch, scores: Tensor) -> tuple[float, float, float, float]:

@@ -224,7 +224,7 @@ def _check_source(config: Mapping[str, Any]) -> None:
 
 def ignores_reward(credit: Any) -> bool:
     """Tell whether a pipeline learns only from a teacher, so that a reward is logged and nothing else."""
-    return all(chain.estimator.name == "teacher_log_ratio" for chain in Pipeline.parse(credit).chains)
+    return all(chain.estimator.spec.ignores_reward for chain in Pipeline.parse(credit).chains)
 
 
 def _check_rewards(config: Mapping[str, Any]) -> None:
