@@ -30,14 +30,19 @@ class Moments(NamedTuple):
     tokens: Float[Tensor, "batch 1"]
 
 
-def kept(x: Float[Tensor, "batch #response"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
+def kept(
+    x: Float[Tensor, "batch #response"],
+    mask: Bool[Tensor, "batch response"],
+    out: Float[Tensor, "batch response"] | None = None,
+) -> Float[Tensor, "batch response"]:
     """`x` where the mask is True, 0 elsewhere; detached, in its own dtype. One column stands for all."""
     x = x.detach()
     bits = BITS.get(x.dtype)
     if bits is None or x.device.type != "cpu":
         return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
     # Three passes in vector instructions take half as long as one `where`, which has none.
-    return mask.to(bits).neg_().bitwise_and_(x.view(bits)).view(x.dtype)
+    ones = mask.to(bits) if out is None else out.view(bits).copy_(mask)
+    return ones.neg_().bitwise_and_(x.view(bits)).view(x.dtype)
 
 
 def row_blocks(mask: Bool[Tensor, "batch response"]) -> list[slice]:
@@ -50,17 +55,20 @@ def row_blocks(mask: Bool[Tensor, "batch response"]) -> list[slice]:
 
 
 def by_blocks(
-    formula: Callable[..., Tensor], mask: Bool[Tensor, "batch response"], *inputs: Tensor
+    formula: Callable[..., Tensor], mask: Bool[Tensor, "batch response"], *inputs: Tensor, out: Tensor | None = None
 ) -> Float[Tensor, "batch response"]:
-    """`formula(*inputs)`, which looks at each row alone, where the mask is True, 0 elsewhere; some rows at a time."""
+    """`formula(*inputs)`, which looks at each row alone, where the mask is True, 0 elsewhere; some rows at a time.
+
+    `out` may be one of the inputs: the same rows are read before they are written.
+    """
     blocks = row_blocks(mask)
     if len(blocks) < 2:
         return kept(formula(*inputs), mask)
-    result: Tensor | None = None
+    result = out
     for rows in blocks:
-        part = kept(formula(*(value[rows] for value in inputs)), mask[rows])
+        part = formula(*(value[rows] for value in inputs))
         result = part.new_empty(mask.shape) if result is None else result
-        result[rows] = part
+        kept(part, mask[rows], out=result[rows])
     assert result is not None
     return result
 
@@ -114,7 +122,9 @@ def group_sums(rows: Float[Tensor, "batch stat"], batch: TokenBatch) -> Float[Te
 
 def row_sums(x: Float[Tensor, "batch response"]) -> Float[Tensor, "batch 1"]:
     """Sum of each row, in float64."""
-    return x.sum(1, keepdim=True, dtype=torch.float64)
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return x.sum(1, keepdim=True, dtype=torch.float64)
+    return torch.from_numpy(x.detach().numpy().sum(1, keepdims=True, dtype=np.float64))  # torch makes a copy first
 
 
 def unit_moments(x: Float[Tensor, "batch response"], batch: TokenBatch, unit: str) -> Moments:
@@ -143,11 +153,19 @@ def minus(x: Float[Tensor, "batch response"], shift: Float[Tensor, "batch 1"]) -
 
 def response_lengths(mask: Bool[Tensor, "batch response"]) -> Int[Tensor, "batch 1"]:
     """Number of chosen tokens, [batch, 1]."""
-    return mask.sum(1, keepdim=True)
+    if mask.device.type != "cpu":
+        return mask.sum(1, keepdim=True)
+    # Bytes into 32 bits: five times as fast as flags into 64.
+    return torch.from_numpy(mask.numpy().view(np.uint8).sum(1, keepdims=True, dtype=np.int32)).long()
+
+
+def count_chosen(mask: Bool[Tensor, "batch response"]) -> Int[Tensor, ""]:
+    """Number of chosen tokens of all rows."""
+    return mask.count_nonzero() if mask.device.type != "cpu" else torch.tensor(np.count_nonzero(mask.numpy()))
 
 
 def has_holes(mask: Bool[Tensor, "batch response"]) -> bool:
-    """Whether some row has an unchosen token before a chosen one. Never looked at on CUDA, where the host would wait."""
+    """Whether some row has an unchosen token before a chosen one; on a GPU, which is not asked, always True."""
     if mask.device.type != "cpu":
         return True
     steps = mask.view(torch.int8)

@@ -128,7 +128,7 @@ def kth_smallest(
     On one CPU by selection, elsewhere in two counting passes.
     """
     if type(reducer) is LocalReducer and values.device.type == "cpu":
-        count = int(mask.sum())
+        count = np.count_nonzero(mask.numpy())
         if not 0 <= rank < count:
             raise IndexError(f"rank {rank} of {count} values")
         # What is not chosen comes last; + 0.0 turns −0 into 0.

@@ -3,11 +3,13 @@
 Each is a score per token turned into weights of mean one within the response; `adapter_residual` uses the same weights.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import following, kept, level, picked, response_lengths, row_blocks, row_sums
+from tokencredit.batch.masked import by_blocks, following, kept, level, picked, response_lengths, row_sums
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.spec import Limit, MethodSpec, Rows
 
@@ -34,9 +36,11 @@ def surprisal(
 
     Paper: ARCA (arXiv:2606.00257), a baseline of its table 1, which was run at p = 2.
     """
-    mask = batch.response_mask
-    weights = score_weights(-batch.require("old_logprobs"), mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return level(advantages, mask) * weights
+
+    def weights(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return score_weights(-logprobs, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("old_logprobs"))
 
 
 def entropy_reduction(
@@ -58,10 +62,12 @@ def entropy_reduction(
     Paper: ARCA (arXiv:2606.00257). Deviation: its release zeroes the last column of the padded batch, so shorter
     responses end with the entropy of padding; ours ends each response where it ends, EOS counted.
     """
-    mask = batch.response_mask
-    scores = entropy_drops(batch.require("entropies"), mask)
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return level(advantages, mask) * weights
+
+    def weights(entropies: Tensor, mask: Tensor) -> Tensor:
+        drops = entropy_drops(entropies, mask)
+        return score_weights(drops, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("entropies"))
 
 
 def policy_divergence(
@@ -82,10 +88,20 @@ def policy_divergence(
 
     Paper: ARCA (arXiv:2606.00257); its reference is the model with the adapter off.
     """
+
+    def weights(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+        scores = (picked(logprobs, mask) - picked(reference, mask)).abs()
+        return score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("old_logprobs"), batch.require("ref_logprobs"))
+
+
+def weigh(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, weights: Callable[..., Tensor], *fields: Tensor
+) -> Float[Tensor, "batch response"]:
+    """Credit times `weights(*fields, mask)`, which looks at each response alone; some responses at a time."""
     mask = batch.response_mask
-    scores = (picked(batch.require("old_logprobs"), mask) - picked(batch.require("ref_logprobs"), mask)).abs()
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return level(advantages, mask) * weights
+    return by_blocks(lambda a, *rows: a * weights(*rows), mask, level(advantages, mask), *fields, mask)
 
 
 def entropy_drops(
@@ -118,22 +134,7 @@ def score_weights(
     fallback (a sum of *squares* against 1e-8) and of underflow. At p = 1 the weights differ by at most
     n (n − 1) · 1e-8 / Σα; for p < 1 there is no such bound, since the release's constant lifts small scores.
     """
-    weights = [
-        _row_weights(picked(scores[rows], mask[rows]).clamp_min_(0.0), mask[rows], sharpening, mix, floor, cap)
-        for rows in row_blocks(mask)
-    ]
-    return torch.cat(weights) if len(weights) > 1 else weights[0]
-
-
-def _row_weights(
-    scores: Float[Tensor, "batch response"],
-    mask: Bool[Tensor, "batch response"],
-    sharpening: float,
-    mix: float,
-    floor: float,
-    cap: float | None,
-) -> Float[Tensor, "batch response"]:
-    """`score_weights` of scores that are at least 0, and 0 outside the mask."""
+    scores = picked(scores, mask).clamp_min_(0.0)
     length = response_lengths(mask)
     largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.new_zeros(len(scores), 1)
     signal = largest > EPS
@@ -149,7 +150,7 @@ def _row_weights(
         weights = kept(weights.add_(rest), mask)
     if floor > 0.0 or cap is not None:
         weights = kept(weights.clamp_(floor, cap), mask)
-        weights = weights * (length / row_sums(weights).clamp_min(torch.finfo(weights.dtype).tiny)).to(weights.dtype)
+        weights *= (length / row_sums(weights).clamp_min(torch.finfo(weights.dtype).tiny)).to(weights.dtype)
     return weights
 
 
@@ -168,6 +169,7 @@ ROWS = Rows(
         ),
         "entropy_reduction": MethodSpec(
             fn=entropy_reduction,
+            in_blocks=True,
             report_section="signals",
             paper="arXiv:2606.00257",
             requires=ENTROPIES,

@@ -181,19 +181,24 @@ def _masked_sum(
             result = chain.weight * result.double()
         total = result if total is None else total + result
     last = pipeline.chains[0].active[-1]
-    if not (len(pipeline.chains) == 1 and last.spec.in_blocks and last.name in TRANSFORMS):  # which are 0 there
-        total = by_blocks(lambda x: x, batch.response_mask, total)
-    credit = total.float()
+    if len(pipeline.chains) == 1 and last.spec.in_blocks and last.name in TRANSFORMS:  # those are 0 there
+        credit = total.float()
+    else:
+        credit = by_blocks(lambda x: x.float(), batch.response_mask, _column_of(total))
     looks.append(credit.sum().double())
     return credit
+
+
+def _column_of(x: Float[Tensor, "batch response"]) -> Float[Tensor, "batch #response"]:
+    """One column where it is spread over all."""
+    return x[:, :1] if x.shape[1] > 1 and x.stride(1) == 0 else x
 
 
 def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None, looks: Looks) -> Tensor:
     """What the last step of a chain returns."""
     base = advantages = _checked(chain.estimator, _call(chain.estimator, (batch,), generator, None), batch)
     for step in chain.active[1:]:
-        is_column = advantages.shape[1] > 1 and advantages.stride(1) == 0
-        looks.append((advantages[:, 0] if is_column else advantages).sum().double())
+        looks.append(_column_of(advantages).sum().double())
         advantages = _checked(step, _call(step, (advantages, batch), generator, base), batch)
     return advantages
 

@@ -13,12 +13,12 @@ from tokencredit.batch.masked import (
     by_blocks,
     chosen,
     compact,
+    count_chosen,
     following,
     group_sums,
     kept,
     level,
     minus,
-    picked,
     positions,
     response_lengths,
     row_sums,
@@ -56,7 +56,7 @@ def top_entropy(
     """
     mask = batch.response_mask
     entropies = batch.require("entropies").detach()
-    count = batch.reducer.total(mask.sum())
+    count = batch.reducer.total(count_chosen(mask))
     if int(count) == 0:
         return chosen(advantages, mask)
     if select == "count":
@@ -162,19 +162,23 @@ def empg(
     batch. The final centring is that of another group's release (over steps too); the authors' is not known to us.
     """
     mask = batch.response_mask
-    entropies = _step_means(batch.require("entropies"), batch)
+    entropies = batch.require("entropies").detach() if batch.step_ids is None else _step_means(batch)
     least, greatest = extrema(entropies, mask, batch.reducer)
     span = (greatest - least).clamp_min(torch.finfo(entropies.dtype).tiny)  # all equal: every h is 0
-    decay = by_blocks(lambda h: torch.exp(h.sub(least).div_(span).mul_(-k)), mask, entropies)
+
+    def fall(rate: float, h: Tensor) -> Tensor:
+        return torch.exp(h.sub(least).div_(span).mul_(-rate))
+
+    decay = by_blocks(lambda h: fall(k, h), mask, entropies)
     mean = _mean_over_steps(decay, batch).clamp_min(EPS)
-    after, has_next = _next_step(entropies, batch)
 
-    def formula(a: Tensor, decay: Tensor, mean: Tensor, after: Tensor, has_next: Tensor) -> Tensor:
-        bonus = torch.exp(after.sub(least).div_(span).mul_(-k_bonus)).mul_(zeta)
-        return a * decay.div(mean.to(decay.dtype)) + kept(bonus, has_next)
+    def formula(a: Tensor, decay: Tensor, mean: Tensor, *steps: Tensor) -> Tensor:
+        after, has_next = _next_step(*steps)
+        return a * decay.div(mean.to(decay.dtype)) + kept(fall(k_bonus, after).mul_(zeta), has_next)
 
-    credit = by_blocks(formula, mask, level(advantages, mask), decay, mean, after, has_next)
-    return by_blocks(minus, mask, credit, _mean_over_steps(credit, batch)) if center else credit
+    steps = (entropies, mask) if batch.step_ids is None else (entropies, mask, _step_index(batch))
+    credit = by_blocks(formula, mask, level(advantages, mask), decay, mean, *steps)
+    return by_blocks(minus, mask, credit, _mean_over_steps(credit, batch), out=credit) if center else credit
 
 
 def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
@@ -187,12 +191,10 @@ def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
     return spread(starts.long().cumsum(1) - 1, batch.response_mask)
 
 
-def _step_means(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
-    """The mean of `x` over the step of each chosen token."""
-    if batch.step_ids is None:
-        return picked(x, batch.response_mask)
+def _step_means(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The mean entropy over the step of each chosen token."""
     step = torch.where(batch.response_mask, _step_index(batch), 0)
-    values = chosen(x, batch.response_mask)
+    values = chosen(batch.require("entropies"), batch.response_mask)
     total = torch.zeros_like(values).scatter_add_(1, step, values)
     return chosen(total.gather(1, step) / _step_sizes(batch).clamp_min(1.0), batch.response_mask)
 
@@ -216,13 +218,14 @@ def _step_sizes(batch: TokenBatch) -> Float[Tensor, "batch response"]:
 
 
 def _next_step(
-    step_values: Float[Tensor, "batch response"], batch: TokenBatch
+    step_values: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    step: Int[Tensor, "batch response"] | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Bool[Tensor, "batch response"]]:
-    """The value of the next step, and where there is one."""
-    mask = batch.response_mask
-    if batch.step_ids is None:
+    """The value of the next step, and where there is one; without the numbers of the steps, each token is one."""
+    if step is None:
         return following(step_values, mask)
-    step = torch.where(mask, _step_index(batch), 0)
+    step = torch.where(mask, step, 0)
     wide = step_values.new_full((mask.shape[0], mask.shape[1] + 2), torch.nan)
     wide.scatter_(1, torch.where(mask, step, mask.shape[1] + 1), torch.where(mask, step_values, torch.nan))
     after = wide.gather(1, step + 1)
