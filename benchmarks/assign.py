@@ -124,7 +124,9 @@ def measure(method: str, fields: Fields, rounds: int) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """One line a method and size: milliseconds, ratios with their middle half, errors."""
-    print(f"{'method':16}{'tokens':>8}{'ours':>9}{'plain':>9}{'metrics':>9}   ours/plain        ours/floor       ", end="")
+    print(
+        f"{'method':16}{'tokens':>8}{'ours':>9}{'plain':>9}{'metrics':>9}   ours/plain        ours/floor       ", end=""
+    )
     print("metrics/ours      error ours, plain")
     for row in rows:
         ratios = "   ".join(

@@ -261,7 +261,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     draws = on_cuda and torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
     with _drawing_on_device() if draws else contextlib.nullcontext():
         result = func(*tree_map(_inner, args), **inner_kwargs)
-    _count(func, name, args, result, pretend=pretend, on_cuda=on_cuda, to_cuda=to_cuda)
+    _count(func, name, args, result, pretend=pretend, on_cuda=on_cuda)
     if not on_cuda or (name == "copy_" and not isinstance(args[0], PretendTensor)):
         return _same_objects(result, tensors)
     return tree_map(functools.partial(_wrapped, known={id(item.inner): item for item in pretend}), result)
@@ -287,15 +287,13 @@ def _check_generator(name: str, generator: torch.Generator | None, on_cuda: bool
     _stats.fault(f"{name} at {_line()}: expected a {wanted!r} generator, got one of {got!r}")
 
 
-def _count(
-    func: Any, name: str, args: Any, result: Any, *, pretend: list[PretendTensor], on_cuda: bool, to_cuda: bool
-) -> None:
+def _count(func: Any, name: str, args: Any, result: Any, *, pretend: list[PretendTensor], on_cuda: bool) -> None:
     overloaded = f"{name}.{func._overloadname}"
     if pretend and (name in WAITING or overloaded in WAITING):
         _stats.sync(name)
     if name in INDEXING and pretend and any(getattr(item, "dtype", None) == torch.bool for item in args[1] or ()):
         _stats.sync("boolean index")
-    crosses = name in COPIES and (to_cuda != bool(pretend) if name == "_to_copy" else _crosses(args))
+    crosses = name in COPIES and (on_cuda != bool(pretend) if name == "_to_copy" else _crosses(args))
     if crosses and (on_cuda or pretend):
         _stats.sync("copy between host and device")
     if not on_cuda or func.is_view or name in NO_KERNEL:
