@@ -123,8 +123,7 @@ def forward(model: Qwen3ForCausalLM, ids: Tensor, layers: Layers, function: Call
     if not layers:
         model(ids)
         return
-    measure = lambda q, k, seen, scale, softcap: function(q, k, seen, scale=scale, softcap=softcap)  # noqa: E731
-    with probe_attention(model, layers, measure):
+    with probe_attention(model, layers, function):
         model(ids)
 
 

@@ -21,6 +21,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -87,7 +88,7 @@ def variants(step: Step) -> dict[str, dict[str, Callable[[], Any]]]:
     """Families of steps; the first of each is what the others are compared with."""
     layer = middle_layer(step.model)
     rows = slice(PROMPT - 1, PROMPT - 1 + step.response)
-    measure = lambda q, k, seen, scale, softcap: row_statistics(q, k, seen, scale=scale, rows=rows)  # noqa: E731
+    measure = lambda seen: row_statistics(replace(seen, rows=rows))  # noqa: E731
 
     def together(*parts: Callable[[], Any]) -> Callable[[], Any]:
         return lambda: [part() for part in (step.rollout, *parts, step.update)]

@@ -1,7 +1,7 @@
-"""Writes the tables of hyperparameters into the method pages: `python docs/tables.py`.
+"""Writes the generated tables into the pages: `python docs/tables.py`.
 
-A page holds `<!-- hyperparameters: NAME … -->` and `<!-- end -->`; what stands between them is generated from the
-signatures and the table of methods, so that a default is declared once.
+A page holds `<!-- hyperparameters: NAME … -->` or `<!-- collectors -->`, and `<!-- end -->`. What is between them is
+generated from the signatures and the tables, so that a default is declared once.
 """
 
 import inspect
@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from tokencredit.collect.table import TABLE
 from tokencredit.methods.spec import Endpoints
 from tokencredit.methods.table import ESTIMATORS, TRANSFORMS
 
 METHODS = ESTIMATORS | TRANSFORMS
 BLOCK = re.compile(r"(<!-- hyperparameters: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLLECTORS = re.compile(r"(<!-- collectors -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(names: list[str]) -> str:
@@ -28,6 +30,23 @@ def table(names: list[str]) -> str:
         if not spec.defaults:
             lines.append(f"| `{name}` | none | | |")
     return "\n".join(lines) + "\n"
+
+
+def collector_table() -> str:
+    """One line for every collector, and one for each of its options."""
+    hosts = {None: "–", "host": "its own", "tapped": "read off its passes", "pass": "a pass more"}
+    lines = ["| field | TRL | verl | needs | option | default | accepted |", "|---|---|---|---|---|---|---|"]
+    for name, row in TABLE.items():
+        start = f"| `{name}` | {hosts[row.trl]} | {hosts[row.verl]} | {row.needs or ''} |"
+        options = [f" `{key}` | {yaml_value(one.default)} | {one.accepted} |" for key, one in row.options.items()]
+        first, *others = options or [" | | |"]
+        lines += [start + first, *("| | | | |" + option for option in others)]
+    return "\n".join(lines) + "\n"
+
+
+def yaml_value(value: Any) -> str:
+    """A default as a config writes it."""
+    return "null" if value is None else f"`{value}`"
 
 
 def describe(annotation: Any) -> str:
@@ -49,9 +68,10 @@ def describe(annotation: Any) -> str:
 
 def refreshed(page: str) -> str:
     """The text of a page with its tables generated anew."""
+    page = COLLECTORS.sub(lambda match: match[1] + collector_table() + match[2], page)
     return BLOCK.sub(lambda match: match[1] + table(match[2].split()) + match[3], page)
 
 
 if __name__ == "__main__":
-    for path in sorted((Path(__file__).parent / "methods").glob("*.md")):
+    for path in (Path(__file__).parent / "configs.md", *sorted((Path(__file__).parent / "methods").glob("*.md"))):
         path.write_text(refreshed(path.read_text()))

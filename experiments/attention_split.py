@@ -122,7 +122,7 @@ def _entropies(model: Any, got: Responses, layer: int, options: dict[str, Any]) 
 @torch.no_grad()
 def sink_mass(model: Any, got: Responses, layer: int) -> Tensor:
     rows = slice(got.prompt_length - 1, got.prompt_length - 1 + got.ids.shape[1])
-    measure = lambda q, k, seen, scale, softcap: row_statistics(q, k, seen, scale=scale, rows=rows)  # noqa: E731
+    measure = lambda seen: row_statistics(replace(seen, rows=rows))  # noqa: E731
     with probe_attention(model, [layer], measure) as probe:
         model(got.sequences, attention_mask=got.attention_mask)
     return probe.found[layer][0].sink_mass

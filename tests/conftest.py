@@ -1,11 +1,15 @@
-"""Fixtures for every folder of tests. What is behind them lives in `batches.py`, importable by worker processes."""
+"""Fixtures for every folder of tests, and the path of `support`, whose builders worker processes import as well."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import batches
 import pytest
 
 from tokencredit.batch.records import TokenBatch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
 @pytest.fixture

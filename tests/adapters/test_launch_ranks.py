@@ -20,14 +20,14 @@ from tokencredit.runs import folders
 from tokencredit.runs.config.load import load_config
 from tokencredit.runs.train import train_run
 
-HERE = str(Path(__file__).parent)
+SUPPORT = str(Path(__file__).parents[1] / "support")
 NUMBERS = ("loss", "grad_norm", "reward", "credit/abs_mean", "credit/gini", "entropy")
 
 
 @pytest.fixture(autouse=True)
 def own_rewards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setenv("PYTHONPATH", HERE)
+    monkeypatch.syspath_prepend(SUPPORT)
+    monkeypatch.setenv("PYTHONPATH", SUPPORT)
     monkeypatch.setenv("KILLED_ONCE", str(tmp_path / "killed"))
 
 

@@ -9,10 +9,10 @@ from peft import LoraConfig
 from trl_setup import ALPHABET, config, saved_model, trainer
 
 from tokencredit import TokenCreditError, assign_credit
-from tokencredit.adapters.trl.batch import Rollout
-from tokencredit.adapters.trl.collectors import attempts
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.batch.store import RecordStore
+from tokencredit.collect.rollout import Rollout
+from tokencredit.collect.teacher.collect import attempts
 from tokencredit.lab.model import build_tokenizer
 
 LORA = LoraConfig(r=2, target_modules="all-linear")

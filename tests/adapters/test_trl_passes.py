@@ -12,15 +12,16 @@ from trl_setup import ALPHABET, config, trainer
 from vision_setup import vision_model, vision_processor, vision_rows
 
 from tokencredit import TokenCreditError
-from tokencredit.adapters.trl.batch import Rollout
 from tokencredit.adapters.trl.collectors import built_in
-from tokencredit.adapters.trl.passes import Positioned, is_sharded, pad_left
+from tokencredit.adapters.trl.passes import Positioned
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.batch.store import RecordStore
 from tokencredit.collect.adapter_residual import reference_logprobs
+from tokencredit.collect.generate import pad_left
 from tokencredit.collect.logprobs import token_logprobs
-from tokencredit.collect.models import backbone_of
-from tokencredit.collect.options import resolve_options
+from tokencredit.collect.models import backbone_of, is_sharded
+from tokencredit.collect.rollout import Rollout
+from tokencredit.collect.table import resolve_options
 from tokencredit.lab.model import build_model, build_tokenizer
 
 LORA = LoraConfig(r=2, target_modules="all-linear")

@@ -10,13 +10,13 @@ from trl import GRPOTrainer
 from trl_setup import ALPHABET, config, trainer
 
 from tokencredit import TokenCreditError
-from tokencredit.adapters.trl.batch import Rollout
 from tokencredit.adapters.trl.taps import draws_dropout
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.batch.store import RecordStore
 from tokencredit.collect.adapter_residual import adapter_residuals
 from tokencredit.collect.attention.entropies import attention_entropies
 from tokencredit.collect.models import backbone_of
+from tokencredit.collect.rollout import Rollout
 from tokencredit.lab.model import build_model, build_tokenizer
 
 LORA = LoraConfig(r=2, target_modules="all-linear")
@@ -164,4 +164,4 @@ def test_distances_and_influences_share_a_pass(tmp_path: Path) -> None:
         built.collectors[name] = lambda rollout, plain=plain: (seen.append(rollout), plain(rollout))[1]
     built.train()
     assert seen[0] is seen[1]
-    assert list(seen[0].shared) == ["rhythms"]
+    assert list(seen[0].shared) == ["tokencredit.collect.collectors:attention_rhythms_of"]  # one call

@@ -4,7 +4,7 @@ import torch
 
 from tokencredit import TokenBatch, assign_credit
 from tokencredit.adapters.verl.rows import pack_schedule, read_schedule, scored_rows, steps_done
-from tokencredit.collect.record_texts import column_texts, prompt_texts, without_padding
+from tokencredit.collect.token_texts import column_texts, prompt_texts, without_padding
 from tokencredit.lab.model import build_tokenizer
 
 

@@ -10,4 +10,4 @@ INSTALLED = [host for host in HOSTS if any(True for _ in distributions(name=host
 collect_ignore = [f"test_{host}_contract.py" for host in HOSTS if host not in INSTALLED]
 
 # The set-ups of the adapters' own tests; last, as tests/verl must not stand in for verl.
-sys.path += [str(path) for path in (TESTS, TESTS / "adapters", TESTS / "verl") if str(path) not in sys.path]
+sys.path += [str(path) for path in (TESTS, TESTS / "support", TESTS / "verl") if str(path) not in sys.path]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tokencredit.collect.load import _looks_local
 from tokencredit.errors import TokenCreditError
-from tokencredit.lab.data import _looks_local, load_model, load_tokenizer, prompt_dataset, reward_function
+from tokencredit.lab.data import load_model, load_tokenizer, prompt_dataset, reward_function
 from tokencredit.lab.model import build_model, build_tokenizer
 from tokencredit.lab.tasks import TASKS, Problem, get_task
 

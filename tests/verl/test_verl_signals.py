@@ -23,7 +23,7 @@ from tokencredit import assign_credit
 from tokencredit.adapters.verl import signals as verl_signals
 from tokencredit.collect.adapter_residual import adapter_residuals
 from tokencredit.collect.attention.entropies import attention_entropies
-from tokencredit.collect.options import OPTIONS
+from tokencredit.collect.table import resolve_options
 from tokencredit.errors import TokenCreditError
 
 LENGTHS = ((3, 5), (2, 7), (4, 1))  # prompt and response of each row
@@ -72,7 +72,7 @@ def random_ids() -> list[torch.Tensor]:
 @pytest.mark.parametrize("options", [{}, {"layer": [0, 2], "row": "own", "drop_sink": 1}, {"heads": "mean_entropy"}])
 def test_columns_are_what_the_collectors_give(engine: Any, packed: bool, options: dict[str, Any]) -> None:
     ids = random_ids()
-    asked = BOTH | {"attention_entropies": OPTIONS["attention_entropies"] | options}
+    asked = BOTH | {"attention_entropies": resolve_options({})[0]["attention_entropies"] | options}
     _, output = engine.forward_step(micro_batch(ids, packed, asked), None, True)
     columns = output["model_output"]
     for index, (prompt, response) in enumerate(LENGTHS):

@@ -6,25 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokencredit.collect.adapter_states import (
     Layer,
+    Select,
     adapter_is_off,
     check_adapter,
     columns_before,
     last_columns,
     reference_pass,
     scaled,
-    span_pass,
     state_hooks,
     state_residuals,
     states_of,
     unchanged,
 )
-from tokencredit.collect.logprobs import ExtraInputs, Pass, check_media, model_inputs, score_states, token_logprobs
-from tokencredit.collect.models import backbone_of, eval_mode, head_of
+from tokencredit.collect.logprobs import Pass, check_media, model_inputs, pass_of, score_states, token_logprobs
+from tokencredit.collect.models import eval_mode, head_of
+from tokencredit.collect.rollout import Sequences, takes
 from tokencredit.errors import TokenCreditError
 
 LINEAR, HALVINGS = 1.9, 8  # a ratio that shows signal; how often the scaling is halved in search of one
@@ -53,18 +54,10 @@ class StateTap:
         return torch.cat([state_residuals(adapted, base, self.layer) for adapted, base in pairs])
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
-def adapter_residuals(  # noqa: PLR0913 - a pass and its inputs
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
-    layer: Layer = "last_postnorm",
-    ref_temperature: float | None = None,
-    position_ids: Int[Tensor, "batch sequence"] | None = None,
-    *,
-    extra_inputs: ExtraInputs | None = None,
+def adapter_residuals(
+    model: nn.Module, sequences: Sequences, layer: Layer = "last_postnorm", ref_temperature: float | None = None
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"] | None]:
     """(‖h_t^adapted − h_t^base‖₂, log π_ref(y_t | s_t) or None) of each response token, float32.
 
@@ -78,37 +71,25 @@ def adapter_residuals(  # noqa: PLR0913 - a pass and its inputs
     Refused: no LoRA, a merged adapter (the disabled pass would silently unmerge it), LoRA biases (they stay).
     """
     check_adapter(model)
-    check_media(model, input_ids, extra_inputs)
-    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length, position_ids, extra_inputs)
-    return _residuals(model, model, reference_pass, one, targets, layer, ref_temperature)
+    return _residuals(model, (model, reference_pass), sequences, layer, ref_temperature)
 
 
+@takes(Sequences, after=2)
 @torch.no_grad()
 def policy_residuals(
     model: nn.Module,
     reference: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
+    sequences: Sequences,
     layer: Layer = "last_postnorm",
     ref_temperature: float | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"] | None]:
     """The same numbers for a model without adapter, against a frozen copy of where it started."""
-    check_media(model, input_ids)
-    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length)
-    return _residuals(model, reference, unchanged, one, targets, layer, ref_temperature)
+    return _residuals(model, (reference, unchanged), sequences, layer, ref_temperature)
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
-def doubling_ratio(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"],
-    prompt_length: int,
-    response_length: int,
-    layer: Layer = "last_postnorm",
-) -> float:
+def doubling_ratio(model: nn.Module, sequences: Sequences, layer: Layer = "last_postnorm") -> float:
     """Return 2 where the residual is signal, 1 where it is rounding: how it grows when the LoRA scaling is doubled.
 
         max over k of the median over tokens of residual(2ᵏ · scaling) / residual(2ᵏ⁻¹ · scaling),   k = 1, 0, −1, …
@@ -122,11 +103,11 @@ def doubling_ratio(
     rounding: it repeats bit for bit.
     """
     check_adapter(model)
-    check_media(model, input_ids)
-    one, targets = span_pass(input_ids, attention_mask, prompt_length, response_length)
-    select = columns_before(one, targets.shape[1])
+    check_media(model, sequences)
+    one, select = _tapped_pass(sequences)
     base, adapted = (states_of(model, switch, one, layer, select) for switch in (reference_pass, unchanged))
-    real = attention_mask[:, prompt_length : prompt_length + response_length].bool()
+    mask = torch.ones_like(sequences.input_ids) if sequences.attention_mask is None else sequences.attention_mask
+    real = mask[:, sequences.response_columns].bool()
 
     def residuals(power: int) -> Tensor:
         stretched = states_of(model, lambda inner: scaled(inner, 2.0**power), one, layer, select)
@@ -144,23 +125,16 @@ def doubling_ratio(
 
 @torch.no_grad()
 def pass_states(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    response_length: int,
-    layer: Layer = "last_postnorm",
-    reference: bool = True,
-    *,
-    extra_inputs: ExtraInputs | None = None,
+    model: nn.Module, sequences: Sequences, layer: Layer = "last_postnorm", reference: bool = True
 ) -> list[Float[Tensor, "batch response hidden"]]:
     """One pass of the reference, or of the policy: the states that `capture_states` would have left of it.
 
     The rows stay in the host's layout, as in the host's own passes, from which these states are subtracted.
     """
-    check_media(model, input_ids, extra_inputs)
-    inputs = model_inputs(input_ids, attention_mask, None) | dict(extra_inputs or {})
+    check_media(model, sequences)
     switch = reference_pass if reference else unchanged
-    return states_of(model, switch, Pass(inputs, None), layer, last_columns(response_length))
+    select = last_columns(sequences.response_length)
+    return states_of(model, switch, Pass(model_inputs(sequences), None), layer, select)
 
 
 class PolicyScores(NamedTuple):
@@ -171,17 +145,9 @@ class PolicyScores(NamedTuple):
     ref_logprobs: Float[Tensor, "batch response"]
 
 
-@torch.no_grad()
+@takes(Sequences, after=1)
 def policy_and_reference(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
-    temperature: float = 1.0,
-    *,
-    rows_per_pass: int | None = None,
-    extra_inputs: ExtraInputs | None = None,
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0, *, rows_per_pass: int | None = None
 ) -> PolicyScores:
     """Score responses under a LoRA policy and under its reference, in the same batches, kernels and precision.
 
@@ -190,34 +156,21 @@ def policy_and_reference(
     about 0.03 nats per token, as large as a true log-ratio early in training.
     """
     check_adapter(model)
-    span = (input_ids, attention_mask, prompt_length, response_length, temperature)
-    options: dict[str, Any] = {"rows_per_pass": rows_per_pass, "extra_inputs": extra_inputs}
-    logprobs, entropies = token_logprobs(model, *span, **options)
-    with reference_pass(model):
-        return PolicyScores(logprobs, entropies, token_logprobs(model, *span, **options)[0])
+    logprobs, entropies = token_logprobs(model, sequences, temperature, rows_per_pass)
+    return PolicyScores(logprobs, entropies, reference_logprobs(model, sequences, temperature, rows_per_pass))
 
 
-@torch.no_grad()
+@takes(Sequences, after=1)
 def reference_logprobs(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
-    temperature: float = 1.0,
-    *,
-    rows_per_pass: int | None = None,
-    extra_inputs: ExtraInputs | None = None,
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0, rows_per_pass: int | None = None
 ) -> Float[Tensor, "batch response"]:
     """log π_ref(y_t | s_t) of a LoRA model, its adapter off: one pass of the backbone, the head in tiles.
 
     To subtract it from the policy's log-probs take both from `policy_and_reference`.
     """
     check_adapter(model)
-    options: dict[str, Any] = {"rows_per_pass": rows_per_pass, "extra_inputs": extra_inputs}
     with reference_pass(model):
-        span = (input_ids, attention_mask, prompt_length, response_length, temperature)
-        return token_logprobs(model, *span, **options)[0]
+        return token_logprobs(model, sequences, temperature, rows_per_pass)[0]
 
 
 @contextmanager
@@ -239,24 +192,32 @@ def capture_states(model: nn.Module, response_length: int | None, layer: Layer =
 
 def _residuals(
     model: nn.Module,
-    reference: nn.Module,
-    switch: Callable[[nn.Module], Any],
-    one: Pass,
-    targets: Tensor,
+    base: tuple[nn.Module, Callable[[nn.Module], Any]],
+    sequences: Sequences,
     layer: Layer,
     ref_temperature: float | None,
 ) -> tuple[Tensor, Tensor | None]:
-    select = columns_before(one, targets.shape[1])
+    """Residuals against `base`: a model, and the switch under which it is the reference."""
+    check_media(model, sequences)
+    reference, switch = base
+    one, select = _tapped_pass(sequences)
     head = None if ref_temperature is None else head_of(reference, ref_temperature)
-    passes: list[list[Tensor]] = []
+    ref_logprobs = None
+    states: list[list[Tensor]] = []
     with eval_mode(model), eval_mode(reference):
-        with state_hooks(model, layer, select, passes.append):
-            backbone_of(model, one.whole)(**one.inputs)
-        with switch(reference), state_hooks(reference, layer, select, passes.append):
-            last = select(backbone_of(reference, one.whole)(**one.inputs).last_hidden_state)
-            ref_logprobs = None if head is None else score_states(last, head[0], targets, head[1])[0]
-    adapted, base = passes
-    return state_residuals(adapted, base, layer), ref_logprobs
+        with state_hooks(model, layer, select, states.append):
+            one.run(model)
+        with switch(reference), state_hooks(reference, layer, select, states.append):
+            last = select(one.run(reference).last_hidden_state)
+            if head is not None:
+                ref_logprobs = score_states(last, head[0], sequences.response_ids, head[1])[0]
+    return state_residuals(states[0], states[1], layer), ref_logprobs
+
+
+def _tapped_pass(sequences: Sequences) -> tuple[Pass, Select]:
+    """A pass up to the last response token, padding on the right, and the states of it that predict the response."""
+    one = pass_of(sequences.without_tail())
+    return one, columns_before(one, sequences.response_length)
 
 
 def _median_ratio(larger: Tensor, smaller: Tensor, real: Tensor) -> float:

@@ -6,19 +6,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokencredit.collect.logprobs import ExtraInputs, Pass, pass_of
-from tokencredit.collect.models import (
-    backbone_of,
-    check_span,
-    eval_mode,
-    final_norm_of,
-    is_peft_model,
-    layers_of,
-    unwrapped,
-)
+from tokencredit.collect.logprobs import Pass
+from tokencredit.collect.models import backbone_of, eval_mode, final_norm_of, is_peft_model, layers_of, unwrapped
 from tokencredit.errors import TokenCreditError
 
 Select = Callable[[Tensor], Tensor]  # from the states of a pass to those that predict the response
@@ -96,22 +88,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     yield
 
 
-def span_pass(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    prompt_length: int,
-    response_length: int,
-    position_ids: Tensor | None = None,
-    extra_inputs: ExtraInputs | None = None,
-) -> tuple[Pass, Int[Tensor, "batch response"]]:
-    """The inputs of a pass up to the last response token, padding on the right, and the response tokens."""
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    end = prompt_length + response_length
-    parts = [None if part is None else part[:, :end] for part in (input_ids, attention_mask, position_ids)]
-    assert parts[0] is not None
-    return pass_of(parts[0], parts[1], parts[2], extra_inputs), input_ids[:, prompt_length:end]
-
-
 def last_columns(response_length: int | None) -> Select:
     """The states in front of the last `response_length` columns; None keeps all."""
     rows = slice(None) if response_length is None else slice(-response_length - 1, -1)
@@ -127,10 +103,10 @@ def states_of(
     model: nn.Module, switch: Callable[[nn.Module], Any], one: Pass, layer: Layer, select: Select
 ) -> list[Tensor]:
     """One pass of the backbone in eval mode, under `switch`."""
-    found: list[list[Tensor]] = []
-    with eval_mode(model), switch(model), state_hooks(model, layer, select, found.append):
-        backbone_of(model, one.whole)(**one.inputs)
-    return found[0]
+    states: list[list[Tensor]] = []
+    with eval_mode(model), switch(model), state_hooks(model, layer, select, states.append):
+        one.run(model)
+    return states[0]
 
 
 @contextmanager

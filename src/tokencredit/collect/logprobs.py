@@ -10,20 +10,18 @@ positions start at the first token, and a recurrent state never sees padding.
 """
 
 import inspect
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokencredit.collect.head.logprobs import head_logprobs
 from tokencredit.collect.head.tiles import Readout
-from tokencredit.collect.models import backbone_of, causal_of, check_span, eval_mode, head_of
+from tokencredit.collect.models import backbone_of, causal_of, eval_mode, head_of
+from tokencredit.collect.rollout import ExtraInputs, Sequences, takes
 from tokencredit.errors import TokenCreditError
 
-# Inputs beside token ids that a host hands over; TRL's names. Those with one entry per row are cut with the rows.
-ExtraInputs = Mapping[str, Any]
 MEDIA = ("image", "video", "audio")
 
 
@@ -33,10 +31,10 @@ class Pass(NamedTuple):
     inputs: dict[str, Any]
     shift: Int[Tensor, " batch"] | None
 
-    @property
-    def whole(self) -> bool:
-        """Whether there is more to read than tokens, so that the part around a text decoder must run."""
-        return len(self.inputs.keys() - {"input_ids", "attention_mask", "position_ids", "use_cache"}) > 0
+    def run(self, model: nn.Module) -> Any:
+        """The output of the model's backbone; with more to read than tokens, of the part around a text decoder."""
+        extra = self.inputs.keys() - {"input_ids", "attention_mask", "position_ids", "use_cache"}
+        return backbone_of(model, whole=len(extra) > 0)(**self.inputs)
 
     def states_before(
         self, states: Float[Tensor, "batch sequence hidden"], prompt_length: int, response_length: int
@@ -50,50 +48,39 @@ class Pass(NamedTuple):
             return values[:, first : first + count]
         at = torch.arange(first, first + count, device=values.device) - self.shift[:, None]
         at = at.clamp_min(0)
-        return (
-            values.gather(1, at[..., None].expand(-1, -1, values.shape[2]))
-            if values.ndim == 3
-            else values.gather(1, at)
-        )
+        if values.ndim == 3:
+            at = at[..., None].expand(-1, -1, values.shape[2])
+        return values.gather(1, at)
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
-def token_logprobs(  # noqa: PLR0913 - a pass and its inputs
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
-    temperature: float = 1.0,
-    position_ids: Int[Tensor, "batch sequence"] | None = None,
-    rows_per_pass: int | None = None,
-    extra_inputs: ExtraInputs | None = None,
+def token_logprobs(
+    model: nn.Module, sequences: Sequences, temperature: float = 1.0, rows_per_pass: int | None = None
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
     """(log π(y_t | s_t), H(π(· | s_t))) of each response token, float32, in nats, at the temperature.
 
-    Responses are the columns prompt_length … prompt_length + response_length − 1 of `input_ids`. Eval mode inside, so
-    dropout is off; a [token, vocab] tensor never exists. Columns that are padding hold numbers without meaning.
+    Eval mode inside, so dropout is off; a [token, vocab] tensor never exists. Columns that are padding hold numbers
+    without meaning.
 
     Args:
+      sequences: `Sequences`, or its fields in its place: `token_logprobs(model, input_ids, attention_mask,
+        prompt_length, response_length, position_ids=…, extra_inputs=…)`.
       rows_per_pass: rows in one forward, which bounds the memory of the pass; None: all.
-      extra_inputs: what the model's forward reads besides tokens, such as `pixel_values` and `image_grid_thw`. Entries
-        with one row per sequence are cut with the rows; images of several patches per row need TRL's `num_images`.
 
     Raises:
       TokenCreditError: where the tokens stand for images that `extra_inputs` does not have.
     """
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    check_media(model, input_ids, extra_inputs)
+    check_media(model, sequences)
     weight, readout = head_of(model, temperature)
-    backbone = backbone_of(model, whole=bool(extra_inputs))
-    found = []
+    prompt, response = sequences.prompt_length, sequences.response_length
+    scores = []
     with eval_mode(model):
-        for rows in row_slices(input_ids.shape[0], rows_per_pass):
-            one = pass_of(input_ids, attention_mask, position_ids, extra_inputs, rows)
-            states = one.states_before(backbone(**one.inputs).last_hidden_state, prompt_length, response_length)
-            targets = input_ids[rows, prompt_length : prompt_length + response_length]
-            found.append(score_states(states, weight, targets, readout))
-    logprobs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+        for rows in row_slices(sequences.input_ids.shape[0], rows_per_pass):
+            one = pass_of(sequences, rows)
+            states = one.states_before(one.run(model).last_hidden_state, prompt, response)
+            scores.append(score_states(states, weight, sequences.response_ids[rows], readout))
+    logprobs, entropies = (torch.cat(parts) for parts in zip(*scores, strict=True))
     return logprobs, entropies
 
 
@@ -114,57 +101,42 @@ def row_slices(rows: int, at_once: int | None) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] or [slice(0, 0)]
 
 
-def model_inputs(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, rows: slice = slice(None)
-) -> dict[str, Tensor | bool | None]:
-    """Arguments of a scoring pass in the host's layout; without position ids they are the model's own."""
-    inputs: dict[str, Tensor | bool | None] = {"input_ids": input_ids[rows], "use_cache": False}
-    inputs["attention_mask"] = None if attention_mask is None else attention_mask[rows]
-    if position_ids is not None:
-        inputs["position_ids"] = position_ids[rows]
-    return inputs
+def model_inputs(sequences: Sequences, rows: slice = slice(None)) -> dict[str, Any]:
+    """Arguments of a pass in the host's layout; without position ids they are the model's own."""
+    mask, positions = sequences.attention_mask, sequences.position_ids
+    inputs: dict[str, Any] = {"input_ids": sequences.input_ids[rows], "use_cache": False}
+    inputs["attention_mask"] = None if mask is None else mask[rows]
+    if positions is not None:
+        inputs["position_ids"] = positions[rows]
+    return inputs | rows_of(sequences.extra_inputs or {}, rows, len(sequences.input_ids))
 
 
-def layout_inputs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None = None,
-    extra_inputs: ExtraInputs | None = None,
-) -> dict[str, Any]:
-    """Inputs of a pass whose rows must keep the host's layout, as those that read attention maps.
+def layout_pass(model: nn.Module, sequences: Sequences) -> Pass:
+    """A pass whose rows must keep the host's layout, as those that read attention maps.
 
     Where rows are padded on the left and the model takes position ids, they are given, so that positions are counted
     from the first token of each row: GPT-2 would count padding otherwise. Rotary positions are relative and need none.
     """
-    check_media(model, input_ids, extra_inputs)
-    if position_ids is None and attention_mask is not None and bool((attention_mask[:, :1] == 0).any()):
+    check_media(model, sequences)
+    inputs, mask = model_inputs(sequences), sequences.attention_mask
+    if sequences.position_ids is None and mask is not None and bool((mask[:, :1] == 0).any()):
         backbone = backbone_of(model)
         rotary = any(name.endswith("inv_freq") for name, _ in backbone.named_buffers())
         if not rotary and "position_ids" in inspect.signature(type(backbone).forward).parameters:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp_min(0)
-    return model_inputs(input_ids, attention_mask, position_ids) | rows_of(
-        extra_inputs or {}, slice(None), len(input_ids)
-    )
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return Pass(inputs, None)
 
 
-def pass_of(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None = None,
-    extra_inputs: ExtraInputs | None = None,
-    rows: slice = slice(None),
-) -> Pass:
+def pass_of(sequences: Sequences, rows: slice = slice(None)) -> Pass:
     """Inputs of a scoring pass over some rows, padding on the left moved to the right."""
-    inputs: dict[str, Any] = dict(model_inputs(input_ids, attention_mask, position_ids, rows))
-    inputs |= rows_of(extra_inputs or {}, rows, input_ids.shape[0])
-    if attention_mask is None:
+    inputs = model_inputs(sequences, rows)
+    if sequences.attention_mask is None:
         return Pass(inputs, None)
+    length = sequences.input_ids.shape[1]
     shift = (inputs["attention_mask"].bool().cumsum(1) == 0).sum(1)
-    shift = torch.where(shift == input_ids.shape[1], 0, shift)  # a row without a token stays where it is
+    shift = torch.where(shift == length, 0, shift)  # a row without a token stays where it is
     if not bool(shift.any()):
         return Pass(inputs, None)
-    length = input_ids.shape[1]
     at = torch.arange(length, device=shift.device) + shift[:, None]
     inside, at = at < length, at.clamp_max(length - 1)
     for name, value in inputs.items():
@@ -200,15 +172,15 @@ def rows_of(extra: ExtraInputs, rows: slice, batch: int) -> dict[str, Any]:
     return found
 
 
-def check_media(model: nn.Module, input_ids: Tensor, extra_inputs: ExtraInputs | None = None) -> None:
+def check_media(model: nn.Module, sequences: Sequences) -> None:
     """Refuse tokens that stand for images, videos or sounds which are not handed over: their scores would be others."""
-    if any(name != "num_images" and value is not None for name, value in (extra_inputs or {}).items()):
+    if any(name != "num_images" and value is not None for name, value in (sequences.extra_inputs or {}).items()):
         return
     config = getattr(causal_of(model), "config", None)
     for kind in MEDIA:
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             number = getattr(config, name, None)
-            if isinstance(number, int) and bool((input_ids == number).any()):
+            if isinstance(number, int) and bool((sequences.input_ids == number).any()):
                 raise TokenCreditError(
                     f"the tokens hold {kind} placeholders (id {number}), and the {kind} itself is not given to this "
                     f"pass of {type(causal_of(model)).__name__}",

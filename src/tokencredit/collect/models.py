@@ -63,11 +63,13 @@ def is_peft_model(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over ranks: DeepSpeed ZeRO-3, FSDP 2 (DTensor) or FSDP 1."""
-    return any(
-        hasattr(parameter, "ds_id") or hasattr(parameter, "_spec") or "_flat_param" in name
-        for name, parameter in model.named_parameters()
-    )
+    """Whether parameters are spread over ranks."""
+    return any(is_sharded_parameter(name, parameter) for name, parameter in model.named_parameters())
+
+
+def is_sharded_parameter(name: str, parameter: Any) -> bool:
+    """Whether a parameter is one of DeepSpeed ZeRO-3, FSDP 2 (DTensor) or FSDP 1."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_spec") or "_flat_param" in name
 
 
 @contextmanager
@@ -80,16 +82,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def check_span(prompt_length: int, response_length: int, sequence: int) -> None:
-    """Responses lie inside the sequence, and something predicts their first token."""
-    if prompt_length < 1 or prompt_length + response_length > sequence:
-        raise TokenCreditError(
-            f"a prompt of {prompt_length} and a response of {response_length} columns do not fit a sequence of "
-            f"{sequence} tokens",
-            hint="lengths are columns of `input_ids`, padding included; a prompt has at least one token",
-        )
 
 
 def final_norm_of(backbone: nn.Module) -> nn.Module:
@@ -118,7 +110,7 @@ def head_of(model: nn.Module, temperature: float = 1.0) -> tuple[Float[Tensor, "
     that this knowledge has one place:
 
         weight, readout = head_of(model)
-        logits = tile_logits(folded(hidden, readout), weight, readout, None)     # collect.head_tiles
+        logits = tile_logits(folded(hidden, readout), weight, readout, None)     # collect.head.tiles
 
     Raises:
       TokenCreditError: for a head with a bias, one wrapped by an adapter, or one that cannot be rebuilt.

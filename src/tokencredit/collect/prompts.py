@@ -15,6 +15,7 @@ def prompt_ids(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tools: Any = None,
     chat_template: str | None = None,
+    generate: bool = True,
 ) -> list[int]:
     """Encode a prompt as TRL's GRPO trainer does, token for token.
 
@@ -27,6 +28,7 @@ def prompt_ids(
       chat_template_kwargs: arguments of the chat template, such as `enable_thinking`.
       tools: the tools that the template shows.
       chat_template: another template than the tokenizer's.
+      generate: whether the template adds the start of the answer.
 
     Raises:
       TokenCreditError: the tokenizer has no token for a character, or the template refuses the messages.
@@ -43,14 +45,14 @@ def prompt_ids(
         )
     options: dict[str, Any] = {"tools": tools or None, "chat_template": chat_template}
     options |= dict(chat_template_kwargs or {})
-    given = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
     try:
         ids = tokenizer.apply_chat_template(
             [dict(message) for message in prompt],
-            add_generation_prompt=True,
+            add_generation_prompt=generate,
             tokenize=True,
             return_dict=True,
-            **given,
+            **options,
         )["input_ids"]
     except Exception as error:  # jinja's errors, and those of the tokenizer
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -122,7 +122,7 @@ def check_run(config: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     """Load what the run needs and refuse what cannot be trained; nothing is written to the run's folder."""
     from tokencredit.adapters.trl import checks as trl_checks
     from tokencredit.adapters.trl.collectors import built_in
-    from tokencredit.collect.options import resolve_options
+    from tokencredit.collect.table import resolve_options
     from tokencredit.runs.data.material import load_material
 
     quiet()

@@ -1,17 +1,18 @@
 """Between TRL's dictionaries and our records: the names at the border, and the pieces of a record."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from accelerate.utils import gather_object
+from jaxtyping import Float
 from torch import Tensor
 
 from tokencredit.batch.records import OPTIONAL_FIELDS, CreditRecord, TokenBatch
 from tokencredit.batch.reduce import Reducer
-from tokencredit.collect.record_texts import column_texts
+from tokencredit.batch.store import RecordStore
+from tokencredit.collect.token_texts import column_texts, prompt_texts
 
 
 class RowKeys:
@@ -26,53 +27,37 @@ class RowKeys:
     REFERENCE = "tokencredit_reference_states"  # of the KL pass, kept for the forward of the loss
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
-    """What a collector sees: the policy and the rows of this process, before any shuffle.
+def row_keys(
+    rewards: Float[Tensor, "batch reward"], weights: Tensor, own: slice, generations: int, advantages: Tensor
+) -> dict[str, Tensor]:
+    """What TRL's shuffle must carry along: one value a row, so that groups can be recognised afterwards.
 
-    Prompts are padded on the left, responses on the right; `columns` are the dataset's rows, one for each response.
-
-    * `scored`: False where no reward function gave a score; that response's reward means nothing. None: all have one.
-    * `inputs`: what the model takes beside token ids, such as images. A pass that leaves them out measures another
-      model.
-    * `score(prompts=None)`: log-probs and entropies of the responses from TRL's own scoring pass.
-    * `parts()`: the same rows in micro-batches, for passes of your own; run them under `autocast()`, as TRL does.
-    * `shared`: for collectors that fill several fields from one pass. `metrics`: numbers for the log, by name.
+    `rewards` are those of all processes, one column a reward function; `own` are the rows of this process.
     """
+    number = torch.arange(own.start, own.stop, device=advantages.device)
+    unscored = torch.isnan(rewards).all(1)
+    outcomes = (rewards * weights.to(rewards.device)).nansum(1)  # 0 where nothing scored
+    keys = {
+        RowKeys.ROW: number,
+        RowKeys.GROUP: number // generations,
+        RowKeys.REWARD: outcomes[own].float(),
+        RowKeys.HOST: advantages,
+    }
+    if bool(unscored.any()):  # of all processes, so that every one of them carries the key or none does
+        keys[RowKeys.SCORED] = ~unscored[own]
+    return keys
 
-    model: Any
-    tokenizer: Any
-    prompt_ids: Int[Tensor, "batch prompt"]
-    prompt_mask: Bool[Tensor, "batch prompt"]
-    response_ids: Int[Tensor, "batch response"]
-    response_mask: Bool[Tensor, "batch response"]
-    rewards: Float[Tensor, " batch"]
-    group_ids: Int[Tensor, " batch"]
-    columns: Sequence[Mapping[str, Any]]
-    temperature: float
-    scored: Bool[Tensor, " batch"] | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    score: Callable[..., tuple[Tensor, Tensor]] | None = None
-    autocast: Callable[[], Any] = nullcontext
-    rows_per_pass: int | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
 
-    def parts(self) -> Iterator["Rollout"]:
-        """The rollout in pieces of as many rows as a micro-batch of the host has."""
-        size = self.rows_per_pass or max(len(self.response_ids), 1)
-        names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "rewards", "group_ids", "columns")
-        for start in range(0, len(self.response_ids), size):
-            rows = slice(start, start + size)
-            piece = {name: getattr(self, name)[rows] for name in names}
-            scored = None if self.scored is None else self.scored[rows]
-            yield replace(self, **piece, scored=scored, inputs={}, score=None, shared={})
-
-    def sequences(self) -> tuple[Int[Tensor, "batch sequence"], Bool[Tensor, "batch sequence"], int, int]:
-        """Prompts and responses as one sequence, its mask, and the lengths of the two parts."""
-        ids = torch.cat((self.prompt_ids, self.response_ids), dim=1)
-        mask = torch.cat((self.prompt_mask, self.response_mask), dim=1)
-        return ids, mask, self.prompt_ids.shape[1], self.response_ids.shape[1]
+def sampler_scores(output: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What a `rollout_func` measured while it sampled: log-probs and `entropies`, if it gave them for every token."""
+    logprobs = output.get("sampling_per_token_logps")
+    given = [row["entropies"] for row in rows if row.get("entropies") is not None]
+    if logprobs is None or len(given) < len(rows) or not bool(torch.isfinite(logprobs).all()):
+        return {}
+    entropies = torch.zeros_like(logprobs)
+    for index, values in enumerate(given):
+        entropies[index, : len(values)] = torch.tensor(values)
+    return {"old_logprobs": logprobs, "entropies": entropies}
 
 
 def to_token_batch(
@@ -114,19 +99,49 @@ def to_token_batch(
     )
 
 
-def make_piece(
-    step: int, pipeline: Any, batch: TokenBatch, advantages: Tensor, inputs: Mapping[str, Any], prompts: list[str]
-) -> dict[str, Any]:
-    """One micro-batch of a record, on the CPU, as plain data that ranks can exchange."""
-    return {
-        "step": step,
-        "pipeline": pipeline,
-        "rows": inputs[RowKeys.ROW].cpu(),
-        "progress": batch.progress,
-        "prompts": prompts,
-        "advantages": advantages.float().cpu(),
-        "tensors": {name: value.detach().cpu() for name, value in batch.tensors().items()},
-    }
+class RolloutRecorder:
+    """Keeps the micro-batches of a rollout batch, and stores them as one record of all processes."""
+
+    def __init__(self, folder: str | Path, every: int, accelerator: Any, tokenizer: Any) -> None:
+        self.store = RecordStore(folder) if accelerator.is_main_process else None
+        self._every, self._tokenizer = every, tokenizer
+        self._alone = accelerator.num_processes == 1
+        self._pieces: list[dict[str, Any]] = []
+
+    def records(self, step: int) -> bool:
+        """Whether this step is one that is recorded."""
+        return step % self._every == 0
+
+    def add(
+        self,
+        batch: TokenBatch,
+        advantages: Float[Tensor, "batch response"],
+        rows: Tensor,
+        prompts: list[list[int]],
+        pipeline: Any,
+        pieces: int,
+    ) -> None:
+        """Keep a micro-batch, on the CPU, as plain data that ranks can exchange; store the batch once it has `pieces`.
+
+        `rows` are the places of its responses in the global batch; `prompts` are token ids.
+        """
+        self._pieces.append(
+            {
+                "step": batch.step,
+                "pipeline": pipeline,
+                "rows": rows.cpu(),
+                "progress": batch.progress,
+                "prompts": prompt_texts(self._tokenizer, prompts),
+                "advantages": advantages.float().cpu(),
+                "tensors": {name: value.detach().cpu() for name, value in batch.tensors().items()},
+            }
+        )
+        if len(self._pieces) < pieces:
+            return
+        whole = self._pieces if self._alone else list(gather_object(self._pieces))
+        self._pieces = []
+        if self.store is not None:
+            self.store.append(merge_pieces(whole, self._tokenizer))
 
 
 def merge_pieces(pieces: Sequence[Mapping[str, Any]], tokenizer: Any) -> CreditRecord:

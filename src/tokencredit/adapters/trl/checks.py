@@ -3,35 +3,24 @@
 import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokencredit.adapters import versions
 from tokencredit.batch.records import COLLECTORS
+from tokencredit.collect.table import fields_of
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.pipeline.pipeline import Pipeline
 
-SUPPORTED = (1, 5), (2, 0)  # TRL versions: from, and before
+SUPPORTED = versions.SUPPORTED["trl"]
+check_versions = partial(versions.check_versions, "trl")
 
-# Fields that TRL's own passes supply, with no collector.
-HOST_FIELDS = frozenset(
-    {"entropies", "old_logprobs", "current_logprobs", "rollout_logprobs", "ref_logprobs", "host_advantages", "step"}
-)
-
-ADAPTER_FIELDS = frozenset({"adapter_residuals", "doubling_ratios"})  # only a LoRA model has them
+HOST_FIELDS = fields_of(trl="host")  # fields that TRL's own passes supply, with no collector
+ADAPTER_FIELDS = fields_of(needs="adapter") - HOST_FIELDS  # only a LoRA model has them
 
 # With a ratio per sequence these losses see only the sum of a row's advantages.
 ERASED_BY_SEQUENCE_RATIO = ("grpo", "bnpo", "dr_grpo", "dapo", "sapo", "luspo")
-
-
-def check_versions(installed: str | None = None) -> None:
-    """Refuse a TRL whose private seams this adapter was not written for."""
-    installed = installed or version("trl")
-    numbers = tuple(int(part) for part in installed.split(".")[:2])
-    if not SUPPORTED[0] <= numbers < SUPPORTED[1]:
-        raise TokenCreditError(
-            f"TRL {installed} is outside the supported range >=1.5,<2", hint="pip install 'trl>=1.5,<2'"
-        )
 
 
 def check_all(

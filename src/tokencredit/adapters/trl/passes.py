@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from trl import GRPOTrainer
 
-from tokencredit.collect.models import causal_of, eval_mode
+from tokencredit.collect.generate import pad_left
+from tokencredit.collect.models import causal_of, eval_mode, is_sharded
+from tokencredit.collect.rollout import Sequences
 from tokencredit.errors import TokenCreditError
 
 Scores = tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]
@@ -23,10 +25,11 @@ Scores = tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]
 CONTROLS = ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size")
 
 
-def sequences(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch sequence"], Tensor]:
-    """Prompts and completions of TRL's dictionary as one sequence, with its attention mask."""
+def sequences(inputs: Mapping[str, Any]) -> Sequences:
+    """Prompts and completions of TRL's dictionary as one sequence."""
     ids = torch.cat((inputs["prompt_ids"], inputs["completion_ids"]), dim=1)
-    return ids, torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
+    mask = torch.cat((inputs["prompt_mask"], inputs["completion_mask"]), dim=1)
+    return Sequences(ids, mask, inputs["prompt_ids"].size(1), inputs["completion_ids"].size(1))
 
 
 def prompt_rows(inputs: Mapping[str, Any]) -> list[list[int]]:
@@ -55,27 +58,19 @@ def score_rows(
     trainer: Any, inputs: Mapping[str, Any], *, model: Any = None, rows_per_pass: int | None = None
 ) -> dict[str, Tensor]:
     """Log-probs and entropies of the completions in `inputs`, by TRL's own pass without gradient and dropout."""
-    ids, mask = sequences(inputs)
+    ids, mask, _, width = sequences(inputs)
     with eval_mode(trainer.model), torch.no_grad(), trainer.accelerator.autocast():
         result = GRPOTrainer._get_per_token_logps_and_entropies(
             trainer,
             trainer.model if model is None else model,
             ids,
             mask,
-            inputs["completion_ids"].size(1),
+            width,
             batch_size=rows_per_pass or trainer.args.per_device_train_batch_size,
             compute_entropy=True,
             **model_inputs(inputs),
         )
     return as_scored(result)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes: DeepSpeed ZeRO-3, FSDP 2 (DTensor) or FSDP 1."""
-    return any(
-        hasattr(parameter, "ds_id") or hasattr(parameter, "_spec") or "_flat_param" in name
-        for name, parameter in model.named_parameters()
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +134,3 @@ class Positioned:
         if self.takes:
             inputs["position_ids"] = (inputs["attention_mask"].long().cumsum(1) - 1).clamp_min(0)
         return self.model(**inputs)
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], device: torch.device
-) -> tuple[Int[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
-    """Rows of token ids as one tensor, padded on the left, and where it holds tokens."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) >= width - lengths[:, None]

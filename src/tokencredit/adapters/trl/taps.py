@@ -9,11 +9,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokencredit.collect.adapter_residual import StateTap, capture_states, pass_states, state_residuals
 from tokencredit.collect.attention.entropies import tap_entropies
+from tokencredit.collect.logprobs import row_slices
+from tokencredit.collect.rollout import Sequences
 
 
 class PassTaps:
@@ -45,20 +47,19 @@ class PassTaps:
         self.states.policy += states.policy
         self.states.reference += states.reference
 
-    def of_rollout(
-        self, model: nn.Module, ids: Int[Tensor, "batch sequence"], mask: Tensor, response_length: int, at_once: int
+    def read_rollout(
+        self, model: nn.Module, sequences: Sequences, rows_per_pass: int
     ) -> dict[str, Float[Tensor, "batch response"]]:
         """The fields that the tapped passes answer; of the two that a residual needs, a missing one is run."""
-        found: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {}
         if self.entropies:
-            found["attention_entropies"] = torch.cat(self.entropies)
+            fields["attention_entropies"] = torch.cat(self.entropies)
         if self.states.policy:
             if not self.states.reference:
-                rows = zip(ids.split(at_once), mask.split(at_once), strict=True)
-                own = [pass_states(model, some, seen, response_length, self.layer) for some, seen in rows]
-                self.states.reference += own
-            found["adapter_residuals"] = self.states.residuals()
-        return found
+                for rows in row_slices(len(sequences.input_ids), rows_per_pass):
+                    self.states.reference.append(pass_states(model, sequences.rows(rows), self.layer))
+            fields["adapter_residuals"] = self.states.residuals()
+        return fields
 
     def kept_reference(self) -> Float[Tensor, "batch layer response hidden"] | None:
         """States of the reference pass, one entry a row, to be carried to the loss; None where no pass was tapped."""
@@ -66,28 +67,22 @@ class PassTaps:
             return None
         return torch.cat([torch.stack(states, dim=1) for states in self.states.reference])
 
-    def of_loss(
+    def read_loss(
         self,
         model: nn.Module,
-        ids: Int[Tensor, "batch sequence"],
-        mask: Tensor,
-        response_length: int,
+        sequences: Sequences,
         reference: Float[Tensor, "batch layer response hidden"] | None,
     ) -> dict[str, Float[Tensor, "batch response"]]:
         """The fields from the forward of the loss; without a carried reference one no-grad pass."""
-        found: dict[str, Tensor] = {}
+        fields: dict[str, Tensor] = {}
         if self.entropies:
-            found["attention_entropies"] = self.entropies[-1]
+            fields["attention_entropies"] = self.entropies[-1]
         if self.states.policy:
-            base = (
-                list(reference.unbind(1))
-                if reference is not None
-                else pass_states(model, ids, mask, response_length, self.layer)
-            )
+            base = pass_states(model, sequences, self.layer) if reference is None else list(reference.unbind(1))
             with torch.no_grad():
-                found["adapter_residuals"] = state_residuals(self.states.policy[-1], base, self.layer)
+                fields["adapter_residuals"] = state_residuals(self.states.policy[-1], base, self.layer)
         self.clear()
-        return found
+        return fields
 
 
 def draws_dropout(model: nn.Module) -> bool:

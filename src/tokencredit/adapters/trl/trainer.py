@@ -1,22 +1,28 @@
 """TRL: `CreditGRPOTrainer` is `GRPOTrainer` with one tensor changed, the advantages.
 
-Two seams. *Rollout*: after `_generate_and_score_completions`, before TRL shuffles the rows, so groups are whole and
-credit stays fixed over inner updates. *Update*: inside `_compute_loss`, from the log-probs and entropies of the forward
-that the loss runs anyway, so it costs no forward. With an identity pipeline the host's tensor is handed on untouched.
+    _generate_and_score_completions                    _compute_loss, for each micro-batch and inner update
+      TRL samples and scores      `_inside` Scoring      TRL runs its forward           `_inside` Updating
+        first pass: the policy ─▶ scores, taps             the same forward ─▶ log-probs, entropies, taps
+        later pass: the reference ─▶ taps                  timing "update": assign ─▶ inputs["advantages"]
+      the other fields: taps, then collectors            TRL computes its loss from inputs["advantages"]
+      timing "rollout": assign ─▶ output["advantages"]   first update of a rollout batch: log it, record it
+                 └──── TRL shuffles the rows and hands them on, our fields under `RowKeys` ────┘
+
+At the rollout groups are whole and credit stays fixed over inner updates; in the update credit costs no forward. With
+an identity pipeline the host's tensor is handed on untouched.
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from tokencredit import seeds
 from tokencredit.adapters.trl import checks as trl_checks
-from tokencredit.adapters.trl.batch import Rollout, RowKeys, make_piece, merge_pieces, to_token_batch
+from tokencredit.adapters.trl.batch import RolloutRecorder, RowKeys, row_keys, sampler_scores, to_token_batch
 from tokencredit.adapters.trl.card import save_card
 from tokencredit.adapters.trl.collectors import (
     TeacherCallback,
@@ -29,7 +35,6 @@ from tokencredit.adapters.trl.collectors import (
 from tokencredit.adapters.trl.passes import (
     HostPass,
     as_scored,
-    is_sharded,
     model_inputs,
     prompt_rows,
     score_rows,
@@ -42,12 +47,27 @@ from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LOCAL, ProcessGroupReducer, Reducer
 from tokencredit.batch.store import RecordStore
 from tokencredit.collect.adapter_residual import reference_pass
-from tokencredit.collect.options import SHARED, resolve_options
-from tokencredit.collect.record_texts import prompt_texts
+from tokencredit.collect.models import is_sharded
+from tokencredit.collect.rollout import Rollout
+from tokencredit.collect.table import fields_of, resolve_options
 from tokencredit.collect.teacher.prompts import first_rows
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import Pipeline
+
+
+@dataclass
+class Scoring:
+    """TRL samples and scores a rollout batch; `scores` are those of its first pass, which is the policy's."""
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Updating:
+    """TRL computes the loss of a micro-batch from `inputs`, a copy: later inner updates use the buffered ones again."""
+
+    inputs: dict[str, Any]
 
 
 class CreditGRPOTrainer(GRPOTrainer):
@@ -91,20 +111,18 @@ class CreditGRPOTrainer(GRPOTrainer):
         native = trl_checks.has_native_adapter(args, kwargs)
         self.timing = trl_checks.check_all(self.pipeline, timing, self.collectors, config, native_adapter=native)
         self._rewards: Tensor | None = None
-        self._scored: dict[str, Tensor] | None = None  # filled while TRL scores a rollout batch
-        self._loss_inputs: dict[str, Any] | None = None  # set while TRL computes a loss
+        self._inside: Scoring | Updating | None = None  # what TRL is doing, where its passes serve us
         self._taps = PassTaps((), options)
-        self._pieces: list[dict[str, Any]] = []
-        self._record_every = record_every
         super().__init__(*args, **kwargs)
         self.reward_funcs: list[Any] = guard_rewards(self.reward_funcs)  # also those of environments
         if not self.use_vllm and getattr(self, "rollout_func", None) is None:
             warn_of_shipped(self.model, self.generation_config)
-        self.store = RecordStore(records) if records is not None and self.accelerator.is_main_process else None
-        self._recording = records is not None
+        self._recorder: RolloutRecorder | None = None
+        if records is not None:
+            self._recorder = RolloutRecorder(records, record_every, self.accelerator, self._text_tokenizer)
         # Compiled code may have been built without our hooks, and then does not call them.
         if not draws_dropout(self.model) and not self.args.torch_compile:
-            self._taps = PassTaps((SHARED & self.pipeline.requires) - own.keys(), options)
+            self._taps = PassTaps((fields_of(trl="tapped") & self.pipeline.requires) - own.keys(), options)
         if self.teacher is not None:
             check_vision(self.teacher, self.processing_class)
             self.teacher.check(
@@ -119,6 +137,11 @@ class CreditGRPOTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             restore_teacher(self.teacher, resume_from_checkpoint)
+
+    @property
+    def store(self) -> RecordStore | None:
+        """Where the main process keeps records."""
+        return None if self._recorder is None else self._recorder.store
 
     @property
     def _text_tokenizer(self) -> Any:
@@ -145,19 +168,18 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._scored = {}
+        self._inside = scoring = Scoring()
         self._taps.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
-            scored = self._scored
         finally:
-            self._scored = None
-        if self.pipeline.is_identity and not self._recording:
+            self._inside = None
+        if self.pipeline.is_identity and self._recorder is None:
             return output
         output.update(self._row_keys(output))
         at_rollout = self.timing == "rollout" and not self.pipeline.is_identity
         if at_rollout:
-            measured = self._measure_old_policy(output, scored or self._sampled(output, inputs))
+            measured = self._measure_old_policy(output, scoring.scores or self._sampled(output, inputs))
             output |= {f"{RowKeys.FIELD}{name}": value for name, value in measured.items()}
         self._collect(output, inputs)
         if at_rollout:
@@ -165,42 +187,32 @@ class CreditGRPOTrainer(GRPOTrainer):
         return output
 
     def _row_keys(self, output: dict[str, Any]) -> dict[str, Tensor]:
-        """What the shuffle must carry along: one value a row, so groups can be told apart afterwards."""
         assert self._rewards is not None
         rows = len(output["advantages"])
         first = self.accelerator.process_index * rows
-        number = torch.arange(first, first + rows, device=output["advantages"].device)
-        unscored = torch.isnan(self._rewards).all(1)
-        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(1)  # 0 where nothing scored
-        keys = {
-            RowKeys.ROW: number,
-            RowKeys.GROUP: number // self.num_generations,
-            RowKeys.REWARD: rewards[first : first + rows].float(),
-            RowKeys.HOST: output["advantages"],
-        }
-        if bool(unscored.any()):  # of all processes, so that every one of them carries the key or none does
-            keys[RowKeys.SCORED] = ~unscored[first : first + rows]
-        return keys
+        own = slice(first, first + rows)
+        return row_keys(self._rewards, self.reward_weights, own, self.num_generations, output["advantages"])
 
     def _collect(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> None:
         """Fields that the log-probs do not give: from tapped passes, from the loss later on, or from collectors."""
-        found = self._from_taps(output)
-        kept = self._taps.kept_reference() if self._tap_loss else None
-        if kept is not None:
-            output[RowKeys.REFERENCE] = kept
+        fields = self._read_taps(output)
+        states = self._taps.kept_reference() if self._tap_loss else None
+        if states is not None:
+            output[RowKeys.REFERENCE] = states
         self._taps.clear()
-        wanted = (self.pipeline.requires & self.collectors.keys()) - found.keys()
+        missing = (self.pipeline.requires & self.collectors.keys()) - fields.keys()
         if self.beta != 0.0:
-            wanted -= {"ref_logprobs"}  # TRL has them
-        wanted -= self._taps.fields if self._tap_loss else frozenset()
+            missing -= {"ref_logprobs"}  # TRL has them
+        if self._tap_loss:
+            missing -= self._taps.fields
         rollout = self._rollout(output, inputs)
-        for name in sorted(wanted):
+        for name in sorted(missing):
             with torch.no_grad():
-                found[name] = self.collectors[name](rollout)
+                fields[name] = self.collectors[name](rollout)
         for name, value in sorted(rollout.metrics.items()):
             shares = self.accelerator.gather(torch.tensor([value], device=self.accelerator.device))
             self._metrics["train"][f"credit/{name}"].append(float(shares.mean()))
-        output |= {f"{RowKeys.FIELD}{name}": value for name, value in found.items()}
+        output |= {f"{RowKeys.FIELD}{name}": value for name, value in fields.items()}
 
     def _rollout(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> Rollout:
         return Rollout(
@@ -219,15 +231,14 @@ class CreditGRPOTrainer(GRPOTrainer):
             score=HostPass(self, output),
             autocast=self.accelerator.autocast,
             rows_per_pass=self.args.per_device_train_batch_size,
+            teacher=self.teacher,
         )
 
-    def _from_taps(self, output: dict[str, Any]) -> dict[str, Tensor]:
+    def _read_taps(self, output: dict[str, Any]) -> dict[str, Tensor]:
         if self._lacks_reference(output):
             self._tap_reference(output)
-        ids, mask = sequences(output)
         with torch.no_grad(), self.accelerator.autocast():
-            width, at_once = output["completion_ids"].size(1), self.args.per_device_train_batch_size
-            return self._taps.of_rollout(self.model, ids, mask, width, at_once)
+            return self._taps.read_rollout(self.model, sequences(output), self.args.per_device_train_batch_size)
 
     def _lacks_reference(self, inputs: dict[str, Any]) -> bool:
         """Whether residuals still need a pass of the reference which only TRL's own scoring method can run."""
@@ -241,51 +252,40 @@ class CreditGRPOTrainer(GRPOTrainer):
             score_rows(self, inputs)
 
     def _sampled(self, output: dict[str, Any], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """What a `rollout_func` knows already: its log-probs, and `entropies` if it returned them for every token.
+        """What the sampler measured; under mixed precision another policy's: it does not run under autocast."""
+        return sampler_scores(output, inputs) if self.accelerator.mixed_precision == "no" else {}
 
-        Under mixed precision they are those of another policy: a sampler does not run under autocast.
-        """
-        logprobs = output.get("sampling_per_token_logps")
-        rows = [row["entropies"] for row in inputs if row.get("entropies") is not None]
-        if logprobs is None or len(rows) < len(inputs) or self.accelerator.mixed_precision != "no":
-            return {}
-        if not bool(torch.isfinite(logprobs).all()):
-            return {}
-        entropies = torch.zeros_like(logprobs)
-        for index, row in enumerate(rows):
-            entropies[index, : len(row)] = torch.tensor(row)
-        return {"old_logprobs": logprobs, "entropies": entropies}
-
-    def _measure_old_policy(self, output: dict[str, Any], scored: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _measure_old_policy(self, output: dict[str, Any], scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-probs and entropies of the policy that sampled: TRL's own pass, or one more without gradient."""
-        wanted = self.pipeline.requires & {"entropies", "old_logprobs"}
-        if not wanted:
+        names = self.pipeline.requires & {"entropies", "old_logprobs"}
+        if not names:
             return {}
-        if not scored:
+        if not scores:
             with self._taps.around(self.model, output["completion_ids"].size(1)):
-                scored = score_rows(self, output)
-        return {name: scored[name] for name in wanted}
+                scores = score_rows(self, output)
+        return {name: scores[name] for name in names}
 
     # -- update --------------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        # While TRL scores a rollout batch, only its first call is the sampling policy; a later one is the reference.
-        scoring = self._scored is not None and not self._scored and self._scores_old_policy()
-        if scoring:
+        """TRL's scoring pass, which also runs the forward of the loss; its result serves what `_inside` is for."""
+        inside = self._inside
+        of_policy = isinstance(inside, Scoring) and not inside.scores and self._scores_old_policy()
+        if of_policy:
             kwargs["compute_entropy"] = True
-        with self._tapped(scoring, *args, **kwargs):
+        with self._tapped(of_policy, width=args[3]):
             result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if scoring:
-            self._scored = as_scored(result)
-        elif self._loss_inputs is not None:
-            self._at_update(self._loss_inputs, result)
+        if isinstance(inside, Updating):
+            self._at_update(inside.inputs, result)
+        elif isinstance(inside, Scoring) and of_policy:
+            inside.scores = as_scored(result)
         return result
 
-    def _tapped(self, scoring: bool, model: Any, ids: Any, mask: Any, width: int, *_: Any, **__: Any) -> Any:
+    def _tapped(self, of_policy: bool, width: int) -> Any:
         """Around a pass of TRL's that serves our fields; a separate reference model serves none."""
-        reference = self._scored is not None and not scoring
-        in_loss = self._loss_inputs is not None and self._tap_loss
-        if not (scoring or in_loss or (reference and self.ref_model is None)):
+        reference = isinstance(self._inside, Scoring) and not of_policy
+        in_loss = isinstance(self._inside, Updating) and self._tap_loss
+        if not (of_policy or in_loss or (reference and self.ref_model is None)):
             return nullcontext()
         return self._taps.around(self.model, width, reference=reference)
 
@@ -303,17 +303,17 @@ class CreditGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if RowKeys.ROW not in inputs:
             return super()._compute_loss(model, inputs)
-        self._loss_inputs = dict(inputs)  # a copy: the buffered dict is used again by later inner updates
+        self._inside = updating = Updating(dict(inputs))
         try:
-            return super()._compute_loss(model, self._loss_inputs)
+            return super()._compute_loss(model, updating.inputs)
         finally:
-            self._loss_inputs = None
+            self._inside = None
 
     def _at_update(self, inputs: dict[str, Any], result: tuple[Any, ...]) -> None:
         """Assign credit from the forward of the loss, and keep a record of what is trained."""
         measured = as_scored(result)
         measured["current_logprobs"] = measured["old_logprobs"]
-        measured |= self._of_loss(inputs)
+        measured |= self._read_loss_taps(inputs)
         old = inputs.get("old_per_token_logps")
         if old is not None:
             measured["old_logprobs"] = old
@@ -325,14 +325,13 @@ class CreditGRPOTrainer(GRPOTrainer):
         if self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.steps_per_generation:
             self._tap(batch, inputs)
 
-    def _of_loss(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        ids, mask = sequences(inputs)
+    def _read_loss_taps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         reference = inputs.get(RowKeys.REFERENCE)
         if reference is None and self._lacks_reference(inputs):
             self._tap_reference(inputs)
             reference = self._taps.kept_reference()
         with self.accelerator.autocast():
-            return self._taps.of_loss(self.model, ids, mask, inputs["completion_ids"].size(1), reference)
+            return self._taps.read_loss(self.model, sequences(inputs), reference)
 
     def _token_batch(self, inputs: dict[str, Any], measured: dict[str, Tensor]) -> TokenBatch:
         step = self.state.global_step
@@ -365,27 +364,8 @@ class CreditGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"].detach().to(batch.response_mask.device)
         if advantages.ndim == 1:
             advantages = torch.where(batch.response_mask, advantages[:, None].expand(batch.response_mask.shape), 0.0)
-        self._log_credit(batch, advantages)
-        if self._recording and self.state.global_step % self._record_every == 0:
-            self._record(batch, advantages, inputs)
-
-    def _log_credit(self, batch: TokenBatch, advantages: Tensor) -> None:
         for name, value in credit_metrics(batch, advantages, batch.host_advantages).items():
             self._metrics["train"][name].append(value)
-
-    def _record(self, batch: TokenBatch, advantages: Tensor, inputs: dict[str, Any]) -> None:
-        """Keep this micro-batch; store the whole rollout batch of all ranks once it is complete."""
-        prompts = prompt_texts(self._text_tokenizer, prompt_rows(inputs))
-        config = self.pipeline.to_config()
-        self._pieces.append(make_piece(self.state.global_step, config, batch, advantages, inputs, prompts))
-        if len(self._pieces) < self.args.steps_per_generation:
-            return
-        pieces, self._pieces = self._pieces, []
-        gathered = self._gather_pieces(pieces)
-        if self.store is not None:
-            self.store.append(merge_pieces(gathered, self._text_tokenizer))
-
-    def _gather_pieces(self, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if self.accelerator.num_processes == 1:
-            return pieces
-        return list(gather_object(pieces))
+        if self._recorder is not None and self._recorder.records(self.state.global_step):
+            config, pieces = self.pipeline.to_config(), self.args.steps_per_generation
+            self._recorder.add(batch, advantages, inputs[RowKeys.ROW], prompt_rows(inputs), config, pieces)

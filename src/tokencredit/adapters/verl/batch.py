@@ -12,7 +12,7 @@ from transfer_queue import KVBatchMeta
 
 from tokencredit.adapters.verl.rows import scored_rows
 from tokencredit.batch.records import TokenBatch
-from tokencredit.collect.record_texts import column_texts, prompt_texts, without_padding
+from tokencredit.collect.token_texts import column_texts, prompt_texts, without_padding
 from tokencredit.errors import TokenCreditError
 
 # Our field: verl's name, and the setting that makes verl store it.

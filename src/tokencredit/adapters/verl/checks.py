@@ -3,20 +3,20 @@
 import functools
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tokencredit.adapters import versions
 from tokencredit.adapters.verl.batch import SOURCES, stored_names
 from tokencredit.adapters.verl.names import MODES, PREFIX
 from tokencredit.adapters.verl.settings import CreditSettings, section_of
 from tokencredit.batch.records import COLLECTORS
-from tokencredit.collect.options import SHARED
+from tokencredit.collect.table import fields_of
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.pipeline import Pipeline
 
-SUPPORTED = (0, 9), (0, 10)  # verl versions: from, and before
+check_versions = functools.partial(versions.check_versions, "verl")
 
 # Advantages that differ between the tokens of a response, from a critic or a token baseline.
 TOKEN_ESTIMATORS = ("gae", "optimal_token_baseline", "tir_optimal_token_baseline")
@@ -24,16 +24,6 @@ ACTOR = "actor_rollout_ref.actor"
 ENGINES = ("fsdp", "fsdp2")  # whose forward step answers for signals
 
 GUARDED: set[type] = set()  # verl's trainers that refuse credit, in this process
-
-
-def check_versions(installed: str | None = None) -> None:
-    """Refuse a verl whose seams this adapter was not written for."""
-    installed = installed or version("verl")
-    numbers = tuple(int(part) for part in installed.split(".")[:2])
-    if not SUPPORTED[0] <= numbers < SUPPORTED[1]:
-        raise TokenCreditError(
-            f"verl {installed} is outside the supported range >=0.9,<0.10", hint="pip install 'verl>=0.9,<0.10'"
-        )
 
 
 def check_all(pipeline: Pipeline, settings: CreditSettings, config: DictConfig) -> str:
@@ -140,7 +130,7 @@ def check_fields(pipeline: Pipeline, settings: CreditSettings, config: DictConfi
 
 def check_signals(pipeline: Pipeline, timing: str, config: DictConfig) -> None:
     """Signals of hidden states come from the FSDP engine, whole sequences at a time, in verl's scoring pass."""
-    wanted = sorted(pipeline.requires & SHARED)
+    wanted = sorted(pipeline.requires & fields_of(verl="tapped"))
     if not wanted:
         return
     who = f"{pipeline.name} needs {' and '.join(f'`{name}`' for name in wanted)}"

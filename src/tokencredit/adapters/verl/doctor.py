@@ -8,12 +8,14 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distributions, entry_points, version
 from typing import Any, Literal
 
+from tokencredit.adapters import versions
+from tokencredit.adapters.verl.names import MODES, PREFIX
+
 Check = dict[str, str]
 Status = Literal["ok", "fail", "note"]
 
 GROUP = "verl.plugins"
-SUPPORTED = (0, 9), (0, 10)  # verl versions: from, and before; `verl_checks` cannot be imported without verl
-NAMES = ("tokencredit_sync", "tokencredit_colocate_async", "tokencredit_separate_async")
+NAMES = tuple(f"{PREFIX}{mode}" for mode in MODES)
 
 # What verl's default trainer needs and `pip install verl` does not bring along.
 NEEDED = ("ray", "tensordict", "TransferQueue")
@@ -73,10 +75,11 @@ def _check(name: str, status: Status, found: str, fix: str = "") -> Check:
 
 
 def _verl_version() -> Check:
-    numbers = tuple(int(part) for part in version("verl").split(".")[:2])
-    inside = SUPPORTED[0] <= numbers < SUPPORTED[1]
-    fix = "" if inside else "pip install 'verl>=0.9,<0.10'"
-    return _check("verl version", "ok" if inside else "fail", f"{version('verl')}, supported >=0.9,<0.10", fix)
+    installed, supported = version("verl"), versions.supported_range("verl")
+    found = f"{installed}, supported {supported}"
+    if versions.is_supported("verl", installed):
+        return _check("verl version", "ok", found)
+    return _check("verl version", "fail", found, f"pip install 'verl{supported}'")
 
 
 def _package(name: str) -> Check:

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tokencredit.collect.options import SHARED, resolve_options
+from tokencredit.collect.table import fields_of, resolve_options
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 
@@ -49,9 +49,10 @@ class CreditSettings:
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Options of the signals that the workers take, defaults filled in."""
+        tapped = fields_of(verl="tapped")
         for name, given in self.collectors.items():
-            if name not in SHARED:
-                raise unknown("credit.collectors entry", name, sorted(SHARED))
+            if name not in tapped:
+                raise unknown("credit.collectors entry", name, sorted(tapped))
             if not isinstance(given, Mapping):
                 raise TokenCreditError(
                     f"`credit.collectors.{name}` holds options in verl, got {given!r}",

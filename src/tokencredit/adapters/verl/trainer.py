@@ -27,7 +27,7 @@ from tokencredit.adapters.verl.rows import SCHEDULE, pack_schedule, steps_done
 from tokencredit.adapters.verl.settings import read_settings
 from tokencredit.batch.records import CreditRecord, TokenBatch
 from tokencredit.batch.store import RecordStore
-from tokencredit.collect.options import SHARED
+from tokencredit.collect.table import fields_of
 from tokencredit.diagnostics.summary import credit_metrics
 from tokencredit.errors import TokenCreditError
 from tokencredit.pipeline.assign import assign_credit
@@ -82,7 +82,7 @@ class CreditStep:
     @property
     def _signals(self) -> dict[str, dict[str, Any]]:
         """Options of the signals that the workers have to take."""
-        wanted = sorted(self.pipeline.requires & SHARED)
+        wanted = sorted(self.pipeline.requires & fields_of(verl="tapped"))
         return {name: self.settings.options()[name] for name in wanted}
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:

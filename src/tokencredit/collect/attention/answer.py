@@ -2,18 +2,17 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tokencredit.batch.masked import positions, response_lengths
-from tokencredit.collect.attention.entropies import EnoughError, attention_layers, probe_attention
-from tokencredit.collect.attention.parts import Visibility
+from tokencredit.collect.attention.entropies import attention_layers, probed_pass
+from tokencredit.collect.attention.parts import AttentionRows
 from tokencredit.collect.attention.rows import row_blocks, score_blocks
-from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
-from tokencredit.collect.models import backbone_of, check_span, eval_mode
+from tokencredit.collect.rollout import Sequences, takes
 
 
 def answer_mask(
@@ -49,17 +48,10 @@ def answer_mask(
     return mask & (positions(mask) >= start)
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
 def answer_importances(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
-    *,
-    answer: Bool[Tensor, "batch response"],
-    layer: int | None = None,
-    extra_inputs: ExtraInputs | None = None,
+    model: nn.Module, sequences: Sequences, *, answer: Bool[Tensor, "batch response"], layer: int | None = None
 ) -> Float[Tensor, "batch response"]:
     """Mean attention that the answer pays to each response token before it; 0 on the answer, for `answer_attention`.
 
@@ -67,46 +59,24 @@ def answer_importances(
 
     Positive on every other token. Rows are the tokens' own; one pass in eval mode.
     """
-    check_span(prompt_length, response_length, input_ids.shape[1])
     chosen = max(attention_layers(model)) if layer is None else layer
-    rows = slice(prompt_length, prompt_length + response_length)
-
-    def measure(q: Tensor, k: Tensor, seen: Visibility, scale: float, softcap: float | None) -> Tensor:
-        return _received(q, k, seen, scale, softcap, rows, answer)
-
-    inputs = layout_inputs(model, input_ids, attention_mask, None, extra_inputs)
-    with (
-        eval_mode(model),
-        probe_attention(model, [chosen], measure, stop_early=True) as probe,
-        suppress(EnoughError),
-    ):
-        backbone_of(model, whole=bool(extra_inputs))(**inputs)
-    received = probe.found[chosen][0]
+    rows = sequences.response_columns
+    received = probed_pass(model, sequences, [chosen], lambda seen: _received(replace(seen, rows=rows), answer))[0]
     return torch.where(answer, 0.0, received.clamp_min(torch.finfo(received.dtype).tiny))
 
 
-def _received(
-    query: Tensor,
-    key: Tensor,
-    visibility: Visibility,
-    scale: float,
-    softcap: float | None,
-    rows: slice,
-    answer: Bool[Tensor, "batch response"],
-) -> Float[Tensor, "batch response"]:
+def _received(attention: AttentionRows, answer: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
     """Mean over the answer's rows of the head-averaged attention on the response's keys."""
-    first, stop, _ = rows.indices(query.shape[2])
-    offset = key.shape[2] - query.shape[2]
-    found = torch.zeros(answer.shape, device=query.device)
-    for sequence in range(query.shape[0]):
-        for block_rows in row_blocks(first, stop, key.shape[2], query.shape[1] // key.shape[1]):
-            wanted = answer[sequence, block_rows.start - first : block_rows.stop - first].float()
-            if not bool(wanted.any()):
-                continue
-            for block in score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
-                attention = torch.softmax(block.scores, dim=-1).sum(0)
-                keys = torch.arange(attention.shape[1], device=query.device) + block.first_key - first - offset
-                inside = (keys >= 0) & (keys < answer.shape[1])
-                found[sequence].index_add_(0, keys[inside], (wanted @ attention)[inside])
-    count = answer.sum(1, keepdim=True).clamp_min(1) * query.shape[1]
-    return found / count
+    device, (first, _) = attention.query.device, attention.span
+    received = torch.zeros(answer.shape, device=device)
+    for sequence, rows in row_blocks(attention):
+        weights = answer[sequence, rows.start - first : rows.stop - first].float()
+        if not bool(weights.any()):
+            continue
+        for block in score_blocks(attention, sequence, rows):
+            probs = torch.softmax(block.scores, dim=-1).sum(0)
+            keys = torch.arange(probs.shape[1], device=device) + block.first_key - first - attention.offset
+            inside = (keys >= 0) & (keys < answer.shape[1])
+            received[sequence].index_add_(0, keys[inside], (weights @ probs)[inside])
+    count = answer.sum(1, keepdim=True).clamp_min(1) * attention.query.shape[1]
+    return received / count

@@ -10,26 +10,29 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokencredit.collect.attention.rows import Context, Heads, RowStatistics, Visibility, row_statistics
-from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
-from tokencredit.collect.models import backbone_of, causal_of, check_span, eval_mode
+from tokencredit.collect.attention.parts import AttentionRows, Context, Heads, Visibility
+from tokencredit.collect.attention.rows import row_statistics
+from tokencredit.collect.logprobs import layout_pass
+from tokencredit.collect.models import backbone_of, causal_of, eval_mode
+from tokencredit.collect.rollout import Sequences, takes
 from tokencredit.errors import TokenCreditError
 
 NAME = "tokencredit_rows"
 SEEN = -1e4  # an additive mask hides what lies below
 
-Measure = Callable[..., Any]
+Measure = Callable[[AttentionRows], Any]
+Place = Literal["predicting", "own"]  # of a token: the row that predicts it, or its own
 
 
 @dataclass
@@ -56,21 +59,17 @@ class EnoughError(Exception):
     """Raised inside the forward pass once the last wanted layer has answered."""
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
-def attention_entropies(  # noqa: PLR0913 - the open points of one definition
+def attention_entropies(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
+    sequences: Sequences,
     layer: int | Sequence[int] | None = None,
     heads: Heads = "mean_rows",
     drop_sink: int = 0,
-    row: Literal["predicting", "own"] = "predicting",
+    row: Place = "predicting",
     context: Context = "visible",
-    position_ids: Int[Tensor, "batch sequence"] | None = None,
     stop_early: bool = True,
-    extra_inputs: ExtraInputs | None = None,
 ) -> Float[Tensor, "batch response"]:
     """Ê of each response token, in [0, 1]: one no-grad pass up to the layer, in eval mode.
 
@@ -82,19 +81,15 @@ def attention_entropies(  # noqa: PLR0913 - the open points of one definition
     * `heads`, `drop_sink`, `context`: see `row_statistics`. Columns that are padding are 0.
     * `stop_early` leaves the pass after the last wanted layer; turn it off under FSDP, whose hooks want the whole pass.
     """
-    start = prompt_length - 1 if row == "predicting" else prompt_length
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    layers = _layers(model, layer)
-    options = {"rows": slice(start, start + response_length), "heads": heads, "drop_sink": drop_sink}
-    measure = _measure(options | {"context": context})
-    inputs = layout_inputs(model, input_ids, attention_mask, position_ids, extra_inputs)
-    with (
-        eval_mode(model),
-        probe_attention(model, layers, measure, stop_early=stop_early) as probe,
-        suppress(EnoughError),
-    ):
-        backbone_of(model, whole=bool(extra_inputs))(**inputs)
-    return torch.stack([answers[0].entropies for answers in probe.found.values()]).mean(0)
+    before = 1 if row == "predicting" else 0
+    columns = sequences.response_columns
+    rows = slice(columns.start - before, columns.stop - before)
+
+    def measure(seen: AttentionRows) -> Tensor:
+        attention = replace(seen, rows=rows)
+        return row_statistics(attention, heads=heads, drop_sink=drop_sink, context=context).entropies
+
+    return torch.stack(probed_pass(model, sequences, _layers(model, layer), measure, stop_early)).mean(0)
 
 
 @contextmanager
@@ -105,7 +100,7 @@ def tap_entropies(
     layer: int | Sequence[int] | None = None,
     heads: Heads = "mean_rows",
     drop_sink: int = 0,
-    row: Literal["predicting", "own"] = "predicting",
+    row: Place = "predicting",
     context: Context = "visible",
 ) -> Iterator[list[Float[Tensor, "batch response"]]]:
     """Inside, every pass of the model is measured, with gradients or without; the list is filled at the end.
@@ -115,10 +110,10 @@ def tap_entropies(
     """
     before = 1 if row == "predicting" else 0
 
-    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
-        rows = slice(q.shape[2] - response_length - before, q.shape[2] - before)
-        options: dict[str, Any] = {"rows": rows, "heads": heads, "drop_sink": drop_sink, "context": context}
-        return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options).entropies
+    def measure(seen: AttentionRows) -> Tensor:
+        width = seen.query.shape[2]
+        attention = replace(seen, rows=slice(width - response_length - before, width - before))
+        return row_statistics(attention, heads=heads, drop_sink=drop_sink, context=context).entropies
 
     with _tapped(model, _layers(model, layer), measure) as found:
         yield found
@@ -132,7 +127,7 @@ def tap_spans(
     layer: int | Sequence[int] | None = None,
     heads: Heads = "mean_rows",
     drop_sink: int = 0,
-    row: Literal["predicting", "own"] = "predicting",
+    row: Place = "predicting",
     context: Context = "visible",
 ) -> Iterator[list[Float[Tensor, " token"]]]:
     """`tap_entropies` for sequences that lie anywhere: `spans` are (row, first, stop) of each, packed or padded.
@@ -140,14 +135,14 @@ def tap_spans(
     One flat entry a pass, the spans one after another; place i of a span holds Ê of token i + 1, as a host's log-probs
     do, and its last place means nothing. A span sees itself alone, whatever the host's kernel is told of packing.
     """
-    options: dict[str, Any] = {"heads": heads, "drop_sink": drop_sink, "context": context}
 
-    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> Tensor:
+    def measure(seen: AttentionRows) -> Tensor:
         parts = []
         for index, first, stop in spans:
-            own = Visibility(*(_of_span(plane, index, first, stop) for plane in visibility))
-            near, far = (x[index : index + 1, :, first:stop] for x in (q, k))
-            part = row_statistics(near, far, own, scale=scale, softcap=softcap, **options).entropies[0]
+            own = Visibility(*(_of_span(plane, index, first, stop) for plane in seen.visibility))
+            near, far = (x[index : index + 1, :, first:stop] for x in (seen.query, seen.key))
+            span = replace(seen, query=near, key=far, visibility=own)
+            part = row_statistics(span, heads=heads, drop_sink=drop_sink, context=context).entropies[0]
             parts.append(part.roll(-1) if row == "own" else part)
         return torch.cat(parts)
 
@@ -175,7 +170,7 @@ def _of_span(plane: Callable[..., Tensor] | None, index: int, first: int, stop: 
 def probe_attention(
     model: nn.Module, layers: Sequence[int], measure: Measure, *, stop_early: bool = False, with_grad: bool = False
 ) -> Iterator[AttentionProbe]:
-    """Inside, every forward of the model also calls `measure(query, key, visibility, …)` at the layers.
+    """Inside, every forward of the model also calls `measure(rows)` at the layers, with an `AttentionRows` of all rows.
 
     The outputs of the model are its own, and gradients are untouched: a forward that has gradients on is measured only
     `with_grad`, and then without gradients. A backward must lie outside: with checkpointing it runs layers again. Use
@@ -207,6 +202,23 @@ def probe_attention(
             f"no attention was seen at layers {missing}",
             hint="run a forward without gradients inside the probe, of a model that uses the AttentionInterface",
         )
+
+
+def probed_pass(
+    model: nn.Module, sequences: Sequences, layers: Sequence[int], measure: Measure, stop_early: bool = True
+) -> list[Any]:
+    """What `measure` gives at each of the layers, from one pass in eval mode up to the last of them.
+
+    `stop_early` leaves the pass after the last wanted layer; turn it off under FSDP, whose hooks want the whole pass.
+    """
+    one = layout_pass(model, sequences)
+    with (
+        eval_mode(model),
+        probe_attention(model, layers, measure, stop_early=stop_early) as probe,
+        suppress(EnoughError),
+    ):
+        one.run(model)
+    return [answers[0] for answers in probe.found.values()]
 
 
 def attention_layers(model: nn.Module) -> dict[int, Any]:
@@ -257,13 +269,6 @@ def _layers(model: nn.Module, layer: int | Sequence[int] | None) -> tuple[int, .
     return (layer,) if isinstance(layer, int) else tuple(layer)
 
 
-def _measure(options: dict[str, Any]) -> Measure:
-    def measure(q: Tensor, k: Tensor, visibility: Visibility, scale: float, softcap: float | None) -> RowStatistics:
-        return row_statistics(q, k, visibility, scale=scale, softcap=softcap, **options)
-
-    return measure
-
-
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -274,11 +279,11 @@ def _attend(
     layer = getattr(module, "layer_idx", None)
     if layer in probe.layers and (probe.with_grad or not torch.is_grad_enabled()):
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        visibility = visibility_of(
-            attention_mask, query.shape[2], key.shape[2], probe.original, kwargs, device=query.device
-        )
+        sizes = query.shape[2], key.shape[2]
+        visibility = visibility_of(attention_mask, *sizes, probe.original, kwargs, device=query.device)
+        seen = AttentionRows(query, key, visibility, scale, kwargs.get("softcap"))
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # of the host; it would round scores
-            answer = probe.measure(query, key, visibility, scale, kwargs.get("softcap"))
+            answer = probe.measure(seen)
         probe.found.setdefault(layer, []).append(answer)
         if probe.stop_early and probe.complete:
             raise EnoughError

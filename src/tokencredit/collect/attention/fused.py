@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokencredit.collect.attention.parts import Visibility
+from tokencredit.collect.attention.parts import AttentionRows
 
 # The interpreter computes with numpy, which has no bfloat16: it upcasts before the product.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,22 +45,16 @@ def available() -> bool:
     return True
 
 
-def fits(query: Tensor, key: Tensor, visibility: Visibility) -> bool:
+def fits(attention: AttentionRows) -> bool:
     """Whether the kernels can compute these rows: on CUDA, no finite bias, a head dimension of at most 256."""
-    on_device = query.is_cuda or INTERPRETED
-    return on_device and visibility.bias is None and query.shape[-1] <= WIDEST and available() and key.shape[2] > 0
+    on_device = attention.query.is_cuda or INTERPRETED
+    narrow = attention.query.shape[-1] <= WIDEST and attention.keys > 0
+    return on_device and attention.visibility.bias is None and narrow and available()
 
 
-def fused_intervals(
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    visibility: Visibility,
-    rows: slice,
-) -> Intervals | None:
-    """The intervals that the kernels are to use; None where the blocks of `attention_rows` must do the work."""
-    if not fits(query, key, visibility):
-        return None
-    return intervals(visibility, query.shape[0], rows, query.shape[2], key.shape[2], query.device)
+def fused_intervals(attention: AttentionRows) -> Intervals | None:
+    """The intervals that the kernels are to use; None where the blocks of `attention.rows` must do the work."""
+    return intervals(attention) if fits(attention) else None
 
 
 def tile_of(width: int, dtype: torch.dtype) -> Tile:
@@ -73,22 +67,21 @@ def tile_of(width: int, dtype: torch.dtype) -> Tile:
     return Tile(32, 32, 4, 1) if wide else Tile(64, 64, 4, 2)
 
 
-def intervals(
-    visibility: Visibility, batch: int, rows: slice, queries: int, keys: int, device: torch.device
-) -> Intervals | None:
+def intervals(attention: AttentionRows) -> Intervals | None:
     """The interval of keys that each row sees; None where a row's keys are not one interval.
 
     A mask is read a few rows at a time, and one number comes back from the device.
     """
-    first, stop, _ = rows.indices(queries)
-    own = torch.arange(first, stop, device=device) + keys - queries
-    if visibility.mask is None:
+    first, stop = attention.span
+    batch, keys, mask = len(attention.query), attention.keys, attention.visibility.mask
+    own = torch.arange(first, stop, device=attention.query.device) + attention.offset
+    if mask is None:
         high = (own + 1).clamp(0, keys).to(torch.int32).expand(batch, -1).contiguous()
         return Intervals(torch.zeros_like(high), high)
     lows, highs, whole = [], [], []
     step = max(1, CHUNK // max(1, batch * keys))
     for start in range(first, stop, step):
-        plane = visibility.mask(slice(0, batch), slice(start, min(start + step, stop)))
+        plane = mask(slice(0, batch), slice(start, min(start + step, stop)))
         plane = plane.expand(batch, *plane.shape[-2:])
         count, low = plane.sum(-1), plane.to(torch.uint8).argmax(-1)
         last = keys - 1 - plane.flip(-1).to(torch.uint8).argmax(-1)
@@ -144,20 +137,13 @@ class Call(NamedTuple):
         return torch.empty(*shape, self.rows, dtype=torch.float32, device=self.query.device)
 
 
-def prepare(
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    seen: Intervals,
-    rows: slice,
-    scale: float,
-    softcap: float | None = None,
-) -> Call:
+def prepare(attention: AttentionRows, seen: Intervals) -> Call:
     """Everything that the three kernels share."""
-    first, stop, _ = rows.indices(query.shape[2])
+    query, key, (first, stop) = attention.query, attention.key.to(attention.query.dtype), attention.span
     width = query.shape[-1]
     tile = tile_of(width, query.dtype)
-    constants = constants_of(query.shape[1] // key.shape[1], width, query.dtype, softcap, tile)
-    return Call(_contiguous(query), _contiguous(key.to(query.dtype)), seen, first, stop - first, scale, constants, tile)
+    constants = constants_of(attention.share, width, query.dtype, attention.softcap, tile)
+    return Call(_contiguous(query), _contiguous(key), seen, first, stop - first, attention.scale, constants, tile)
 
 
 def constants_of(share: int, width: int, dtype: torch.dtype, softcap: float | None, tile: Tile) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""What the row statistics of attention are made of: visible keys, entropies, the sink, the normaliser."""
+"""What the row statistics of attention are made of: rows, visible keys, entropies, the sink, the normaliser."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,6 +22,38 @@ class Visibility(NamedTuple):
 
     mask: Callable[[int | slice, slice], Bool[Tensor, "*sequences row key"]] | None = None
     bias: Callable[[int | slice, slice], Float[Tensor, "*sequences row key"]] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionRows:
+    """The attention of one layer, and the rows of it that are wanted; query head h reads key head h // `share`."""
+
+    query: Float[Tensor, "batch heads queries dim"]
+    key: Float[Tensor, "batch key_heads keys dim"]
+    visibility: Visibility
+    scale: float
+    softcap: float | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first wanted row, and the one after the last."""
+        first, stop, _ = self.rows.indices(self.query.shape[2])
+        return first, stop
+
+    @property
+    def keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def share(self) -> int:
+        """Query heads per key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def offset(self) -> int:
+        """The key at a row's own position is so many places after the row's index."""
+        return self.key.shape[2] - self.query.shape[2]
 
 
 def entropy_of_scores(scores: Tensor, probs: Tensor) -> Tensor:

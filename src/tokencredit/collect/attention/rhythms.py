@@ -1,18 +1,18 @@
 """How far attention heads look back, and how much later tokens look back at a token: WAAD and FAI."""
 
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokencredit.collect.attention import fused as attention_fused
-from tokencredit.collect.attention.entropies import EnoughError, attention_layers, probe_attention
-from tokencredit.collect.attention.rows import Visibility, row_blocks, score_blocks
-from tokencredit.collect.logprobs import ExtraInputs, layout_inputs
-from tokencredit.collect.models import backbone_of, check_span, eval_mode
+from tokencredit.collect.attention.entropies import attention_layers, probed_pass
+from tokencredit.collect.attention.parts import AttentionRows
+from tokencredit.collect.attention.rows import row_blocks, score_blocks
+from tokencredit.collect.rollout import Sequences, takes
 
 NEAR, FAR = 10, 50  # tokens: the cap of a distance, and the window of later tokens that may look back
 
@@ -25,18 +25,14 @@ class HeadMaps(NamedTuple):
     reach: Float[Tensor, "batch heads response"]
 
 
+@takes(Sequences, after=1)
 @torch.no_grad()
-def attention_rhythms(  # noqa: PLR0913 - a pass and its inputs
+def attention_rhythms(
     model: nn.Module,
-    input_ids: Int[Tensor, "batch sequence"],
-    attention_mask: Int[Tensor, "batch sequence"] | Bool[Tensor, "batch sequence"] | None,
-    prompt_length: int,
-    response_length: int,
+    sequences: Sequences,
     layers: Sequence[int] | None = None,
     share: float = 0.3,
     stop_early: bool = True,
-    *,
-    extra_inputs: ExtraInputs | None = None,
 ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
     """(WAAD, FAI) of each response token, for `attention_rhythm`.
 
@@ -48,23 +44,13 @@ def attention_rhythms(  # noqa: PLR0913 - a pass and its inputs
 
     Paper: Attention Illuminates LLM Reasoning (arXiv:2510.13554). Deviation: heads are sorted on the batch at hand.
     """
-    check_span(prompt_length, response_length, input_ids.shape[1])
-    wanted = tuple(layers) if layers is not None else middle_layers(model)
-    rows = slice(prompt_length, prompt_length + response_length)
-
-    def measure(q: Tensor, k: Tensor, seen: Visibility, scale: float, softcap: float | None) -> HeadMaps:
-        return head_maps(q, k, seen, scale=scale, softcap=softcap, rows=rows)
-
-    inputs = layout_inputs(model, input_ids, attention_mask, None, extra_inputs)
-    with (
-        eval_mode(model),
-        probe_attention(model, wanted, measure, stop_early=stop_early) as probe,
-        suppress(EnoughError),
-    ):
-        backbone_of(model, whole=bool(extra_inputs))(**inputs)
-    parts = [answers[0] for answers in probe.found.values()]
+    chosen = tuple(layers) if layers is not None else middle_layers(model)
+    rows = sequences.response_columns
+    parts = probed_pass(model, sequences, chosen, lambda seen: head_maps(replace(seen, rows=rows)), stop_early)
     maps = HeadMaps(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
-    real = torch.ones_like(maps.reach[:, 0]) if attention_mask is None else attention_mask[:, rows].float()
+    real, mask = torch.ones_like(maps.reach[:, 0]), sequences.attention_mask
+    if mask is not None:
+        real = mask[:, rows].float()
     reach = (maps.reach * real[:, None]).sum((0, 2)) / real.sum().clamp_min(1)
     order = reach.argsort(stable=True)
     count = max(1, round(share * order.numel()))
@@ -79,42 +65,32 @@ def middle_layers(model: nn.Module, count: int = 5) -> tuple[int, ...]:
     return tuple(usable[start : start + count])
 
 
+@takes(AttentionRows, positional=3)
 @torch.no_grad()
-def head_maps(
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    visibility: Visibility,
-    *,
-    scale: float,
-    rows: slice,
-    softcap: float | None = None,
-) -> HeadMaps:
+def head_maps(attention: AttentionRows) -> HeadMaps:
     """The three numbers of every head: by the fused kernels where they fit, else block by block."""
-    batch, heads, queries, _ = query.shape
-    first, stop, _ = rows.indices(queries)
-    length, share = stop - first, heads // key.shape[1]
-    distances, influences, reach = (torch.zeros(batch, heads, length, device=query.device) for _ in range(3))
-    lookers = _lookers(length, query.device)
-    seen = attention_fused.fused_intervals(query, key, visibility, rows)
-    if seen is not None:
-        return _fused_maps(attention_fused.prepare(query, key, seen, rows, scale, softcap), lookers)
-    offset = key.shape[2] - queries
-    for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], share, query.device):
-            place = slice(block_rows.start - first, block_rows.stop - first)
-            blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
-            for index, block in enumerate(blocks):
-                members = slice(index * share, (index + 1) * share)
-                probs = torch.softmax(block.scores, dim=-1)
-                own = torch.arange(block_rows.start, block_rows.stop, device=query.device) + offset
-                keys = torch.arange(probs.shape[-1], device=query.device) + block.first_key
-                back = (own[:, None] - keys[None]).clamp_min(0).float()
-                reach[sequence, members, place] = (probs * back).sum(-1)
-                distances[sequence, members, place] = (probs * back.clamp_max(NEAR)).sum(-1)
-                band = ((back >= NEAR) & (back <= FAR) & (keys >= first + offset)[None]).float()
-                looked = (probs * band).sum(1)  # over the rows of the block
-                inside = (keys >= first + offset) & (keys < stop + offset)
-                influences[sequence, members].index_add_(1, keys[inside] - first - offset, looked[:, inside])
+    batch, heads = attention.query.shape[:2]
+    device, offset, share = attention.query.device, attention.offset, attention.share
+    first, stop = attention.span
+    distances, influences, reach = (torch.zeros(batch, heads, stop - first, device=device) for _ in range(3))
+    lookers = _lookers(stop - first, device)
+    intervals = attention_fused.fused_intervals(attention)
+    if intervals is not None:
+        return _fused_maps(attention_fused.prepare(attention, intervals), lookers)
+    for sequence, rows in row_blocks(attention):
+        place = slice(rows.start - first, rows.stop - first)
+        for index, block in enumerate(score_blocks(attention, sequence, rows)):
+            members = slice(index * share, (index + 1) * share)
+            probs = torch.softmax(block.scores, dim=-1)
+            own = torch.arange(rows.start, rows.stop, device=device) + offset
+            keys = torch.arange(probs.shape[-1], device=device) + block.first_key
+            back = (own[:, None] - keys[None]).clamp_min(0).float()
+            reach[sequence, members, place] = (probs * back).sum(-1)
+            distances[sequence, members, place] = (probs * back.clamp_max(NEAR)).sum(-1)
+            band = ((back >= NEAR) & (back <= FAR) & (keys >= first + offset)[None]).float()
+            looked = (probs * band).sum(1)  # over the rows of the block
+            inside = (keys >= first + offset) & (keys < stop + offset)
+            influences[sequence, members].index_add_(1, keys[inside] - first - offset, looked[:, inside])
     return HeadMaps(distances, influences / lookers.clamp_min(1.0), reach)
 
 

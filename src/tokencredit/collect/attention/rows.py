@@ -16,18 +16,20 @@ from torch import Tensor
 from tokencredit.collect.attention import fused as attention_fused
 from tokencredit.collect.attention.parts import (
     SCORES,
+    AttentionRows,
     Context,
     Heads,
-    Visibility,
     entropy_of_probs,
     entropy_of_scores,
     normalised,
     softmax_in_place,
     without_sinks,
 )
+from tokencredit.collect.attention.parts import Visibility as Visibility
 from tokencredit.collect.attention.short import sequences_at_once, short_statistics
 from tokencredit.collect.head.gemm import product_into
 from tokencredit.collect.head.tiles import OUT
+from tokencredit.collect.rollout import takes
 
 BLOCK, LEAST = 128, 8  # rows of one block at most, and at least
 DEVICE_BLOCK, DEVICE_SCORES = 4096, 1 << 27  # off the CPU: few launches count more than a cache
@@ -50,20 +52,12 @@ class Block(NamedTuple):
     first_key: int
 
 
+@takes(AttentionRows, positional=3)
 @torch.no_grad()
-def row_statistics(  # noqa: PLR0913 - the open points of one definition
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    visibility: Visibility,
-    *,
-    scale: float,
-    rows: slice = slice(None),
-    softcap: float | None = None,
-    heads: Heads = "mean_rows",
-    drop_sink: int = 0,
-    context: Context = "visible",
+def row_statistics(
+    attention: AttentionRows, *, heads: Heads = "mean_rows", drop_sink: int = 0, context: Context = "visible"
 ) -> RowStatistics:
-    """Ê of the rows of every sequence; query head h reads key head h // (heads / key_heads).
+    """Ê of the rows of every sequence.
 
     * `heads`: "mean_rows" averages the rows over the heads first, "mean_entropy" the entropies afterwards.
     * `drop_sink`: so many of the first visible keys are zeroed, the row renormalised, N_t reduced.
@@ -71,30 +65,27 @@ def row_statistics(  # noqa: PLR0913 - the open points of one definition
 
     On CUDA the fused kernels compute what they can (`attention_fused.fits`), and blocks of scores the rest.
     """
-    batch, query_heads, queries, _ = query.shape
-    first, stop, _ = rows.indices(queries)
+    batch, query_heads = attention.query.shape[:2]
+    first, stop = attention.span
     if heads == "mean_rows" or drop_sink == 0:
-        spans = attention_fused.fused_intervals(query, key, visibility, rows)
-        if spans is not None:
-            call = attention_fused.prepare(query, key, spans, rows, scale, softcap)
-            return _fused_statistics(call, heads, drop_sink, context)
-    if batch > 1 and stop > first and sequences_at_once(query_heads, stop - first, key.shape[2]) > 1:
-        how = (heads, drop_sink, context)
-        return RowStatistics(*short_statistics(query, key, visibility, slice(first, stop), scale, softcap, how))
-    found = torch.zeros(3, batch, max(stop - first, 0), device=query.device)
-    for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], query_heads // key.shape[1], query.device):
-            total = None
-            for block in score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap):
-                part = _head_sum(block, heads, drop_sink)
-                total = part if total is None else tuple(a.add_(b) for a, b in zip(total, part, strict=True))
-                seen = block
-            count = _counts(seen)
-            entropy, sink = _finish(total, seen, count, query_heads, heads, drop_sink)
-            entropy = normalised(entropy, count, key.shape[2], drop_sink, context)
-            place = slice(block_rows.start - first, block_rows.stop - first)
-            found[:, sequence, place] = torch.stack((entropy, torch.where(count > 0, sink, 0.0), count))
-    return RowStatistics(*found)
+        intervals = attention_fused.fused_intervals(attention)
+        if intervals is not None:
+            return _fused_statistics(attention_fused.prepare(attention, intervals), heads, drop_sink, context)
+    if batch > 1 and stop > first and sequences_at_once(query_heads, stop - first, attention.keys) > 1:
+        return RowStatistics(*short_statistics(attention, heads, drop_sink, context))
+    statistics = torch.zeros(3, batch, max(stop - first, 0), device=attention.query.device)
+    for sequence, rows in row_blocks(attention):
+        total = None
+        for block in score_blocks(attention, sequence, rows):
+            part = _head_sum(block, heads, drop_sink)
+            total = part if total is None else tuple(a.add_(b) for a, b in zip(total, part, strict=True))
+            seen = block
+        count = _counts(seen)
+        entropy, sink = _finish(total, seen, count, query_heads, heads, drop_sink)
+        entropy = normalised(entropy, count, attention.keys, drop_sink, context)
+        place = slice(rows.start - first, rows.stop - first)
+        statistics[:, sequence, place] = torch.stack((entropy, torch.where(count > 0, sink, 0.0), count))
+    return RowStatistics(*statistics)
 
 
 def _fused_statistics(call: attention_fused.Call, heads: Heads, drop: int, context: Context) -> RowStatistics:
@@ -107,62 +98,47 @@ def _fused_statistics(call: attention_fused.Call, heads: Heads, drop: int, conte
     return RowStatistics(entropy, torch.where(count > 0, of_rows.sink_mass, 0.0), count)
 
 
+@takes(AttentionRows, positional=3)
 @torch.no_grad()
-def head_entropies(
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    visibility: Visibility,
-    *,
-    scale: float,
-    rows: slice = slice(None),
-    softcap: float | None = None,
-) -> Float[Tensor, "batch heads row"]:
+def head_entropies(attention: AttentionRows) -> Float[Tensor, "batch heads row"]:
     """Entropy of every head's rows in nats, not divided: lse − E[score]; 0 where nothing is visible."""
-    batch, query_heads, queries, _ = query.shape
-    first, stop, _ = rows.indices(queries)
-    fused = attention_fused.fused_intervals(query, key, visibility, rows)
-    if fused is not None:
-        return attention_fused.fused_heads(attention_fused.prepare(query, key, fused, rows, scale, softcap)).entropies
-    found = torch.zeros(batch, query_heads, max(stop - first, 0), device=query.device)
-    share = query_heads // key.shape[1]
-    for sequence in range(batch):
-        for block_rows in row_blocks(first, stop, key.shape[2], share, query.device):
-            place = slice(block_rows.start - first, block_rows.stop - first)
-            blocks = score_blocks(query[sequence], key[sequence], visibility, sequence, block_rows, scale, softcap)
-            for index, block in enumerate(blocks):
-                probs = torch.softmax(block.scores, dim=-1)
-                entropy = entropy_of_scores(block.scores, probs)
-                seen = _counts(block) > 0
-                found[sequence, index * share : (index + 1) * share, place] = torch.where(seen, entropy, 0.0)
-    return found
+    batch, query_heads = attention.query.shape[:2]
+    (first, stop), share = attention.span, attention.share
+    intervals = attention_fused.fused_intervals(attention)
+    if intervals is not None:
+        return attention_fused.fused_heads(attention_fused.prepare(attention, intervals)).entropies
+    entropies = torch.zeros(batch, query_heads, max(stop - first, 0), device=attention.query.device)
+    for sequence, rows in row_blocks(attention):
+        place = slice(rows.start - first, rows.stop - first)
+        for index, block in enumerate(score_blocks(attention, sequence, rows)):
+            entropy = entropy_of_scores(block.scores, torch.softmax(block.scores, dim=-1))
+            seen = _counts(block) > 0
+            entropies[sequence, index * share : (index + 1) * share, place] = torch.where(seen, entropy, 0.0)
+    return entropies
 
 
-def row_blocks(first: int, stop: int, keys: int, share: int, device: torch.device | None = None) -> Iterator[slice]:
-    """The rows first … stop − 1 in blocks whose scores (rows × keys × `share` heads of one key head) stay small.
+def row_blocks(attention: AttentionRows) -> Iterator[tuple[int, slice]]:
+    """(sequence, rows) of blocks whose scores (rows × keys × heads of one key head) stay small.
 
     Small is what fits the cache of a CPU; on another device a block fills it instead.
     """
-    large = device is not None and device.type != "cpu"
+    large = attention.query.device.type != "cpu"
     most, scores = (DEVICE_BLOCK, DEVICE_SCORES) if large else (BLOCK, SCORES)
-    step = max(LEAST, min(most, scores // max(keys * share, 1)))
-    return (slice(start, min(start + step, stop)) for start in range(first, stop, step))
+    step = max(LEAST, min(most, scores // max(attention.keys * attention.share, 1)))
+    first, stop = attention.span
+    for sequence in range(len(attention.query)):
+        for start in range(first, stop, step):
+            yield sequence, slice(start, min(start + step, stop))
 
 
-def score_blocks(
-    query: Float[Tensor, "heads queries dim"],
-    key: Float[Tensor, "key_heads keys dim"],
-    visibility: Visibility,
-    sequence: int,
-    rows: slice,
-    scale: float,
-    softcap: float | None,
-) -> Iterator[Block]:
+def score_blocks(attention: AttentionRows, sequence: int, rows: slice) -> Iterator[Block]:
     """One block per key head; all see the same keys, cut to the range that any row of the block sees.
 
     The scores of a block live until the next one: they share their memory.
     """
-    key_heads, keys, dim = key.shape
-    share, count, offset = query.shape[0] // key_heads, rows.stop - rows.start, keys - query.shape[1]
+    query, key, visibility = attention.query[sequence], attention.key[sequence], attention.visibility
+    key_heads, _, dim = key.shape
+    share, count, offset = attention.share, rows.stop - rows.start, attention.offset
     visible, bias = None, None
     low, high = 0, rows.stop + offset
     if visibility.mask is not None:
@@ -172,13 +148,12 @@ def score_blocks(
         visible = visible[:, low:high]
         bias = None if visibility.bias is None else visibility.bias(sequence, rows)[:, low:high].float()
     hidden = _unseen(visible, count, high - low, query.device)
-    shape = (share * count, high - low)
-    room = torch.empty(shape, device=query.device)
+    room = torch.empty((share * count, high - low), device=query.device)
     for head in range(key_heads):
-        left = query[head * share : (head + 1) * share, rows].reshape(share * count, dim).float() * scale
+        left = query[head * share : (head + 1) * share, rows].reshape(share * count, dim).float() * attention.scale
         scores = product_into(left, key[head, low:high], room).view(share, count, high - low)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
+        if attention.softcap is not None:
+            scores.div_(attention.softcap).tanh_().mul_(attention.softcap)
         if bias is not None:
             scores.add_(bias)
         tail = hidden.shape[1]  # of a causal block only the last columns can be unseen

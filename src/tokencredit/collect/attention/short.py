@@ -6,9 +6,9 @@ from torch import Tensor
 
 from tokencredit.collect.attention.parts import (
     SCORES,
+    AttentionRows,
     Context,
     Heads,
-    Visibility,
     entropy_of_probs,
     entropy_of_scores,
     normalised,
@@ -24,51 +24,46 @@ def sequences_at_once(heads: int, rows: int, keys: int) -> int:
 
 
 def short_statistics(
-    query: Float[Tensor, "batch heads queries dim"],
-    key: Float[Tensor, "batch key_heads keys dim"],
-    visibility: Visibility,
-    rows: slice,
-    scale: float,
-    softcap: float | None,
-    how: tuple[Heads, int, Context],
+    attention: AttentionRows, heads: Heads, drop: int, context: Context
 ) -> Float[Tensor, "3 batch row"]:
     """Ê, mass on the sink and visible keys of the rows, as `row_statistics` gives them."""
-    heads, drop, context = how
-    step = sequences_at_once(query.shape[1], rows.stop - rows.start, key.shape[2])
+    batch, query_heads = attention.query.shape[:2]
+    first, stop = attention.span
+    step = sequences_at_once(query_heads, stop - first, attention.keys)
     parts = []
-    for start in range(0, query.shape[0], step):
-        members = slice(start, min(start + step, query.shape[0]))
-        visible = _visible(visibility, members, rows, key.shape[2], key.shape[2] - query.shape[2], query.device)
-        scores = _scores(query, key, visibility, members, rows, scale, softcap)
+    for start in range(0, batch, step):
+        members = slice(start, min(start + step, batch))
+        visible = _visible(attention, members)
+        scores = _scores(attention, members)
         scores.masked_fill_(~visible, OUT)
         entropy, sink = _reduced(scores, visible, heads, drop)
         count = visible[:, 0].sum(-1).float().expand(entropy.shape)
-        entropy = normalised(entropy, count, key.shape[2], drop, context)
+        entropy = normalised(entropy, count, attention.keys, drop, context)
         parts.append(torch.stack((entropy, torch.where(count > 0, sink, 0.0), count)))
     return torch.cat(parts, dim=1)
 
 
-def _visible(
-    visibility: Visibility, members: slice, rows: slice, keys: int, offset: int, device: torch.device
-) -> Bool[Tensor, "sequences 1 row key"]:
+def _visible(attention: AttentionRows, members: slice) -> Bool[Tensor, "sequences 1 row key"]:
     """Visible keys; one plane for all sequences where only the diagonal hides keys."""
-    if visibility.mask is None:
-        own = torch.arange(rows.start, rows.stop, device=device)[:, None] + offset
-        return (torch.arange(keys, device=device)[None] <= own)[None, None]
-    seen = visibility.mask(members, rows)
+    first, stop = attention.span
+    if attention.visibility.mask is None:
+        device = attention.query.device
+        own = torch.arange(first, stop, device=device)[:, None] + attention.offset
+        return (torch.arange(attention.keys, device=device)[None] <= own)[None, None]
+    seen = attention.visibility.mask(members, slice(first, stop))
     return seen.view(-1, 1, *seen.shape[-2:])
 
 
-def _scores(
-    query: Tensor, key: Tensor, visibility: Visibility, members: slice, rows: slice, scale: float, softcap: float | None
-) -> Float[Tensor, "sequences heads row key"]:
-    key_heads, count = key.shape[1], rows.stop - rows.start
-    left = (query[members, :, rows].float() * scale).unflatten(1, (key_heads, -1)).flatten(2, 3)
-    scores = (left @ key[members].float().mT).unflatten(2, (-1, count)).flatten(1, 2)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    if visibility.bias is not None:
-        bias = visibility.bias(members, rows).float()
+def _scores(attention: AttentionRows, members: slice) -> Float[Tensor, "sequences heads row key"]:
+    rows, key_heads = slice(*attention.span), attention.key.shape[1]
+    left = attention.query[members, :, rows].float() * attention.scale
+    left = left.unflatten(1, (key_heads, -1)).flatten(2, 3)
+    scores = left @ attention.key[members].float().mT
+    scores = scores.unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
+    if attention.softcap is not None:
+        scores.div_(attention.softcap).tanh_().mul_(attention.softcap)
+    if attention.visibility.bias is not None:
+        bias = attention.visibility.bias(members, rows).float()
         scores.add_(bias.view(-1, 1, *bias.shape[-2:]))
     return scores
 

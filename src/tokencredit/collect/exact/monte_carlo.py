@@ -14,26 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokencredit.collect.exact.trie import TokenIds, build_trie
-from tokencredit.collect.models import eval_mode
+from tokencredit.collect.generate import generate_ids
 from tokencredit.errors import TokenCreditError
 
 # sample(contexts, limits, each): for every context, `each` continuations of at most so many tokens, EOS included.
 Sampler = Callable[[Sequence[TokenIds], Sequence[int], int], list[list[list[int]]]]
 # reward(prompt, response): the outcome of a whole response (token ids, EOS included where it ended) to a prompt.
 Outcome = Callable[[int, TokenIds], float]
-
-
-# A model's generation settings may filter or penalise tokens; values are those of the policy without any of it.
-PLAIN = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-}
 
 
 class MonteCarloValues(NamedTuple):
@@ -106,35 +93,26 @@ def generating(model: Any, *, eos_token_id: int, seed: int, batch: int = 256, te
     """A `Sampler` through Hugging Face `generate`; torch's global generators are left as they were, on GPUs too."""
 
     def sample(contexts: Sequence[TokenIds], limits: Sequence[int], each: int) -> list[list[list[int]]]:
-        found: list[list[list[int]]] = []
+        continuations: list[list[list[int]]] = []
         devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # `manual_seed` seeds them all
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), eval_mode(model):
+        step = max(1, batch // each)
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            for start in range(0, len(contexts), max(1, batch // each)):
-                part = slice(start, start + max(1, batch // each))
-                found += _generate(model, contexts[part], limits[part], each, eos_token_id, temperature)
-        return found
+            for start in range(0, len(contexts), step):
+                some, longest = contexts[start : start + step], limits[start : start + step]
+                rows = generate_ids(
+                    model,
+                    some,
+                    max_new_tokens=max(longest),
+                    ends=[eos_token_id],
+                    samples=each,
+                    temperature=temperature,
+                )
+                # What is cut off has no EOS: it failed.
+                continuations += [
+                    [row[:limit] for row in rows[index * each : (index + 1) * each]]
+                    for index, limit in enumerate(longest)
+                ]
+        return continuations
 
     return sample
-
-
-def _generate(
-    model: Any, contexts: Sequence[TokenIds], limits: Sequence[int], each: int, eos: int, temperature: float
-) -> list[list[list[int]]]:
-    width = max(map(len, contexts))
-    ids = torch.tensor([[eos] * (width - len(row)) + list(row) for row in contexts])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in contexts])
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        do_sample=True,
-        temperature=temperature,
-        **PLAIN,
-        max_new_tokens=max(limits),
-        num_return_sequences=each,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )[:, width:].tolist()
-    ended = [row[: row.index(eos) + 1] if eos in row else row for row in output]
-    rows = [row[: limits[index // each]] for index, row in enumerate(ended)]  # what is cut off has no EOS: it failed
-    return [rows[start : start + each] for start in range(0, len(rows), each)]

@@ -4,13 +4,14 @@ A teacher is asked for one number per sampled token; a `[tokens, vocab]` tensor 
 own token ids, never a text that it would tokenize again.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.collect.teacher.base import TeacherRequest
 from tokencredit.errors import TokenCreditError, unknown
 
 # What each kind accepts beside `kind`, with its default; REQUIRED has none.
@@ -70,16 +71,8 @@ class Teacher(Protocol):
         """Refuse before training what could not be scored; `rows` are those of the training data."""
         ...
 
-    def score(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Float[Tensor, "batch response"]:
-        """ln π_T of the chosen tokens in nats at `temperature`, float32, 0 elsewhere, without gradient."""
+    def score(self, request: TeacherRequest) -> Float[Tensor, "batch response"]:
+        """ln π_T of the chosen tokens in nats at the request's temperature, float32, 0 elsewhere, without gradient."""
         ...
 
     def after_step(self, policy: Any) -> None:
@@ -100,23 +93,13 @@ class LocalTeacher(Teacher, Protocol):
     """A teacher whose whole distribution can be read here, not its sampled tokens alone."""
 
     def score_with_entropies(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
+        self, request: TeacherRequest
     ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
         """`score`, and the teacher's entropy in front of each chosen token, from one pass."""
         ...
 
     def opened(
-        self,
-        prompt_ids: list[list[int]],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        policy: Any = None,
+        self, prompt_ids: list[list[int]], response_mask: Tensor, rows: Sequence[Mapping[str, Any]], policy: Any = None
     ) -> AbstractContextManager[tuple[Any, list[list[int]]]]:
         """The model that scores, with the weights that it scores with, and the prompts that it sees."""
         ...

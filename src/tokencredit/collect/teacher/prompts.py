@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError, unknown
 from tokencredit.seeds import derive
 
@@ -180,23 +181,12 @@ def better_attempts(texts: Sequence[str], groups: Sequence[int], rewards: Sequen
 
 def render(prompt: Any, tokenizer: Any, chat_template_kwargs: Mapping[str, Any], generate: bool = True) -> list[int]:
     """Token ids of a prompt, a text or a list of messages, as TRL makes them for the student."""
-    if isinstance(prompt, str):
-        try:
-            ids = list(tokenizer(prompt)["input_ids"])
-        except Exception as error:  # a tokenizer may raise anything at a character that it does not know
-            raise TokenCreditError(
-                f"the student's tokenizer cannot encode the prompt {prompt!r}: {error}",
-                hint="write a `template` with characters that it knows",
-            ) from error
-    else:
-        options = {"add_generation_prompt": generate, "tokenize": True, "return_dict": True}
-        try:
-            ids = list(tokenizer.apply_chat_template(list(prompt), **options, **chat_template_kwargs)["input_ids"])
-        except Exception as error:  # a template is a program: it may refuse roles, or fail on what it did not expect
-            raise TokenCreditError(
-                f"the chat template cannot render the prompt {prompt!r}: {error}",
-                hint="mend the conversation, or give the tokenizer another chat template",
-            ) from error
+    try:
+        ids = prompt_ids(tokenizer, prompt, chat_template_kwargs=chat_template_kwargs, generate=generate)
+    except TokenCreditError as error:
+        plain = isinstance(prompt, str)
+        fix = "write a `template` with characters that it knows" if plain else "give the tokenizer another template"
+        raise TokenCreditError(f"{error.message}; the student's prompt is {prompt!r}", hint=fix) from error
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise TokenCreditError(f"the student's tokenizer does not know a part of the prompt {prompt!r}")
     return ids

@@ -9,24 +9,14 @@ from torch import Tensor
 
 from tokencredit.batch.masked import positions, response_lengths
 from tokencredit.collect.logprobs import token_logprobs
+from tokencredit.collect.rollout import Sequences
 
 Scores = tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]
 
 
-def score_rows(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    response_ids: Int[Tensor, "batch response"],
-    response_mask: Bool[Tensor, "batch response"],
-    *,
-    temperature: float = 1.0,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-) -> Float[Tensor, "batch response"]:
-    """ln π of the chosen tokens, float32, 0 elsewhere: the first half of `score_entropies`."""
-    return score_entropies(
-        model, prompts, response_ids, response_mask, temperature=temperature, batch_size=batch_size, device=device
-    )[0]
+def score_rows(*asked: Any, **options: Any) -> Float[Tensor, "batch response"]:
+    """ln π of the chosen tokens, float32, 0 elsewhere: the first half of `score_entropies`, which it is called like."""
+    return score_entropies(*asked, **options)[0]
 
 
 def score_entropies(
@@ -52,10 +42,8 @@ def score_entropies(
     result = torch.zeros(2, *response_ids.shape, dtype=torch.float32, device=response_ids.device)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max(1, *(widths[row] for row in rows)) if rows else 1
-        ids, attention, longest = packed_rows([prompts[row] for row in rows], response_ids[rows], widths, rows, width)
-        parts = token_logprobs(model, ids.to(target), attention.to(target), longest, width, temperature)
-        found = torch.stack(parts).to(result.device, torch.float32)
+        few = packed_rows([prompts[row] for row in rows], response_ids[rows], [widths[row] for row in rows], target)
+        found = torch.stack(token_logprobs(model, few, temperature)).to(result.device, torch.float32)
         result[:, rows, : found.shape[2]] = found[:, :, : result.shape[2]]
     logprobs, entropies = torch.where(response_mask, result, 0.0)
     return logprobs, entropies
@@ -69,16 +57,15 @@ def used_widths(response_mask: Bool[Tensor, "batch response"]) -> list[int]:
 
 
 def packed_rows(
-    prompts: Sequence[Sequence[int]], responses: Tensor, widths: list[int], rows: list[int], width: int
-) -> tuple[Tensor, Tensor, int]:
-    """Prompts padded on the left, responses on the right, as hosts have them; `token_logprobs` moves the padding."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(rows), longest + width, dtype=torch.long)
+    prompts: Sequence[Sequence[int]], responses: Tensor, widths: Sequence[int], device: torch.device
+) -> Sequences:
+    """Prompts padded on the left, responses cut to the longest of `widths`, as hosts have them."""
+    longest, width = max(len(prompt) for prompt in prompts), max(1, *widths)
+    ids = torch.zeros(len(prompts), longest + width, dtype=torch.long)
     attention = torch.zeros_like(ids)
     responses = responses.cpu()
-    for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        used = widths[row]
+    for place, (prompt, used) in enumerate(zip(prompts, widths, strict=True)):
         ids[place, longest - len(prompt) : longest] = torch.tensor(list(prompt), dtype=torch.long)
         ids[place, longest : longest + used] = responses[place, :used]
         attention[place, longest - len(prompt) : longest + used] = 1
-    return ids, attention, longest
+    return Sequences(ids.to(device), attention.to(device), longest, width)

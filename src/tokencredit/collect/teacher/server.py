@@ -9,17 +9,19 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from tokencredit.collect.rollout import takes
+from tokencredit.collect.teacher.base import BaseTeacher, TeacherRequest
 from tokencredit.collect.teacher.checks import PROBES, SHARED, _encode, check_chat, check_end, check_tokenizers, end_ids
-from tokencredit.collect.teacher.probe import Batch, StartProbe
-from tokencredit.collect.teacher.prompts import PromptRenderer, check_fits, first_rows
+from tokencredit.collect.teacher.probe import StartProbe
+from tokencredit.collect.teacher.prompts import Row, check_fits
 from tokencredit.collect.teacher.score import used_widths
 from tokencredit.errors import TokenCreditError
 
@@ -43,84 +45,55 @@ PLAIN_SAMPLING: dict[str, Any] = {
 PLACEHOLDER = -1000.0  # servers write −inf as −9999 or another large number; no model means such a log-prob
 
 
-class ServerTeacher:
+class ServerTeacher(BaseTeacher):
     """Asks a server for the log-probs of prompt plus response, and keeps those of the response."""
 
-    needs_attempts: bool
-
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given = given
+        super().__init__(given)
         self.url = str(given["url"]).rstrip("/")
         if not self.url.startswith(("http://", "https://")):
             raise TokenCreditError(f"`url` of the teacher must start with http:// or https://, got {given['url']!r}")
-        self.prompts = PromptRenderer(given)
-        self.needs_attempts = self.prompts.needs_attempts
         self.limit: int | None = given["max_length"]
         self._name: str | None = given["model"]
-        self._student: Any = None
         self._probe = StartProbe()
         self._tempered: bool | None = None  # whether the server applies a temperature to what it returns
 
-    def check(
-        self,
-        policy_tokenizer: Any,
-        *,
-        policy: Any = None,
-        rows: Iterable[Mapping[str, Any]] = (),
-        temperature: float = 1.0,
-    ) -> None:
-        """Refuse a server that is away, serves another vocabulary or EOS, or ignores the temperature that is needed."""
-        rows = first_rows(rows)
-        self._find_model()
-        if self.given["tokenizer"] is not None:
-            self._check_named_tokenizer(policy_tokenizer, policy, rows)
-        else:
-            self._check_served_tokenizer(policy_tokenizer)
-        self.prompts.check(rows, policy_tokenizer)
-        self._student = policy_tokenizer
-        self._probe_ids(policy_tokenizer)
-        self._check_temperature(policy_tokenizer, temperature)
-
-    def score(
-        self,
-        prompt_ids: list[list[int]],
-        response_ids: Int[Tensor, "batch response"],
-        response_mask: Bool[Tensor, "batch response"],
-        rows: list[Mapping[str, Any]],
-        temperature: float,
-        policy: Any = None,
-    ) -> Float[Tensor, "batch response"]:
+    @takes(TeacherRequest, after=1, positional=6)
+    def score(self, request: TeacherRequest) -> Float[Tensor, "batch response"]:
         """ln π_T of the chosen tokens in nats, float32, 0 elsewhere."""
+        ids, mask, temperature = request.response_ids, request.response_mask, request.temperature
         if self._student is None:
             self._find_model()
         if temperature != 1.0 and not self._tempered:
             raise self._untempered(temperature)
-        prompts = self.prompts.prompts(rows, prompt_ids, self._student)
-        widths = used_widths(response_mask)
+        prompts = self.prompts.prompts(request.rows, request.prompt_ids, self._student)
+        widths = used_widths(mask)
         check_fits(prompts, widths, None if self.limit is None else self.limit - 1)  # the server generates one token
-        responses = response_ids.tolist()
-        sequences = [[*prompt, *ids[:used]] for prompt, ids, used in zip(prompts, responses, widths, strict=True)]
-        found = self._ask_all(sequences, [len(prompt) for prompt in prompts], temperature)
-        result = torch.full(response_ids.shape, torch.nan)
-        for row, values in enumerate(found):
+        sequences = [[*prompt, *row[:used]] for prompt, row, used in zip(prompts, ids.tolist(), widths, strict=True)]
+        answers = self._ask_all(sequences, [len(prompt) for prompt in prompts], temperature)
+        result = torch.full(ids.shape, torch.nan)
+        for row, values in enumerate(answers):
             result[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
-        result = result.to(response_ids.device)
-        self._check_complete(result, response_mask)
-        scores = torch.where(response_mask, result, 0.0)
-        batch = Batch(prompt_ids, response_ids, response_mask, rows)
-        self._probe(self.score, scores, batch, temperature, policy, self._student)
+        result = result.to(ids.device)
+        self._check_complete(result, mask)
+        scores = torch.where(mask, result, 0.0)
+        self._probe(self.score, scores, request, self._student)
         return scores
 
-    def after_step(self, policy: Any) -> None:
-        """A fixed teacher does not move."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        pass
-
     # -- start ---------------------------------------------------------------------------------------------------------
+
+    def _check_student(self, tokenizer: Any, policy: Any, rows: Sequence[Row]) -> None:
+        """Refuse a server that is away, and one of another vocabulary or EOS."""
+        self._find_model()
+        if self.given["tokenizer"] is not None:
+            self._check_named_tokenizer(tokenizer, policy, rows)
+        else:
+            self._check_served_tokenizer(tokenizer)
+
+    def _check_scores(self, tokenizer: Any, temperature: float) -> None:
+        """Refuse a server that lacks a token, or ignores the temperature that is needed."""
+        self._probe_ids(tokenizer)
+        self._check_temperature(tokenizer, temperature)
 
     def _find_model(self) -> None:
         served = self._get("/v1/models").get("data")
@@ -134,14 +107,14 @@ class ServerTeacher:
         self._name = entry["id"]
         self.limit = self.limit or entry.get("max_model_len")
 
-    def _check_named_tokenizer(self, student: Any, policy: Any, rows: Iterable[Mapping[str, Any]]) -> None:
-        from transformers import AutoTokenizer
+    def _check_named_tokenizer(self, student: Any, policy: Any, rows: Sequence[Row]) -> None:
+        from tokencredit.collect.load import load_tokenizer
 
         try:
-            teacher = AutoTokenizer.from_pretrained(self.given["tokenizer"])
-        except (OSError, ValueError) as error:
+            teacher = load_tokenizer(self.given["tokenizer"])
+        except TokenCreditError as error:
             raise TokenCreditError(
-                f"cannot load the teacher's tokenizer {self.given['tokenizer']!r}: {error}"
+                f"cannot load the teacher's tokenizer {self.given['tokenizer']!r}: {error.message}", hint=error.hint
             ) from error
         check_tokenizers(student, teacher)
         check_end(end_ids(student, policy), end_ids(teacher), student, self.given["eos"])

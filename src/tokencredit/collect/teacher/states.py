@@ -10,7 +10,8 @@ from torch import Tensor
 from tokencredit.collect.head.divergence import head_divergence
 from tokencredit.collect.head.tiles import Readout
 from tokencredit.collect.logprobs import check_media, pass_of
-from tokencredit.collect.models import backbone_of, eval_mode, head_of
+from tokencredit.collect.models import eval_mode, head_of
+from tokencredit.collect.rollout import Sequences
 from tokencredit.collect.teacher.score import packed_rows, used_widths
 
 Prompts = Sequence[Sequence[int]]
@@ -39,29 +40,27 @@ def state_divergences(
     order = sorted(range(len(prompts)), key=lambda row: widths[row])
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        width = max(1, *(widths[row] for row in rows))
+        used = [widths[row] for row in rows]
         heads = []
         for model, asked in ((student, prompts), (teacher, teacher_prompts)):
-            ids, seen, longest = packed_rows([asked[row] for row in rows], response_ids[rows], widths, rows, width)
-            heads.append(
-                _states(model, ids.to(response_ids.device), seen.to(response_ids.device), longest, temperature)
-            )
+            few = packed_rows([asked[row] for row in rows], response_ids[rows], used, response_ids.device)
+            heads.append(_states(model, few, temperature))
         (own, weight, readout), (other, other_weight, other_readout) = heads
-        found = head_divergence(
+        divergences = head_divergence(
             (own, weight), (other, other_weight), student_readout=readout, teacher_readout=other_readout
         )
-        result[rows, :width] = found.view(len(rows), width)[:, : result.shape[1]].to(result)
+        result[rows, : max(1, *used)] = divergences.view(len(rows), -1)[:, : result.shape[1]].to(result)
     return torch.where(response_mask, result, 0.0)
 
 
 def _states(
-    model: Any, ids: Tensor, attention: Tensor, longest: int, temperature: float
+    model: Any, sequences: Sequences, temperature: float
 ) -> tuple[Float[Tensor, "token hidden"], Float[Tensor, "vocab hidden"], Readout]:
     """Hidden states in front of each response token, and the head that reads them."""
-    check_media(model, ids)
+    check_media(model, sequences)
     weight, readout = head_of(model, temperature)
-    one = pass_of(ids, attention)
+    one = pass_of(sequences)
     with eval_mode(model):
-        hidden = backbone_of(model)(**one.inputs).last_hidden_state
-    states = one.states_before(hidden, longest, ids.shape[1] - longest)
+        hidden = one.run(model).last_hidden_state
+    states = one.states_before(hidden, sequences.prompt_length, sequences.response_length)
     return states.flatten(0, 1), weight.detach(), readout

@@ -244,6 +244,6 @@ def _check_rewards(config: Mapping[str, Any]) -> None:
 
 
 def _check_collectors(collectors: Mapping[str, Any]) -> None:
-    from tokencredit.collect.options import resolve_options
+    from tokencredit.collect.table import resolve_options
 
     resolve_options(collectors)

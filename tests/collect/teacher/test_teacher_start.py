@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback_vllm import CHAT, Loopback, serving
+from collect.loopback_vllm import CHAT, Loopback, serving
 from test_teacher_model import ALPHABET, PROMPTS, RESPONSES, rollouts
 
 from tokencredit.collect.teacher.build import build_teacher, resolve_teacher
@@ -117,7 +117,7 @@ def test_the_ending_is_found_where_a_template_rewrites_what_comes_before(tokeniz
 def test_a_template_that_refuses_is_one_line(tokenizer: Any) -> None:
     chat = build_tokenizer(ALPHABET)
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(TokenCreditError, match=r"cannot render the prompt .*roles must alternate"):
+    with pytest.raises(TokenCreditError, match=r"refuses a prompt: .*roles must alternate"):
         render([{"role": "user", "content": "1"}], chat, {})
 
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig
 
-from tokencredit.adapters.trl import collectors as collectors_of_trl
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
+from tokencredit.collect.teacher import collect as teacher_collector
 from tokencredit.collect.teacher.build import build_teacher
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
@@ -108,14 +108,14 @@ def test_self_distillation_trains(tmp_path: Path, credit: str) -> None:
 
 def test_a_sibling_is_taken_from_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str | None] = []
-    find_attempts = collectors_of_trl.attempts
+    find_attempts = teacher_collector.attempts
 
     def attempts(rollout: Any) -> list[str | None]:
         found = find_attempts(rollout)
         seen.extend(found)
         return found
 
-    monkeypatch.setattr(collectors_of_trl, "attempts", attempts)
+    monkeypatch.setattr(teacher_collector, "attempts", attempts)
     train(tmp_path, "rlrt", build_teacher({"kind": "self", "template": "{attempt}={prompt}"}))
     assert len(seen) == 2 * 16
     assert any(text is not None for text in seen)

@@ -164,7 +164,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def gradients(model: nn.Module, ids: torch.Tensor, probed: bool) -> list[torch.Tensor]:
     model.zero_grad()
     if probed:
-        with probe_attention(model, [2], lambda *args: args[0].shape) as probe:
+        with probe_attention(model, [2], lambda seen: seen.query.shape) as probe:
             with torch.no_grad():
                 model(ids)
             loss = model(ids, labels=ids).loss

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loopback_vllm import CHAT, Loopback, serving
+from collect.loopback_vllm import CHAT, Loopback, serving
 from test_teacher_model import ALPHABET, PROMPTS, RESPONSES, ROWS, plain, rollouts
 
 from tokencredit.collect.teacher import server as teacher_server

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tokencredit.collect.attention import fused as attention_fused
-from tokencredit.collect.attention.parts import Visibility
+from tokencredit.collect.attention.parts import AttentionRows, Visibility
 
 HERE = Path(__file__).parent
 SHARED_MEMORY = 99 * 1024  # bytes that one block may use on a consumer card; data-centre cards allow 163 KiB and more
@@ -63,21 +63,22 @@ def test_every_width_compiles_for_both_generations(capability: int, dtype: str, 
 
 
 def test_a_mask_that_is_no_interval_is_left_to_the_blocks() -> None:
-    query = torch.zeros(1, 2, 6, 16)
+    query, rows = torch.zeros(1, 2, 6, 16), slice(2, 6)
     plane = torch.ones(6, 6, dtype=torch.bool).tril()
-    whole = attention_fused.intervals(Visibility(lambda _, rows: plane[rows]), 1, slice(2, 6), 6, 6, query.device)
+    seen = Visibility(lambda _, rows: plane[rows])
+    whole = attention_fused.intervals(AttentionRows(query, query, seen, 1.0, rows=rows))
     assert whole is not None
     assert whole.low.tolist() == [[0, 0, 0, 0]] and whole.high.tolist() == [[3, 4, 5, 6]]
     plane[4, 1] = False
     holed = Visibility(lambda _, rows: plane[rows])
-    assert attention_fused.intervals(holed, 1, slice(2, 6), 6, 6, query.device) is None
+    assert attention_fused.intervals(AttentionRows(query, query, holed, 1.0, rows=rows)) is None
     plane[4] = False  # a row that sees nothing is an empty interval
-    empty = attention_fused.intervals(holed, 1, slice(2, 6), 6, 6, query.device)
+    empty = attention_fused.intervals(AttentionRows(query, query, holed, 1.0, rows=rows))
     assert empty is not None and int(empty.high[0, 2] - empty.low[0, 2]) <= 0
 
 
 def test_the_cpu_and_finite_biases_take_the_blocks() -> None:
     query = torch.zeros(1, 2, 6, 16)
-    assert not attention_fused.fits(query, query, Visibility())
+    assert not attention_fused.fits(AttentionRows(query, query, Visibility(), 1.0))
     biased = Visibility(None, lambda _, rows: torch.zeros(6, 6)[rows])
-    assert not attention_fused.fits(query, query, biased)
+    assert not attention_fused.fits(AttentionRows(query, query, biased, 1.0))

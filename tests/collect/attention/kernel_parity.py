@@ -5,8 +5,9 @@ import sys
 import torch
 
 from tokencredit.collect.attention import fused
+from tokencredit.collect.attention.parts import AttentionRows, Visibility
 from tokencredit.collect.attention.rhythms import head_maps
-from tokencredit.collect.attention.rows import Visibility, head_entropies, row_statistics
+from tokencredit.collect.attention.rows import head_entropies, row_statistics
 
 T, ROWS = 70, slice(11, 68)
 CAUSAL = torch.ones(T, T, dtype=torch.bool).tril()
@@ -47,7 +48,7 @@ def main() -> None:
     names = ["window of 20", "padding on the left"] if int(sys.argv[1]) == 0 else list(PLANES)
     for name in names:
         plane = PLANES[name]
-        assert fused.fused_intervals(query, key, visibility_of(plane), ROWS) is not None, name
+        assert fused.fused_intervals(AttentionRows(query, key, visibility_of(plane), 1.0, rows=ROWS)) is not None, name
         by_kernels = everything(visibility_of(plane))
         with_blocks = fused.fits
         fused.fits = lambda *_: False  # type: ignore[assignment]
