@@ -119,7 +119,7 @@ def _with_one_look(
         if batch.examine(fields):  # the fault is not in the values
             raise
         every, refused, sound = False, [], True
-    if generator is not None and not (every and sound):
+    if generator is not None and state is not None and not (every and sound):
         generator.set_state(state)
     if any(refused) or not every:
         batch.examine(fields)
@@ -134,7 +134,7 @@ def _quickly(
     credit, is_sound = _compute(pipeline, batch, generator)
     if bool(is_sound):
         return credit
-    if generator is not None:
+    if generator is not None and state is not None:
         generator.set_state(state)
     return _step_by_step(pipeline, batch, generator)
 
@@ -156,7 +156,7 @@ def _compute(
             credit = torch.empty(batch.response_mask.shape, dtype=torch.float32)
             state = None if generator is None else generator.get_state()
             for tile in tiles:
-                if generator is not None:
+                if generator is not None and state is not None:
                     generator.set_state(state)
                 credit[tile] = _masked_sum(pipeline, batch.whole_groups(tile), generator, looks)
     return credit, torch.stack(looks).isfinite().all()
