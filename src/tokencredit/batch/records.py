@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokencredit.batch.checks import FLOATS, INTEGERS, LARGEST, check_tensor, representable, slack
 from tokencredit.batch.reduce import LOCAL, Reducer, numbered
 from tokencredit.errors import TokenCreditError, shown, unknown
 
@@ -52,11 +53,7 @@ TOKEN_FIELDS = (
 OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
 RUN_FIELDS = ("step",)  # numbers of the run, not of its tokens; a pipeline may require them as well
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-LARGEST = torch.finfo(torch.float32).max  # credit is float32
-
-# A probability is at most 1, an entropy or a distance at least 0. Rounding may pass that by this much, see `_slack`.
+# A probability is at most 1, an entropy or a distance at least 0. Rounding may pass that, see `checks.slack`.
 NOT_POSITIVE = frozenset(name for name in TOKEN_FIELDS if name.endswith("logprobs"))
 NOT_NEGATIVE = frozenset(
     {
@@ -129,7 +126,7 @@ class TokenBatch(_Known):
     def __post_init__(self) -> None:
         """Gate 1: types, shapes, devices and rewards. Values of optional fields are examined where they are read."""
         object.__setattr__(self, "_examined", set())
-        _check_tensor("response_ids", self.response_ids, INTEGERS)
+        check_tensor("response_ids", self.response_ids, INTEGERS)
         if self.response_ids.ndim != 2:
             raise TokenCreditError(
                 f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}"
@@ -144,7 +141,7 @@ class TokenBatch(_Known):
         value = getattr(self, name)
         if value is None and name not in REQUIRED:
             return
-        _check_tensor(name, value, dtypes)
+        check_tensor(name, value, dtypes)
         shape = self.response_ids.shape if per_token else self.response_ids.shape[:1]
         if value.shape != shape:
             raise TokenCreditError(f"`{name}` must have shape {list(shape)}, got {list(value.shape)}")
@@ -155,9 +152,9 @@ class TokenBatch(_Known):
             )
 
     def _check_rewards(self) -> None:
-        if bool(_representable(self.rewards).all()):
+        if bool(representable(self.rewards).all()):
             return
-        broken = ~_representable(self.rewards) & self.counted
+        broken = ~representable(self.rewards) & self.counted
         if bool(broken.any()):
             row = int(broken.nonzero()[0])
             raise TokenCreditError(
@@ -285,18 +282,18 @@ class TokenBatch(_Known):
         if not value.numel():
             return True
         least, greatest = (float(end) for end in value.aminmax())
-        lowest = -_slack(value.dtype) if domains and name in NOT_NEGATIVE else -LARGEST
-        highest = _slack(value.dtype) if domains and name in NOT_POSITIVE else LARGEST
+        lowest = -slack(value.dtype) if domains and name in NOT_NEGATIVE else -LARGEST
+        highest = slack(value.dtype) if domains and name in NOT_POSITIVE else LARGEST
         return lowest <= least and greatest <= highest  # NaN is neither
 
     def _broken(self, name: str, counted: Bool[Tensor, " batch"], domains: bool) -> Tensor:
         """Where a field holds a value that no method can read; one number per token or per response."""
         value = getattr(self, name).detach()
-        good = _representable(value)
+        good = representable(value)
         if domains and name in NOT_POSITIVE:
-            good &= value <= _slack(value.dtype)
+            good &= value <= slack(value.dtype)
         if domains and name in NOT_NEGATIVE:
-            good &= value >= -_slack(value.dtype)
+            good &= value >= -slack(value.dtype)
         return (counted if value.ndim == 1 else counted[:, None] & self.response_mask) & ~good
 
     def trust(self, names: Iterable[str]) -> None:
@@ -393,44 +390,3 @@ _EXPECTED: Mapping[str, tuple[tuple[torch.dtype, ...], bool]] = {
     "doubling_ratios": (FLOATS, False),
     **dict.fromkeys(TOKEN_FIELDS, (FLOATS, True)),
 }
-
-
-def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A dense tensor with values and one of `dtypes`, or an error that names the field and the remedy."""
-    if not isinstance(value, Tensor):
-        raise TokenCreditError(
-            f"`{name}` is a {type(value).__name__}: pass a torch.Tensor",
-            hint=f"torch.as_tensor(…) makes one of a list or an array; its dtype is {_names(dtypes)}",
-        )
-    if value.is_nested or value.layout != torch.strided:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise TokenCreditError(
-            f"`{name}` must be a dense tensor, got a {layout} one",
-            hint="pad a nested tensor with `.to_padded_tensor(0)`, fill a sparse one with `.to_dense()`",
-        )
-    if value.is_meta:
-        raise TokenCreditError(f"`{name}` is on the device meta, which holds no values")
-    if value.dtype not in dtypes:
-        raise TokenCreditError(
-            f"`{name}` must be {_names(dtypes)}, got {value.dtype}", hint="convert it with `.to(dtype)`"
-        )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _representable(value: Tensor) -> Tensor:
-    """Where a value is finite as a float32."""
-    # One comparison, which NaN fails too: `torch.isfinite` takes three times as long on a CPU.
-    return value.abs() <= LARGEST if value.dtype == torch.float64 else value.abs() < torch.inf
-
-
-def _slack(dtype: torch.dtype) -> float:
-    """How far rounding may move a number past the end of its domain.
-
-    A log-prob is a logit minus the logarithm of a sum. Logits reach 32, and a number there is known to 16 machine
-    epsilons: 0.125 in bfloat16, 0.016 in float16. Sums over a vocabulary and engines that report rounded numbers are
-    given 1e-3 in every dtype.
-    """
-    return max(1e-3, 16.0 * torch.finfo(dtype).eps)

@@ -63,8 +63,10 @@ def assign_credit(
         return _with_one_look(pipeline, batch, fields, generator)
     if not batch.examine(fields):
         return _on_counted_rows(pipeline, batch, generator)
-    # Over ranks nothing may be computed twice: the others would wait for its collectives.
-    return _quickly(pipeline, batch, generator) if alone else _step_by_step(pipeline, batch, generator)
+    if alone:
+        return _quickly(pipeline, batch, generator)
+    # Every rank makes the same calls: nothing is computed twice, and nothing is known from an earlier call.
+    return _step_by_step(pipeline, batch.rows(slice(None)), generator)
 
 
 def _with_hyperparameters(pipeline: Any, given: Mapping[str, Any]) -> Pipeline:
