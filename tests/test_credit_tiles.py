@@ -7,36 +7,51 @@ import torch
 from batches import Case, all_cases, make_batch
 
 from tokencredit import assign_credit
-from tokencredit.batch import row_ranges as tiles
+from tokencredit.batch import masked, row_ranges
 from tokencredit.batch.records import TokenBatch
 from tokencredit.batch.reduce import LocalReducer
 from tokencredit.methods.distillation import log_ratio as distillation
 from tokencredit.methods.distillation.log_ratio import teacher_confidence
-from tokencredit.pipeline import assign as credit
+from tokencredit.pipeline import assign
 from tokencredit.pipeline.pipeline import Pipeline
 
 GROUPED = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) == "group"]
 CASES = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) in ("token", "response")]
+BATCHWIDE = [case for case in all_cases() if case.spec.scope_at(case.hyperparameters) == "batch"]
+
+
+def whole_and_cut(
+    case: Case, batch: TokenBatch, monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The credit with all rows at once and with three at a time, and the group ids that the case then saw."""
+    whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(row_ranges, "TILE", 3 * batch.response_mask.shape[1])
+    monkeypatch.setattr(masked, "BLOCK", 3 * batch.response_mask.shape[1])
+    original = assign._call
+
+    def watched(step, inputs, generator, base):
+        if step.name == case.name:
+            seen.append(inputs[-1].group_ids)
+        return original(step, inputs, generator, base)
+
+    monkeypatch.setattr(assign, "_call", watched)
+    return whole, assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3)), seen
+
+
+def in_blocks(case: Case) -> bool:
+    """Whether every step of the case bounds its own temporaries, so that `assign_credit` cuts nothing."""
+    return all(step.spec.in_blocks for step in Pipeline.of(*case.steps).chains[0].active)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_tiles_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = filled(make_batch(seed=5, host_advantages=True))
-    whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
-    sizes = []
-    monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
-    original = credit._call
-
-    def watched(step, inputs, generator, base):
-        sizes.append((step.name, len(inputs[-1].rewards)))
-        return original(step, inputs, generator, base)
-
-    monkeypatch.setattr(credit, "_call", watched)
-    tiled = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
+    whole, tiled, seen = whole_and_cut(case, batch, monkeypatch)
     assert torch.equal(tiled, whole)
     active = [step.name for step in Pipeline.of(*case.steps).chains[0].active]  # an identity is not called
-    assert sizes.count((case.name, 3)) == 3 * active.count(case.name)  # eleven rows: three of three, and two
-    assert sizes.count((case.name, 2)) == active.count(case.name)
+    expected = [11] if in_blocks(case) else [3, 3, 3, 2]
+    assert [len(ids) for ids in seen] == (expected if case.name in active else [])
 
 
 def filled(batch: TokenBatch) -> TokenBatch:
@@ -52,26 +67,27 @@ def by_group(batch: TokenBatch) -> TokenBatch:
 
 
 @pytest.mark.parametrize("case", GROUPED, ids=repr)
-def test_whole_groups_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = by_group(filled(make_batch(seed=5, groups=(4, 2, 1, 3, 1), host_advantages=True)))
-    whole = assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3))
-    groups = []
-    monkeypatch.setattr(credit, "TILE", 3 * batch.response_mask.shape[1])
-    original = credit._call
+@pytest.mark.parametrize("together", [True, False])
+def test_whole_groups_change_nothing(case: Case, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = filled(make_batch(seed=5, groups=(4, 2, 1, 3, 1), host_advantages=True))
+    batch = by_group(batch) if together else batch
+    whole, tiled, seen = whole_and_cut(case, batch, monkeypatch)
+    assert torch.equal(tiled, whole)
+    if not seen or in_blocks(case):
+        return
+    assert len(seen) > 1 and max(len(ids) for ids in seen) == 4  # the largest group, more than a tile
+    size = dict(zip(*(part.tolist() for part in batch.group_ids.unique(return_counts=True)), strict=True))
+    for ids in seen:
+        labels, counts = (part.tolist() for part in ids.unique(return_counts=True))
+        assert counts == [size[label] for label in labels]
 
-    def watched(step, inputs, generator, base):
-        groups.append((step.name, inputs[-1].group_ids.bincount(minlength=100).tolist()))
-        return original(step, inputs, generator, base)
 
-    monkeypatch.setattr(credit, "_call", watched)
-    batch = replace(batch, group_ids=batch.group_ids - batch.group_ids.min())
-    assert torch.equal(assign_credit(list(case.steps), batch, generator=torch.Generator().manual_seed(3)), whole)
-    active = [step.name for step in Pipeline.of(*case.steps).chains[0].active]
-    seen = [counts for name, counts in groups if name == case.name]
-    assert len(seen) > active.count(case.name)
-    assert max(sum(counts) for counts in seen) == 4  # the largest group, more than a tile
-    full = batch.group_ids.bincount(minlength=100).tolist()
-    assert all(count in (0, full[group]) for counts in seen for group, count in enumerate(counts))
+@pytest.mark.parametrize("case", BATCHWIDE, ids=repr)
+def test_blocks_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = filled(make_batch(seed=5, host_advantages=True))
+    whole, cut, seen = whole_and_cut(case, batch, monkeypatch)
+    assert torch.equal(cut, whole)
+    assert all(len(ids) == 11 for ids in seen)
 
 
 def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,14 +95,13 @@ def test_rows_that_act_on_each_other_stay_together(monkeypatch: pytest.MonkeyPat
         pass
 
     batch = filled(make_batch(seed=5))
-    together = by_group(batch)
-    monkeypatch.setattr(credit, "TILE", 1)
+    monkeypatch.setattr(row_ranges, "TILE", 1)
     monkeypatch.setattr(TokenBatch, "rows", None)  # tiles are made with it
-    assign_credit(["group_centered", "gtpo"], batch)  # the rows of a group are not neighbours
     with pytest.raises(TypeError):
-        assign_credit(["group_centered"], together)
-    monkeypatch.setattr(tiles, "LocalReducer", Ranks)  # over ranks every process must make the same calls
-    assign_credit(["group_centered", "empg", "surprisal"], together)
+        assign_credit(["group_centered", "gtpo"], batch)
+    assign_credit(["group_centered", "gtpo", "steer"], batch)  # acts on the whole batch
+    monkeypatch.setattr(row_ranges, "LocalReducer", Ranks)  # over ranks every process must make the same calls
+    assign_credit(["group_centered", "gtpo", "reverse"], batch)
 
 
 @pytest.mark.parametrize(("window", "q"), [(64, 0.9), (7, 0.5), (1, 0.9), (5, 0.0), (64, 0.0), (90, 0.9), (2, 1.0)])

@@ -9,14 +9,14 @@ from batches import make_batch
 from support import fakecuda
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tokencredit import TokenCreditError, assign_credit, get_pipeline
+from tokencredit import TokenBatch, TokenCreditError, assign_credit, get_pipeline
 from tokencredit.collect.attention.entropies import attention_entropies, tap_entropies
 from tokencredit.collect.exact.score import node_logprobs
 from tokencredit.collect.exact.trie import build_trie
 from tokencredit.collect.exact.values import exact_credit
 from tokencredit.collect.head.logprobs import head_logprobs
 from tokencredit.collect.logprobs import token_logprobs
-from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.diagnostics.summary import credit_metrics, credit_sums
 from tokencredit.lab import sampler
 from tokencredit.methods.table import PRESETS
 from tokencredit.seeds import generator
@@ -137,6 +137,74 @@ def test_every_preset_gives_the_numbers_of_the_cpu(name: str) -> None:
     assert credit.is_cuda
     assert torch.equal(fakecuda.cpu(credit), expected)
     assert metrics == pytest.approx(credit_metrics(batch, expected, batch.rewards), nan_ok=True)
+
+
+GROUP_METHODS = ("grpo", "dr_grpo", "hapo", "hapo_balanced", "surprisal", "entropy_reduction", "fipo", "opd")
+
+
+@pytest.mark.parametrize("name", GROUP_METHODS)
+def test_a_micro_batch_waits_once(name: str) -> None:
+    whole = make_batch(seed=1, host_advantages=True)
+    whole = whole.rows(whole.counted.nonzero()[:, 0])
+    with fakecuda.session() as stats:
+        fields = fakecuda.cuda(whole.tensors())
+        stats.syncs, started = 0, stats.kernels
+        batch = TokenBatch(**fields, progress=0.25, step=20)
+        credit = assign_credit(name, batch)
+        waiting = dict(stats.sync_at)
+        pending = credit_sums(batch, credit, batch.host_advantages)
+        assert stats.syncs == 1, (waiting, stats.sync_at)
+        assert stats.kernels - started < 800, stats.ops.most_common(10)
+        metrics = pending.numbers()
+        assert stats.syncs == 2
+    expected = assign_credit(name, whole)
+    assert metrics == pytest.approx(credit_metrics(whole, expected, whole.host_advantages))
+
+
+def test_launches_do_not_grow_with_the_columns() -> None:
+    counts: dict[str, list[int]] = {}
+    for width in (100, 1600):
+        batch = make_batch(seed=2, response=width, groups=(4, 4))
+        long = torch.rand(8, width, generator=generator("test")) < 0.9
+        batch = replace(batch, response_mask=long)
+        for name in ("fipo", "success_trie", "opd_confidence"):
+            with fakecuda.session() as stats:
+                on_device = fakecuda.cuda(batch)
+                stats.kernels = 0
+                assign_credit(CONFIDENCE if name == "opd_confidence" else name, on_device)
+                counts.setdefault(name, []).append(stats.kernels)
+    for name, (short, wide) in counts.items():
+        assert wide - short <= 40, (name, short, wide)  # four more doublings, of five launches each
+
+
+CONFIDENCE = ["teacher_log_ratio", "teacher_confidence"]
+
+
+def test_a_batch_with_rows_that_do_not_count_is_computed_again() -> None:
+    batch = make_batch(seed=1, scored=torch.arange(11) != 4)
+    rewards = torch.where(batch.scored, batch.rewards, torch.nan)
+    for name in ("hapo", "empg", "clip_cov"):
+        with fakecuda.session():
+            on_device = replace(fakecuda.cuda(batch), rewards=fakecuda.cuda(rewards))
+            credit = assign_credit(name, on_device, generator=generator("test"))
+        assert torch.equal(fakecuda.cpu(credit), assign_credit(name, batch, generator=generator("test")))
+
+
+def test_what_cannot_be_read_is_refused_at_the_one_look() -> None:
+    batch = make_batch(seed=1)
+    with fakecuda.session():
+        on_device = fakecuda.cuda(batch)
+        for name, value in (("rewards", torch.nan), ("entropies", torch.inf), ("entropies", -1.0)):
+            broken = getattr(batch, name).clone()
+            broken[batch.counted] = value
+            with pytest.raises(TokenCreditError, match=f"`{name}` must be"):
+                assign_credit("hapo", replace(on_device, **{name: fakecuda.cuda(broken)}))
+
+        def overflowing(advantages: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+            return advantages * 1e300 * 1e300
+
+        with pytest.raises(TokenCreditError, match="overflowing gave"):
+            assign_credit(["group_normalized", overflowing], on_device)
 
 
 def test_a_batch_is_checked_where_it_lies() -> None:

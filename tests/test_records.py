@@ -248,9 +248,9 @@ def test_rounding_past_the_end_of_a_domain_is_accepted(dtype: torch.dtype, round
 def test_a_pipeline_examines_each_field_once(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = TokenBatch(**fields(entropies=torch.rand(2, 3), old_logprobs=-torch.rand(2, 3)))
     looked: list[str] = []
-    original = TokenBatch._broken
+    original = TokenBatch._is_plainly_sound
     monkeypatch.setattr(
-        TokenBatch, "_broken", lambda self, name, *more: looked.append(name) or original(self, name, *more)
+        TokenBatch, "_is_plainly_sound", lambda self, name, *more: looked.append(name) or original(self, name, *more)
     )
     assign_credit("hapo + steer + 0.5 * surprisal", batch)
     assert sorted(looked) == ["entropies", "old_logprobs"]

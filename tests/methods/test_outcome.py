@@ -100,8 +100,9 @@ def test_signed_outcomes(preset: str, expected: list[float], failure: float) -> 
 
 
 def test_the_threshold_of_signed_outcomes() -> None:
-    credit = signed_outcome(outcomes([0.2, 0.5, 0.6]), positive=2.0, negative=3.0, threshold=0.5)
-    torch.testing.assert_close(credit, per_token([-3.0, -3.0, 2.0]).double())
+    batch = outcomes([0.2, 0.5, 0.6])
+    credit = signed_outcome(batch, positive=2.0, negative=3.0, threshold=0.5)
+    torch.testing.assert_close(torch.where(batch.response_mask, credit, 0.0), per_token([-3.0, -3.0, 2.0]).double())
 
 
 def test_correct_is_strictly_above_the_threshold() -> None:

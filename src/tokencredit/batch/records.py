@@ -1,6 +1,6 @@
 """The records that travel through the package: a batch of sampled responses, and what a pipeline made of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral, Real
@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokencredit.batch.reduce import LOCAL, Reducer
+from tokencredit.batch.checks import FLOATS, INTEGERS, LARGEST, check_tensor, representable, slack
+from tokencredit.batch.reduce import LOCAL, Reducer, numbered
 from tokencredit.errors import TokenCreditError, shown, unknown
 
 # What fills each optional field, named in the error when it is missing.
@@ -52,11 +53,7 @@ TOKEN_FIELDS = (
 OPTIONAL_FIELDS = (*TOKEN_FIELDS, "host_advantages", "doubling_ratios")
 RUN_FIELDS = ("step",)  # numbers of the run, not of its tokens; a pipeline may require them as well
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-LARGEST = torch.finfo(torch.float32).max  # credit is float32
-
-# A probability is at most 1, an entropy or a distance at least 0. Rounding may pass that by this much, see `_slack`.
+# A probability is at most 1, an entropy or a distance at least 0. Rounding may pass that, see `checks.slack`.
 NOT_POSITIVE = frozenset(name for name in TOKEN_FIELDS if name.endswith("logprobs"))
 NOT_NEGATIVE = frozenset(
     {
@@ -70,15 +67,16 @@ NOT_NEGATIVE = frozenset(
 )
 
 
-class _Examined:
-    """Holds the names of the fields whose values were examined; a slot, so that it is not a field of the batch."""
+class _Known:
+    """What was found out about a batch: slots, so that they are not fields of it."""
 
-    __slots__ = ("_examined",)
-    _examined: set[str]
+    __slots__ = ("_examined", "_numbered")
+    _examined: set[str]  # names of the fields whose values were examined
+    _numbered: tuple[Tensor, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class TokenBatch(_Examined):
+class TokenBatch(_Known):
     """Sampled responses, padded to one length; every group (same prompt) is complete.
 
     `response_mask` is True exactly where the policy chose the token; padding and text inserted by an environment are
@@ -128,21 +126,22 @@ class TokenBatch(_Examined):
     def __post_init__(self) -> None:
         """Gate 1: types, shapes, devices and rewards. Values of optional fields are examined where they are read."""
         object.__setattr__(self, "_examined", set())
-        _check_tensor("response_ids", self.response_ids, INTEGERS)
+        check_tensor("response_ids", self.response_ids, INTEGERS)
         if self.response_ids.ndim != 2:
             raise TokenCreditError(
                 f"`response_ids` must be [batch, response], got shape {list(self.response_ids.shape)}"
             )
         for name, (dtypes, per_token) in _EXPECTED.items():
             self._check_field(name, dtypes, per_token)
-        self._check_rewards()
+        if not self.rewards.is_cuda:  # there `examine` looks at them, together with everything else
+            self._check_rewards()
         self._check_scalars()
 
     def _check_field(self, name: str, dtypes: tuple[torch.dtype, ...], per_token: bool) -> None:
         value = getattr(self, name)
         if value is None and name not in REQUIRED:
             return
-        _check_tensor(name, value, dtypes)
+        check_tensor(name, value, dtypes)
         shape = self.response_ids.shape if per_token else self.response_ids.shape[:1]
         if value.shape != shape:
             raise TokenCreditError(f"`{name}` must have shape {list(shape)}, got {list(value.shape)}")
@@ -153,10 +152,9 @@ class TokenBatch(_Examined):
             )
 
     def _check_rewards(self) -> None:
-        broken = ~_representable(self.rewards)
-        if not bool(broken.any()):
+        if bool(representable(self.rewards).all()):
             return
-        broken &= self.counted
+        broken = ~representable(self.rewards) & self.counted
         if bool(broken.any()):
             row = int(broken.nonzero()[0])
             raise TokenCreditError(
@@ -194,18 +192,46 @@ class TokenBatch(_Examined):
         All others get no credit and enter no statistic, under every estimator and transform: `assign_credit` runs the
         pipeline on the counted responses alone.
         """
-        filled = self.response_mask.any(1)
+        if self.response_mask.numel() and self.response_mask.device.type == "cpu":
+            filled = self.response_mask.view(torch.uint8).amax(1) > 0  # the same, thirty times faster
+        else:
+            filled = self.response_mask.any(1)
         return filled if self.scored is None else filled & self.scored
+
+    @property
+    def numbered_groups(self) -> tuple[Int[Tensor, " batch"], int]:
+        """A number for the group of each row, the same on all processes, and how many there are at most."""
+        if not hasattr(self, "_numbered"):
+            object.__setattr__(self, "_numbered", numbered(self.group_ids, self.reducer))
+        return self._numbered
 
     def rows(self, index: Any) -> "TokenBatch":
         """Some rows of the batch, by slice, indices or a mask. Values are not checked again.
 
         The reducer stays: over several processes all must call with it, also those that keep no row.
         """
+        return self._changed({name: value[index] for name, value in self.tensors().items()})
+
+    def moved(self, device: torch.device) -> "TokenBatch":
+        """The batch on another device."""
+        return self._changed({name: value.to(device) for name, value in self.tensors().items()})
+
+    def whole_groups(self, index: Any) -> "TokenBatch":
+        """`rows`, whose groups are whole and numbered without a gap, the first the lowest."""
+        part = self.rows(index)
+        numbers = self.numbered_groups[0][index]
+        object.__setattr__(part, "_numbered", (numbers - numbers[0], len(numbers)))
+        return part
+
+    def where_counted(self) -> "TokenBatch":
+        """The batch with an empty mask where a response does not count."""
+        return self._changed({"response_mask": self.response_mask & self.counted[:, None]})
+
+    def _changed(self, changes: Mapping[str, Tensor]) -> "TokenBatch":
+        """The batch with other tensors, not checked again."""
         part = object.__new__(type(self))
-        for item in fields(self):
-            value = getattr(self, item.name)
-            object.__setattr__(part, item.name, value[index] if isinstance(value, Tensor) else value)
+        for name in _FIELDS:
+            object.__setattr__(part, name, changes[name] if name in changes else getattr(self, name))
         object.__setattr__(part, "_examined", set(self._names_examined()))
         return part
 
@@ -226,42 +252,66 @@ class TokenBatch(_Examined):
           TokenCreditError: names the field, the value, its place, and what fills the field.
         """
         names = tuple(names)
-        # A ratio of NaN says that there was nothing to measure.
-        carried = [name for name in names if isinstance(getattr(self, name), Tensor) and name != "doubling_ratios"]
-        counted = self.counted
-        broken = [self._broken(name, counted, domains) for name in carried]
-        every, *refused = torch.stack([counted.all(), *(places.any() for places in broken)]).tolist()
-        for name, places, is_refused in zip(carried, broken, refused, strict=True):
+        every, *refused = self.look(names, domains=domains).tolist()
+        for name, is_refused in zip(("rewards", *names), refused, strict=True):
             if is_refused:
-                raise self._refusal(name, places)
+                self._refuse(name, domains)
         self._names_examined().update(names)
         return bool(every)
+
+    def look(self, names: Sequence[str], *, domains: bool = True) -> Bool[Tensor, " flag"]:
+        """What `examine` finds, where it lies: whether every response counts; of rewards and fields, which it refuses.
+
+        Nothing is copied to the host, so on a GPU one may look first and ask later.
+        """
+        counted = self.counted
+        flags = [counted.all()]
+        for name in ("rewards", *names):
+            value = getattr(self, name)
+            # A ratio of NaN says that there was nothing to measure. Rewards on the CPU were checked at the start.
+            skipped = not isinstance(value, Tensor) or name == "doubling_ratios"
+            if skipped or (not value.is_cuda and (name == "rewards" or self._is_plainly_sound(name, domains))):
+                flags.append(torch.zeros_like(flags[0]))
+            else:
+                flags.append(self._broken(name, counted, domains).any())
+        return torch.stack(flags)
+
+    def _is_plainly_sound(self, name: str, domains: bool) -> bool:
+        """Whether all values of a field, padding too, can be read: one pass, which leaves little to look at."""
+        value = getattr(self, name).detach()
+        if not value.numel():
+            return True
+        least, greatest = (float(end) for end in value.aminmax())
+        lowest = -slack(value.dtype) if domains and name in NOT_NEGATIVE else -LARGEST
+        highest = slack(value.dtype) if domains and name in NOT_POSITIVE else LARGEST
+        return lowest <= least and greatest <= highest  # NaN is neither
 
     def _broken(self, name: str, counted: Bool[Tensor, " batch"], domains: bool) -> Tensor:
         """Where a field holds a value that no method can read; one number per token or per response."""
         value = getattr(self, name).detach()
-        good = _representable(value)
-        if name == "doubling_ratios":
-            good |= value.isnan()  # an untouched adapter has nothing to double
+        good = representable(value)
         if domains and name in NOT_POSITIVE:
-            good &= value <= _slack(value.dtype)
+            good &= value <= slack(value.dtype)
         if domains and name in NOT_NEGATIVE:
-            good &= value >= -_slack(value.dtype)
+            good &= value >= -slack(value.dtype)
         return (counted if value.ndim == 1 else counted[:, None] & self.response_mask) & ~good
 
     def trust(self, names: Iterable[str]) -> None:
         """Take the values of these fields as they are, so that `require` returns them even where they are NaN."""
         self._names_examined().update(names)
 
-    def _refusal(self, name: str, broken: Tensor) -> TokenCreditError:
-        place = broken.nonzero()[0].tolist()
+    def _refuse(self, name: str, domains: bool) -> None:
+        """Raise for the first value of a field that cannot be read."""
+        if name == "rewards":
+            self._check_rewards()
+        place = self._broken(name, self.counted, domains).nonzero()[0].tolist()
         value = float(getattr(self, name)[tuple(place)])
         at = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "token"), place, strict=False))
         if not isfinite(value) or abs(value) > LARGEST:
             needed = "finite (within float32) where the mask is True"
         else:
             needed = "at most 0 (up to rounding)" if name in NOT_POSITIVE else "at least 0 (up to rounding)"
-        return TokenCreditError(
+        raise TokenCreditError(
             f"`{name}` must be {needed}, got {value} at {at}", hint=f"it comes from: {COLLECTORS[name]}"
         )
 
@@ -298,8 +348,11 @@ class TokenBatch(_Examined):
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that are present, by field name."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+_FIELDS = tuple(item.name for item in fields(TokenBatch))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -337,44 +390,3 @@ _EXPECTED: Mapping[str, tuple[tuple[torch.dtype, ...], bool]] = {
     "doubling_ratios": (FLOATS, False),
     **dict.fromkeys(TOKEN_FIELDS, (FLOATS, True)),
 }
-
-
-def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A dense tensor with values and one of `dtypes`, or an error that names the field and the remedy."""
-    if not isinstance(value, Tensor):
-        raise TokenCreditError(
-            f"`{name}` is a {type(value).__name__}: pass a torch.Tensor",
-            hint=f"torch.as_tensor(…) makes one of a list or an array; its dtype is {_names(dtypes)}",
-        )
-    if value.is_nested or value.layout != torch.strided:
-        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise TokenCreditError(
-            f"`{name}` must be a dense tensor, got a {layout} one",
-            hint="pad a nested tensor with `.to_padded_tensor(0)`, fill a sparse one with `.to_dense()`",
-        )
-    if value.is_meta:
-        raise TokenCreditError(f"`{name}` is on the device meta, which holds no values")
-    if value.dtype not in dtypes:
-        raise TokenCreditError(
-            f"`{name}` must be {_names(dtypes)}, got {value.dtype}", hint="convert it with `.to(dtype)`"
-        )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _representable(value: Tensor) -> Tensor:
-    """Where a value is finite as a float32."""
-    # One comparison, which NaN fails too: `torch.isfinite` takes three times as long on a CPU.
-    return value.abs() <= LARGEST if value.dtype == torch.float64 else value.abs() < torch.inf
-
-
-def _slack(dtype: torch.dtype) -> float:
-    """How far rounding may move a number past the end of its domain.
-
-    A log-prob is a logit minus the logarithm of a sum. Logits reach 32, and a number there is known to 16 machine
-    epsilons: 0.125 in bfloat16, 0.016 in float16. Sums over a vocabulary and engines that report rounded numbers are
-    given 1e-3 in every dtype.
-    """
-    return max(1e-3, 16.0 * torch.finfo(dtype).eps)

@@ -6,10 +6,12 @@ float64 and order statistics are found exactly by counting (never by gathering a
 
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+FEW_LABELS = 1023  # groups of one rank that one exchange carries; more take a second
 RADIX = 1 << 16  # bins of one counting pass; two passes resolve all 32 bits of a float
 
 
@@ -63,29 +65,46 @@ class ProcessGroupReducer:
         return largest
 
     def labels(self, group_ids: Int[Tensor, " batch"]) -> Int[Tensor, " label"]:
-        own = group_ids.unique()
-        longest = int(self.maximum(torch.tensor(own.numel(), device=own.device)))
-        count = torch.full((1,), own.numel(), device=own.device)
-        padded = torch.cat((count, own, own.new_zeros(longest - own.numel())))
-        world = torch.distributed.get_world_size(self.process_group)
-        rows = [torch.empty_like(padded) for _ in range(world)]
+        labels = group_ids.unique().long()
+        rows = self._gather(labels, FEW_LABELS)
+        counts = rows[:, 0].tolist()
+        if max(counts) > FEW_LABELS:  # every rank sees it
+            rows = self._gather(labels, max(counts))
+        return torch.cat([row[1 : 1 + count] for row, count in zip(rows, counts, strict=True)]).unique()
+
+    def _gather(self, labels: Int[Tensor, " label"], most: int) -> Int[Tensor, "rank place"]:
+        """The number of labels of each rank and at most `most` of them."""
+        count = torch.full((1,), labels.numel(), device=labels.device)
+        padded = torch.cat((count, labels[:most], labels.new_zeros(max(0, most - labels.numel()))))
+        rows = [torch.empty_like(padded) for _ in range(torch.distributed.get_world_size(self.process_group))]
         torch.distributed.all_gather(rows, padded, group=self.process_group)
-        return torch.cat([row[1 : 1 + int(row[0])] for row in rows]).unique()
+        return torch.stack(rows)
 
 
 LOCAL = LocalReducer()
+
+
+def numbered(labels: Int[Tensor, " batch"], reducer: Reducer = LOCAL) -> tuple[Int[Tensor, " batch"], int]:
+    """A number for each distinct label, the same on all processes, and how many numbers there are at most.
+
+    On one process the host does not look at the labels, so that a GPU need not be waited for.
+    """
+    if not isinstance(reducer, LocalReducer):
+        shared = reducer.labels(labels)
+        return torch.searchsorted(shared, labels.to(shared.dtype)), shared.numel()
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    starts = torch.zeros_like(order)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(order).scatter_(0, order, starts.cumsum(0)), labels.numel()
 
 
 def group_totals(
     stats: Float[Tensor, "batch stat"], group_ids: Int[Tensor, " batch"], reducer: Reducer = LOCAL
 ) -> Float[Tensor, "batch stat"]:
     """Sum of each column over the rows of a group, on all processes; row i holds the totals of its own group."""
-    if isinstance(reducer, LocalReducer):
-        labels, index = group_ids.unique(return_inverse=True)
-    else:
-        labels = reducer.labels(group_ids)
-        index = torch.searchsorted(labels, group_ids)
-    table = stats.new_zeros(labels.numel(), stats.shape[1]).index_add_(0, index, stats)
+    index, count = numbered(group_ids, reducer)
+    table = stats.new_zeros(count, stats.shape[1]).index_add_(0, index, stats)
     return reducer.total(table)[index]
 
 
@@ -95,8 +114,8 @@ def extrema(
     """The least and the greatest masked value of all processes, in one exchange of two numbers; (∞, −∞) of none."""
     ends = values.new_full((2,), -torch.inf)
     if values.numel():
-        lowest = values.new_full((), -torch.inf)
-        ends = torch.stack([torch.where(mask, side, lowest).amax() for side in (values, -values)])
+        nothing = values.new_full((), torch.inf)
+        ends = torch.stack((torch.where(mask, values, -nothing).amax(), -torch.where(mask, values, nothing).amin()))
     greatest, least = reducer.maximum(ends).unbind()
     return -least, greatest
 
@@ -104,7 +123,17 @@ def extrema(
 def kth_smallest(
     values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], rank: int, reducer: Reducer = LOCAL
 ) -> float:
-    """The value of 0-based `rank` among the masked float32 values of all processes, exact, in two counting passes."""
+    """The value of 0-based `rank` among the masked float32 values of all processes, exact.
+
+    On one CPU by selection, elsewhere in two counting passes.
+    """
+    if type(reducer) is LocalReducer and values.device.type == "cpu":
+        count = np.count_nonzero(mask.numpy())
+        if not 0 <= rank < count:
+            raise IndexError(f"rank {rank} of {count} values")
+        # What is not chosen comes last; + 0.0 turns −0 into 0.
+        whole = torch.where(mask, values.detach().float() + 0.0, torch.inf).flatten().numpy()
+        return float(np.partition(whole, rank)[rank])
     keys = _sortable(values[mask].float())  # 0 ... 2³² − 1, in the order of the floats
     high, low = keys // RADIX, keys % RADIX
     upper, below = _locate(torch.bincount(high, minlength=RADIX), rank, reducer)

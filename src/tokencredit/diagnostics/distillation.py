@@ -40,7 +40,7 @@ def _discrepancy_sums(batch: TokenBatch, gamma: float) -> Float[Tensor, " 7"]:
         torch.where(inside, (spent - way).abs(), 0.0).amax(1),
     )
     per_response = [torch.where(live, row, 0.0).sum().double() for row in rows]
-    return torch.stack((weights[mask].sum().double(), mask.sum().double(), live.sum().double(), *per_response))
+    return torch.stack((weights.sum(), mask.sum().double(), live.sum().double(), *per_response))
 
 
 def _discrepancy(sums: Sequence[float]) -> dict[str, float]:

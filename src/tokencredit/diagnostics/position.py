@@ -34,7 +34,9 @@ def profile_sums(
     values: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"], bins: int = 10
 ) -> Float[Tensor, "3 bin"]:
     """Σ x, Σ |x| and the number of tokens of each relative position: what processes can add up."""
-    place = positions(mask) * bins // response_lengths(mask).clamp_min(1)
-    x = chosen(values, mask)[mask].double()
-    columns = torch.stack((x, x.abs(), torch.ones_like(x)))
-    return columns.new_zeros(3, bins).index_add_(1, place[mask], columns)
+    place = torch.where(mask, positions(mask) * bins // response_lengths(mask).clamp_min(1), bins)
+    x = chosen(values, mask)
+    tables = x.new_zeros(3, len(x), bins + 1)  # the last bin catches what is not chosen
+    for table, column in zip(tables, (x, x.abs(), torch.ones_like(x)), strict=True):
+        table.scatter_add_(1, place, column)
+    return tables.sum(1)[:, :bins]

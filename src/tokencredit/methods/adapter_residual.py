@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.likelihood import WEIGHT_DOMAINS, score_weights
+from tokencredit.methods.likelihood import WEIGHT_DOMAINS, score_weights, weigh
 from tokencredit.methods.spec import MethodSpec, Rows, at
 
 
@@ -43,13 +42,15 @@ def adapter_residual(
     Paper: ARCA (arXiv:2606.00257). p = 1 is its equation, p = 2 (preset `arca_released`) what the base config of its
     reported sweep says. `mix`, `floor`, `cap` and `gate` are ours.
     """
-    mask = batch.response_mask
-    scores = chosen(batch.require("adapter_residuals"), mask)
-    if gate > 0.0:
-        trusted = batch.require("doubling_ratios").double() >= gate
-        scores = torch.where(trusted[:, None], scores, 0.0)
-    weights = score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-    return chosen(advantages, mask) * weights
+
+    def weights(scores: Tensor, *rest: Tensor) -> Tensor:
+        *ratios, mask = rest
+        for ratio in ratios:
+            scores = torch.where(ratio[:, None].double() >= gate, scores, torch.zeros_like(scores))
+        return score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    ratios = [batch.require("doubling_ratios")] if gate > 0.0 else []
+    return weigh(advantages, batch, weights, batch.require("adapter_residuals"), *ratios)
 
 
 ROWS = Rows(
@@ -62,6 +63,7 @@ ROWS = Rows(
         limits=(at(sharpening=0.0), at(mix=0.0)),
         keeps_sign=True,
         report_section="signals",
+        in_blocks=True,
     ),
     presets={
         "arca": ["group_normalized", {"adapter_residual": {"sharpening": 1.0}}],

@@ -1,7 +1,6 @@
 """Transforms that move credit by how likely the policy found a token: surprisal, entropy reduction, policy divergence.
 
-Each function is a score per token, which `weigh_by_scores` turns into weights of mean one within the response;
-`adapter_residual` uses the same weights.
+Each is a score per token turned into weights of mean one within the response; `adapter_residual` uses the same weights.
 """
 
 from collections.abc import Callable
@@ -10,36 +9,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.masked import by_blocks, following, kept, level, picked, response_lengths, row_sums
 from tokencredit.batch.records import TokenBatch
-from tokencredit.methods.spec import Method, MethodSpec, Rows, at
+from tokencredit.methods.spec import MethodSpec, Rows, at
 
 ENTROPIES, OLD = frozenset({"entropies"}), frozenset({"old_logprobs"})
 WEIGHT_DOMAINS = {"sharpening": "[0, inf)", "mix": "[0, 1]", "floor": "[0, 1]", "cap": "[1, inf)"}
 EPS = 1e-8  # below this greatest score a response has no signal
 
 
-def weigh_by_scores(score: Callable[[TokenBatch], Tensor]) -> Method:
-    """The transform that weights credit in proportion to a score of each token; its text is that of the score."""
-
-    def weigh(
-        advantages: Float[Tensor, "batch response"],
-        batch: TokenBatch,
-        *,
-        sharpening: float = 1.0,
-        mix: float = 1.0,
-        floor: float = 0.0,
-        cap: float | None = None,
-    ) -> Float[Tensor, "batch response"]:
-        weights = score_weights(score(batch), batch.response_mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
-        return chosen(advantages, batch.response_mask) * weights
-
-    weigh.__doc__, weigh.__name__, weigh.__qualname__ = score.__doc__, score.__name__, score.__qualname__
-    return weigh
-
-
-@weigh_by_scores
-def surprisal(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def surprisal(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how surprising a token was.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = −log π(y_t | s_t)
@@ -49,11 +36,22 @@ def surprisal(batch: TokenBatch) -> Float[Tensor, "batch response"]:
 
     Paper: ARCA (arXiv:2606.00257), a baseline of its table 1, which was run at p = 2.
     """
-    return -chosen(batch.require("old_logprobs"), batch.response_mask)
+
+    def weights(logprobs: Tensor, mask: Tensor) -> Tensor:
+        return score_weights(-logprobs, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("old_logprobs"))
 
 
-@weigh_by_scores
-def entropy_reduction(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def entropy_reduction(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how much uncertainty a token took away.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = max(0, H_t − H_{t+1})
@@ -64,11 +62,23 @@ def entropy_reduction(batch: TokenBatch) -> Float[Tensor, "batch response"]:
     Paper: ARCA (arXiv:2606.00257). Deviation: its release zeroes the last column of the padded batch, so shorter
     responses end with the entropy of padding; ours ends each response where it ends, EOS counted.
     """
-    return entropy_drops(batch.require("entropies"), batch.response_mask)
+
+    def weights(entropies: Tensor, mask: Tensor) -> Tensor:
+        drops = entropy_drops(entropies, mask)
+        return score_weights(drops, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("entropies"))
 
 
-@weigh_by_scores
-def policy_divergence(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+def policy_divergence(
+    advantages: Float[Tensor, "batch response"],
+    batch: TokenBatch,
+    *,
+    sharpening: float = 1.0,
+    mix: float = 1.0,
+    floor: float = 0.0,
+    cap: float | None = None,
+) -> Float[Tensor, "batch response"]:
     """Credit in proportion to how far the policy has moved from the reference at a token.
 
         Â′_t = Â_t · n w_t,   w_t = α_t^p / Σ_k α_k^p,   α_t = |log π(y_t | s_t) − log π_ref(y_t | s_t)|
@@ -78,18 +88,28 @@ def policy_divergence(batch: TokenBatch) -> Float[Tensor, "batch response"]:
 
     Paper: ARCA (arXiv:2606.00257); its reference is the model with the adapter off.
     """
+
+    def weights(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+        scores = (picked(logprobs, mask) - picked(reference, mask)).abs()
+        return score_weights(scores, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+
+    return weigh(advantages, batch, weights, batch.require("old_logprobs"), batch.require("ref_logprobs"))
+
+
+def weigh(
+    advantages: Float[Tensor, "batch response"], batch: TokenBatch, weights: Callable[..., Tensor], *fields: Tensor
+) -> Float[Tensor, "batch response"]:
+    """Credit times `weights(*fields, mask)`, which looks at each response alone; some responses at a time."""
     mask = batch.response_mask
-    return (chosen(batch.require("old_logprobs"), mask) - chosen(batch.require("ref_logprobs"), mask)).abs()
+    return by_blocks(lambda a, *rows: a * weights(*rows), mask, level(advantages, mask), *fields, mask)
 
 
 def entropy_drops(
     entropies: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
     """max(0, H_t − H_{t+1}) between neighbouring chosen tokens; 0 on the last one and outside the mask."""
-    packed = compact(chosen(entropies, mask), mask)
-    following = torch.cat((packed[:, 1:], torch.zeros_like(packed[:, :1])), dim=1)
-    last = torch.arange(mask.shape[1], device=mask.device) >= response_lengths(mask) - 1
-    return spread(torch.where(last, 0.0, (packed - following).clamp_min(0.0)), mask)
+    after, has_next = following(picked(entropies, mask), mask)
+    return kept((picked(entropies, mask) - after).clamp_min_(0.0), has_next)
 
 
 def score_weights(
@@ -114,17 +134,24 @@ def score_weights(
     fallback (a sum of *squares* against 1e-8) and of underflow. At p = 1 the weights differ by at most
     n (n − 1) · 1e-8 / Σα; for p < 1 there is no such bound, since the release's constant lifts small scores.
     """
-    scores = chosen(scores, mask).clamp_min(0.0)
+    scores = picked(scores, mask).clamp_min_(0.0)
     length = response_lengths(mask)
-    largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.sum(1, keepdim=True)
+    largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.new_zeros(len(scores), 1)
     signal = largest > EPS
-    powers = torch.where(mask, (scores / torch.where(signal, largest, 1.0)).pow(sharpening), 0.0)
-    weights = torch.where(signal & mask, length * powers / powers.sum(1, keepdim=True).clamp_min(1.0), 1.0)
-    weights = 1.0 + mix * (weights - 1.0)
+    powers = scores.div_(torch.where(signal, largest, 1.0))
+    if sharpening != 1.0:
+        powers = kept(powers.pow_(sharpening), mask)  # 0 to the power 0 is 1
+    # n / Σ where there is a signal, then mixed with 1: w = powers · factor + rest, both one number a response.
+    factor = torch.where(signal, mix * length / row_sums(powers).clamp_min(1.0), 0.0).to(powers.dtype)
+    rest = (1.0 - mix * signal.double()).to(powers.dtype)
+    weights = powers.mul_(factor)
+    is_whole = mix == 1.0 and mask.device.type == "cpu" and bool(signal.all())  # a GPU is not asked
+    if not is_whole:
+        weights = kept(weights.add_(rest), mask)
     if floor > 0.0 or cap is not None:
-        weights = torch.where(mask, weights.clamp(floor, cap), 0.0)
-        weights = weights * length / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    return torch.where(mask, weights, 0.0)
+        weights = kept(weights.clamp_(floor, cap), mask)
+        weights *= (length / row_sums(weights).clamp_min(torch.finfo(weights.dtype).tiny)).to(weights.dtype)
+    return weights
 
 
 ROWS = Rows(
@@ -137,6 +164,7 @@ ROWS = Rows(
         limits=(at(sharpening=0.0), at(mix=0.0)),
         keeps_sign=True,
         report_section="signals",
+        in_blocks=True,
     ),
     MethodSpec(
         entropy_reduction,
@@ -147,6 +175,7 @@ ROWS = Rows(
         limits=(at(sharpening=0.0), at(mix=0.0)),
         keeps_sign=True,
         report_section="signals",
+        in_blocks=True,
     ),
     MethodSpec(
         policy_divergence,
@@ -157,6 +186,7 @@ ROWS = Rows(
         limits=(at(sharpening=0.0), at(mix=0.0)),
         keeps_sign=True,
         report_section="signals",
+        in_blocks=True,
     ),
     presets={
         "surprisal": ["group_normalized", "surprisal"],

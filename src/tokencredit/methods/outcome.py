@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen
+from tokencredit.batch.masked import group_sums
 from tokencredit.batch.records import TokenBatch
-from tokencredit.batch.reduce import group_totals
 from tokencredit.methods.spec import MethodSpec, Rows
 
 
@@ -26,7 +25,7 @@ def group_normalized(batch: TokenBatch, *, eps: float = 1e-6) -> Float[Tensor, "
     if batch.host_advantages is not None:
         return _spread_to_tokens(batch.host_advantages.double(), batch)
     centred, count = _center(batch)
-    squares = group_totals(centred.square()[:, None], batch.group_ids, batch.reducer)[:, 0]
+    squares = group_sums(centred.square()[:, None], batch)[:, 0]
     std = (squares / (count - 1).clamp_min(1.0)).sqrt()
     return _spread_to_tokens(torch.where(std > 0, centred / torch.where(std > 0, std + eps, 1.0), 0.0), batch)
 
@@ -86,21 +85,31 @@ def _center(batch: TokenBatch) -> tuple[Float[Tensor, " batch"], Float[Tensor, "
     """Outcome minus the mean of its group, and the size of the group; 0 exactly where all outcomes are equal."""
     rewards = batch.rewards.detach().double()
     stats = torch.stack((rewards, torch.ones_like(rewards)), dim=1)
-    total, count = group_totals(stats, batch.group_ids, batch.reducer).unbind(1)
+    total, count = group_sums(stats, batch).unbind(1)
     deviation = rewards - total / count
     return torch.where(deviation.abs() > 1e-12 * rewards.abs(), deviation, 0.0), count
 
 
 def _spread_to_tokens(per_response: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
-    return chosen(per_response[:, None].expand(batch.response_mask.shape), batch.response_mask)
+    """One column, spread without a copy; what lies outside the mask is left to whoever reads it."""
+    return per_response.detach()[:, None].expand(batch.response_mask.shape)
 
 
 ROWS = Rows(
-    MethodSpec(group_normalized, "arXiv:2402.03300", scope="group", domains={"eps": "[0, inf)"}, is_host_baseline=True),
-    MethodSpec(group_centered, "arXiv:2503.20783", scope="group"),
-    MethodSpec(leave_one_out, "arXiv:2402.14740", scope="group"),
     MethodSpec(
-        signed_outcome, "arXiv:2506.01347", scope="response", domains={"positive": "[0, inf)", "negative": "[0, inf)"}
+        group_normalized,
+        "arXiv:2402.03300",
+        scope="group",
+        domains={"eps": "[0, inf)"},
+        is_host_baseline=True,
+    ),
+    MethodSpec(group_centered, "arXiv:2503.20783", scope="group", in_blocks=True),
+    MethodSpec(leave_one_out, "arXiv:2402.14740", scope="group", in_blocks=True),
+    MethodSpec(
+        signed_outcome,
+        "arXiv:2506.01347",
+        scope="response",
+        domains={"positive": "[0, inf)", "negative": "[0, inf)"},
     ),
     presets={
         "grpo": ["group_normalized"],

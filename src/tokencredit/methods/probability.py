@@ -9,6 +9,7 @@ from torch import Tensor
 from tokencredit.batch.draws import draw_uniforms
 from tokencredit.batch.masked import chosen, response_lengths, row_quantile, unit_moments
 from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.recurrence import reverse_recurrence
 from tokencredit.methods.selection import count_share, keep_selected
 from tokencredit.methods.spec import MethodSpec, Rows, at
 
@@ -169,13 +170,9 @@ def future_ratio(
     ratio = chosen(batch.require("current_logprobs"), mask) - chosen(batch.require("old_logprobs"), mask)
     if clip_ratio_c is not None:
         ratio = torch.where(ratio > math.log(clip_ratio_c), 0.0, ratio)
-    gamma = 2.0 ** (-1.0 / half_life)
-    future = torch.zeros_like(ratio)
-    running = ratio.new_zeros(ratio.shape[0])
-    for t in range(ratio.shape[1] - 1, -1, -1):
-        # An unchosen token neither adds to the sum nor ages it.
-        running = torch.where(mask[:, t], ratio[:, t] + gamma * running, running)
-        future[:, t] = running
+    # An unchosen token neither adds to the sum nor ages it.
+    ageing = torch.ones_like(ratio).masked_fill(mask, 2.0 ** (-1.0 / half_life))
+    future = reverse_recurrence(ageing, ratio)
     return chosen(advantages, mask) * chosen(future.exp().clamp(low, high), mask)
 
 

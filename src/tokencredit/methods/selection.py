@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, response_lengths, unit_sums
+from tokencredit.batch.masked import count_chosen, kept, level, response_lengths, unit_sums
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.spec import Scope
 
@@ -30,9 +30,10 @@ def keep_selected(
     """
     factor = 1.0
     if normalize == "selected":
-        kept, count = batch.reducer.total(torch.stack((selected.sum(), batch.response_mask.sum()))).tolist()
-        factor = count / max(kept, 1)
-    return torch.where(selected, chosen(advantages, batch.response_mask) * factor, 0.0)
+        counts = torch.stack((count_chosen(selected), count_chosen(batch.response_mask)))
+        some, count = batch.reducer.total(counts).tolist()
+        factor = count / max(some, 1)
+    return kept(level(advantages, batch.response_mask) * factor, selected)
 
 
 def selection_scope(hyperparameters: Mapping[str, Any]) -> Scope:

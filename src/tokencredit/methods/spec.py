@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 from torch import Tensor
@@ -45,6 +46,7 @@ class MethodSpec:
     * `domains`: intervals such as "(0, 1]" of numeric hyperparameters; choices come from `Literal` annotations.
     * `limits`: see `Limit`. `keeps_sign`, `conserves` ("multiset" per response, "mass" or None): laws that are tested.
     * `is_host_baseline`: inside a host, the estimator returns the host's own advantages.
+    * `in_blocks`: the function bounds its temporaries by itself and is handed the whole batch.
     * `is_exact`: the estimator is the exact credit that benchmarks compare with.
     * `ignores_reward`: the estimator learns from a teacher only; rewards are logged and nothing else.
     * `report_section`: where the report shows runs with this method: "bonus" for a teacher's bonus on top of the
@@ -63,6 +65,7 @@ class MethodSpec:
     keeps_sign: bool = False
     conserves: str | None = None
     is_host_baseline: bool = False
+    in_blocks: bool = False
     is_exact: bool = False
     ignores_reward: bool = False
     report_section: Literal["bonus", "signals"] | None = None
@@ -98,12 +101,12 @@ class MethodSpec:
     @property
     def draws(self) -> bool:
         """Whether the method takes a generator."""
-        return "generator" in inspect.signature(self.fn).parameters
+        return "generator" in _parameters(self.fn)
 
     @property
     def takes_base(self) -> bool:
         """Whether the method compares with what the estimator gave."""
-        return "base" in inspect.signature(self.fn).parameters
+        return "base" in _parameters(self.fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +137,15 @@ class Rows:
         self.presets, self.aliases, self.controls = presets or {}, aliases or {}, controls or {}
 
 
+@lru_cache(maxsize=1024)
+def _parameters(fn: Method) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(fn).parameters
+
+
 def _hyperparameters(fn: Method) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
-        for name, parameter in inspect.signature(fn).parameters.items()
+        for name, parameter in _parameters(fn).items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in SUPPLIED
     }
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokencredit.batch.draws import mix64
-from tokencredit.batch.masked import chosen, compact, response_lengths, spread
+from tokencredit.batch.masked import chosen, compact, group_sums, response_lengths, spread
 from tokencredit.batch.records import TokenBatch
+from tokencredit.batch.recurrence import linear_recurrence
 from tokencredit.batch.reduce import LOCAL, group_totals
 from tokencredit.methods.outcome import correct_rows
 from tokencredit.methods.spec import MethodSpec, Rows
@@ -54,7 +55,7 @@ def success_trie(batch: TokenBatch, *, kappa: float = 4.0, threshold: float = 0.
     inside = torch.arange(mask.shape[1], device=mask.device) < length
     keys = _prefix_keys(batch, inside)  # [batch, 1 + response]
     one = torch.ones_like(success)[:, None]
-    size = group_totals(one, batch.group_ids, batch.reducer)
+    size = group_sums(one, batch)
     copies = group_totals(one, keys.gather(1, length)[:, 0].contiguous(), batch.reducer)
     whole = logprobs.sum(1, keepdim=True)
     rest = (whole - logprobs.cumsum(1)).clamp_max(0.0).exp() / copies  # π(c|s) behind each token
@@ -84,11 +85,11 @@ def _rates(
     gained: Float[Tensor, "batch prefix"], mass: Float[Tensor, "batch prefix"], kappa: float
 ) -> Float[Tensor, "batch response"]:
     """ρ of every prefix but the empty one: (gained + κ ρ of the parent) / (mass + κ)."""
-    steps, weights = gained.T.contiguous(), (mass + kappa).clamp_min(1e-12).T.contiguous()
-    rate = steps[0] / mass[:, 0].clamp_min(1e-12)
-    for t in range(1, len(steps)):
-        rate = steps[t].add_(rate, alpha=kappa).div_(weights[t])
-    return steps[1:].T
+    weights = (mass + kappa).clamp_min(1e-12)
+    weights[:, 0] = mass[:, 0].clamp_min(1e-12)  # the prompt has no parent
+    factors = kappa / weights
+    factors[:, 0] = 0.0
+    return linear_recurrence(factors, gained / weights)[:, 1:]
 
 
 def _prefix_keys(batch: TokenBatch, inside: Bool[Tensor, "batch response"]) -> Int[Tensor, "batch prefix"]:

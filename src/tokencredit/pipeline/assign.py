@@ -4,17 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tokencredit.batch.masked import by_blocks, kept
 from tokencredit.batch.records import TokenBatch, with_a_column
-from tokencredit.batch.row_ranges import stretches
+from tokencredit.batch.reduce import LocalReducer
+from tokencredit.batch.row_ranges import row_ranges
 from tokencredit.errors import TokenCreditError, shown
+from tokencredit.methods.spec import SCOPES, Scope
+from tokencredit.methods.table import TRANSFORMS
 from tokencredit.pipeline.pipeline import Pipeline, get_pipeline
 from tokencredit.pipeline.steps import Chain, Step
 
-TILE = 1 << 18  # tokens at a time; a float64 temporary of them takes 2 MiB
-Finding = tuple[str, Tensor, Tensor]  # a step, its result, and whether a chosen token of it is not finite
+Finding = tuple[str, Tensor]  # a step and its result
+Looks = list[Tensor]  # a number each, which is finite if what was looked at is
 
 
 def assign_credit(
@@ -26,6 +30,10 @@ def assign_credit(
 
     Responses without a score, and responses without a chosen token, get 0 and act on nothing: the pipeline sees the
     batch without them. This holds for your own functions too.
+
+    Fields keep their dtype, sums are float64, and the result is rounded once. On one device the same batch gives the
+    same bits; on CUDA, where sums over a group are atomic, only under `torch.use_deterministic_algorithms(True)`. On
+    CUDA the host waits once, at the end, for everything that is checked.
 
     Args:
       pipeline: a `Pipeline`, or anything that `Pipeline.parse` reads.
@@ -44,22 +52,21 @@ def assign_credit(
         pipeline = _with_hyperparameters(pipeline, hyperparameters)
     pipeline = Pipeline.parse(pipeline)
     _check_inputs(batch, generator)
-    if not _counts_whole(pipeline, batch):
-        counted = batch.counted.nonzero()[:, 0]
-        credit = assign_credit(pipeline, batch.rows(counted), generator=generator)
-        blank = credit.new_zeros(batch.response_mask.shape)
-        return blank.index_copy_(0, counted, credit)
+    device = batch.response_mask.device
+    if device.type == "mps":  # no float64 there
+        on_cpu = batch.moved(torch.device("cpu"))
+        return assign_credit(pipeline, on_cpu, generator=generator).to(device)
     if batch.response_mask.shape[1] == 0:  # on one rank perhaps: every process makes the same calls
         return assign_credit(pipeline, with_a_column(batch), generator=generator)[:, :0]
-    findings: list[Finding] = []
-    total = torch.zeros_like(batch.response_mask, dtype=torch.float64)
-    with torch.no_grad():
-        for chain in pipeline.chains:
-            total = total + chain.weight * _run(chain, batch, generator, findings)
-        credit = torch.where(batch.response_mask, total, 0.0).float()
-        findings.append(_look(pipeline.name, credit, batch))
-    _refuse_broken(findings, batch.response_mask)
-    return credit
+    fields, alone = _fields_read(pipeline, batch), isinstance(batch.reducer, LocalReducer)
+    if device.type == "cuda" and alone:
+        return _with_one_look(pipeline, batch, fields, generator)
+    if not batch.examine(fields):
+        return _on_counted_rows(pipeline, batch, generator)
+    if alone:
+        return _quickly(pipeline, batch, generator)
+    # Every rank makes the same calls: nothing is computed twice, and nothing is known from an earlier call.
+    return _step_by_step(pipeline, batch.rows(slice(None)), generator)
 
 
 def _with_hyperparameters(pipeline: Any, given: Mapping[str, Any]) -> Pipeline:
@@ -82,45 +89,142 @@ def _check_inputs(batch: object, generator: object) -> None:
         )
 
 
-def _counts_whole(pipeline: Pipeline, batch: TokenBatch) -> bool:
-    """Whether every response counts; refuses fields that the pipeline reads and the batch lacks or holds wrongly."""
+def _fields_read(pipeline: Pipeline, batch: TokenBatch) -> tuple[str, ...]:
+    """The fields that the pipeline reads; refuses those that the batch lacks."""
     requires = sorted(pipeline.requires)
     for name in requires:
         if getattr(batch, name, None) is None:
             batch.require(name)  # which says what fills it
     reads_host = any(chain.estimator.spec.is_host_baseline for chain in pipeline.chains)
-    return batch.examine((*requires, *(("host_advantages",) if reads_host else ())))
+    return (*requires, *(("host_advantages",) if reads_host else ()))
 
 
-def _run(
-    chain: Chain, batch: TokenBatch, generator: torch.Generator | None, findings: list[Finding]
+def _on_counted_rows(
+    pipeline: Pipeline, batch: TokenBatch, generator: torch.Generator | None
 ) -> Float[Tensor, "batch response"]:
-    base = _checked(chain.estimator, _in_tiles(chain.estimator, (batch,), generator, None), batch)
-    findings.append(_look(chain.estimator.name, base, batch))
-    advantages = base
+    counted = batch.counted.nonzero()[:, 0]
+    credit = assign_credit(pipeline, batch.rows(counted), generator=generator)
+    return credit.new_zeros(batch.response_mask.shape).index_copy_(0, counted, credit)
+
+
+def _with_one_look(
+    pipeline: Pipeline, batch: TokenBatch, fields: Sequence[str], generator: torch.Generator | None
+) -> Float[Tensor, "batch response"]:
+    """Compute as if every response counted and every value were sound, and ask the device once whether it is so."""
+    state = None if generator is None else generator.get_state()
+    trusted = batch.rows(slice(None))
+    trusted.trust(fields)
+    try:
+        credit, is_sound = _compute(pipeline, trusted, generator)
+        every, *refused, sound = torch.cat((batch.look(fields), is_sound[None])).tolist()
+    except Exception:
+        if batch.examine(fields):  # the fault is not in the values
+            raise
+        every, refused, sound = False, [], True
+    if generator is not None and state is not None and not (every and sound):
+        generator.set_state(state)
+    if any(refused) or not every:
+        batch.examine(fields)
+        return _on_counted_rows(pipeline, batch, generator)
+    return credit if sound else _step_by_step(pipeline, batch, generator)
+
+
+def _quickly(
+    pipeline: Pipeline, batch: TokenBatch, generator: torch.Generator | None
+) -> Float[Tensor, "batch response"]:
+    state = None if generator is None else generator.get_state()
+    credit, is_sound = _compute(pipeline, batch, generator)
+    if bool(is_sound):
+        return credit
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return _step_by_step(pipeline, batch, generator)
+
+
+def _compute(
+    pipeline: Pipeline, batch: TokenBatch, generator: torch.Generator | None
+) -> tuple[Float[Tensor, "batch response"], Bool[Tensor, ""]]:
+    """Credit, some rows at a time where other rows do not act on them, and whether all of it is surely finite.
+
+    Every tile finds the generator as the whole would: draws are a function of it and of the row's own tokens.
+    """
+    looks: Looks = []
+    in_blocks = all(step.spec.in_blocks for chain in pipeline.chains for step in chain.active)
+    tiles = [] if in_blocks else row_ranges(batch, _scope(pipeline, batch))
+    with torch.no_grad():
+        if len(tiles) < 2:
+            credit = _masked_sum(pipeline, batch, generator, looks)
+        else:
+            credit = torch.empty(batch.response_mask.shape, dtype=torch.float32)
+            state = None if generator is None else generator.get_state()
+            for tile in tiles:
+                if generator is not None and state is not None:
+                    generator.set_state(state)
+                credit[tile] = _masked_sum(pipeline, batch.whole_groups(tile), generator, looks)
+    return credit, torch.stack(looks).isfinite().all()
+
+
+def _scope(pipeline: Pipeline, batch: TokenBatch) -> Scope:
+    """The largest unit of rows that act on each other. What the host computed acts on nothing."""
+    steps = [step for chain in pipeline.chains for step in chain.active]
+    if batch.host_advantages is not None:
+        steps = [step for step in steps if not step.spec.is_host_baseline]
+    return max((step.scope for step in steps), key=SCOPES.index, default="token")
+
+
+def _masked_sum(
+    pipeline: Pipeline, batch: TokenBatch, generator: torch.Generator | None, looks: Looks
+) -> Float[Tensor, "batch response"]:
+    """The weighted sum of the chains, 0 outside the mask, rounded to float32; what is finite in it is noted."""
+    total: Any = None
+    for chain in pipeline.chains:
+        result = _run(chain, batch, generator, looks)
+        if chain.weight != 1.0 or len(pipeline.chains) > 1:
+            result = chain.weight * result.double()
+        total = result if total is None else total + result
+    last = pipeline.chains[0].active[-1]
+    if len(pipeline.chains) == 1 and last.spec.in_blocks and last.name in TRANSFORMS:  # those are 0 there
+        credit = total.float()
+    else:
+        credit = by_blocks(lambda x: x.float(), batch.response_mask, _column_of(total))
+    looks.append(credit.sum().double())
+    return credit
+
+
+def _column_of(x: Float[Tensor, "batch response"]) -> Float[Tensor, "batch #response"]:
+    """One column where it is spread over all."""
+    return x[:, :1] if x.shape[1] > 1 and x.stride(1) == 0 else x
+
+
+def _run(chain: Chain, batch: TokenBatch, generator: torch.Generator | None, looks: Looks) -> Tensor:
+    """What the last step of a chain returns."""
+    base = advantages = _checked(chain.estimator, _call(chain.estimator, (batch,), generator, None), batch)
     for step in chain.active[1:]:
-        advantages = _checked(step, _in_tiles(step, (advantages, batch), generator, base), batch)
-        findings.append(_look(step.name, advantages, batch))
+        looks.append(_column_of(advantages).sum().double())
+        advantages = _checked(step, _call(step, (advantages, batch), generator, base), batch)
     return advantages
 
 
-def _in_tiles(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:
-    """`_call`, on some rows at a time where other rows do not act on them: temporaries stay in the cache.
+def _step_by_step(
+    pipeline: Pipeline, batch: TokenBatch, generator: torch.Generator | None
+) -> Float[Tensor, "batch response"]:
+    """The credit, or an error that names the first step which gave a number that is not finite.
 
-    Every tile finds the generator as the call would: draws are a function of it and of the row's own tokens.
+    It looks at each number; a sum of large ones need not be finite.
     """
-    batch: TokenBatch = inputs[-1]
-    tiles = stretches(batch, step.scope, TILE)
-    if len(tiles) < 2:
-        return _call(step, inputs, generator, base)
-    state = None if generator is None else generator.get_state()
-    found = []
-    for tile in tiles:
-        if generator is not None and state is not None:
-            generator.set_state(state)
-        own = (*(value[tile] for value in inputs[:-1]), batch.rows(tile))
-        found.append(_call(step, own, generator, None if base is None else base[tile]))
-    return torch.cat(found)
+    findings: list[Finding] = []
+    total = torch.zeros_like(batch.response_mask, dtype=torch.float64)
+    with torch.no_grad():
+        for chain in pipeline.chains:
+            base = advantages = _checked(chain.estimator, _call(chain.estimator, (batch,), generator, None), batch)
+            findings.append((chain.estimator.name, base))
+            for step in chain.active[1:]:
+                advantages = _checked(step, _call(step, (advantages, batch), generator, base), batch)
+                findings.append((step.name, advantages))
+            total = total + chain.weight * advantages.double()
+        credit = kept(total, batch.response_mask).float()
+    _refuse_broken([*findings, (pipeline.name, credit)], batch.response_mask)
+    return credit
 
 
 def _call(step: Step, inputs: tuple[Any, ...], generator: torch.Generator | None, base: Tensor | None) -> Tensor:
@@ -147,17 +251,13 @@ def _checked(step: Step, result: object, batch: TokenBatch) -> Tensor:
             f"{step.name} must return real numbers on {batch.response_mask.device}, got {result.dtype} on "
             f"{result.device}"
         )
-    return result.double()
-
-
-def _look(name: str, result: Tensor, batch: TokenBatch) -> Finding:
-    return name, result, (batch.response_mask & ~(result.abs() < torch.inf)).any()
+    return result if result.dtype in (torch.float32, torch.float64) else result.double()
 
 
 def _refuse_broken(findings: Sequence[Finding], mask: Tensor) -> None:
     """Raise for the first step that gave a number that is not finite; one copy to the host for all steps."""
-    flags = torch.stack([flag for _, _, flag in findings]).tolist()
-    for (name, result, _), is_broken in zip(findings, flags, strict=True):
+    flags = torch.stack([(mask & ~torch.isfinite(result)).any() for _, result in findings]).tolist()
+    for (name, result), is_broken in zip(findings, flags, strict=True):
         if is_broken:
             row, column = (mask & ~torch.isfinite(result)).nonzero()[0].tolist()
             raise TokenCreditError(

@@ -52,7 +52,7 @@ from tokencredit.collect.models import is_sharded
 from tokencredit.collect.rollout import Rollout
 from tokencredit.collect.table import fields_of, resolve_options
 from tokencredit.collect.teacher.prompts import first_rows
-from tokencredit.diagnostics.summary import credit_metrics
+from tokencredit.diagnostics.summary import CreditSums, credit_sums
 from tokencredit.pipeline.assign import assign_credit
 from tokencredit.pipeline.pipeline import Pipeline
 
@@ -115,6 +115,7 @@ class CreditGRPOTrainer(GRPOTrainer):
         self._rewards: Tensor | None = None
         self._inside: Scoring | Updating | None = None  # what TRL is doing, where its passes serve us
         self._taps = PassTaps((), options)
+        self._unread: list[CreditSums] = []  # of micro-batches since the last log
         super().__init__(*args, **kwargs)
         self.reward_funcs: list[Any] = guard_rewards(self.reward_funcs)  # also those of environments
         if not self.use_vllm and getattr(self, "rollout_func", None) is None:
@@ -369,13 +370,20 @@ class CreditGRPOTrainer(GRPOTrainer):
 
     # -- side tap ------------------------------------------------------------------------------------------------------
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the numbers of the credit, which wait on the device until somebody reads them."""
+        unread, self._unread = self._unread, []
+        for sums in unread:
+            for name, value in sums.numbers().items():
+                self._metrics["train"][name].append(value)
+        super().log(logs, start_time)
+
     def _tap(self, batch: TokenBatch, inputs: dict[str, Any]) -> None:
         """Log and store what the first update of a rollout batch is trained on."""
         advantages = inputs["advantages"].detach().to(batch.response_mask.device)
         if advantages.ndim == 1:
             advantages = torch.where(batch.response_mask, advantages[:, None].expand(batch.response_mask.shape), 0.0)
-        for name, value in credit_metrics(batch, advantages, batch.host_advantages).items():
-            self._metrics["train"][name].append(value)
+        self._unread.append(credit_sums(batch, advantages, batch.host_advantages))
         if self._recorder is not None and self._recorder.records(self.state.global_step):
             config, pieces = self.pipeline.to_config(), self.args.steps_per_generation
             self._recorder.add(batch, advantages, inputs[RowKeys.ROW], prompt_rows(inputs), config, pieces)

@@ -18,6 +18,7 @@ from tokencredit.methods.spec import Alias, MethodSpec, Rows, at
 GAP = frozenset({"teacher_logprobs", "old_logprobs"})
 IW_OPD = "arXiv:2606.22600"
 TILE = 256  # tokens of `teacher_confidence` at a time: bounds its windows to [batch, TILE, window]
+ROOM = 1 << 27  # numbers in the windows that a GPU sorts at once
 FEW = 16  # of the largest values of a window: up to here they are carried along, above they are selected anew
 
 
@@ -78,10 +79,12 @@ def teacher_confidence(
 
 def _worst_means(surprise: Float[Tensor, "batch response"], window: int, q: float) -> Float[Tensor, "batch response"]:
     """Q of every token; where the windows are full and few values count, in time that does not grow with the window."""
-    width = surprise.shape[1]
+    width, on_cpu = surprise.shape[1], surprise.device.type == "cpu"
     few = int(_wanted(torch.tensor(window), q))
-    full = window if few <= FEW and window < width else width  # the first token with a full window
-    parts = [_worst_mean(surprise[:, :full], start, window, q) for start in range(0, full, TILE)]
+    # The first token with a full window; a GPU selects anew, in few launches.
+    full = window if on_cpu and few <= FEW and window < width else width
+    tile = TILE if on_cpu else max(TILE, ROOM // max(1, len(surprise) * window))
+    parts = [_worst_mean(surprise[:, :full], start, tile, window, q) for start in range(0, full, tile)]
     if full < width:
         parts.append(_full_windows(surprise[:, :-1], window, few).clamp_min(0.0) / few)
     return torch.cat(parts, 1) if parts else surprise
@@ -121,15 +124,21 @@ def _wanted(seen: Int[Tensor, "*tile"], q: float) -> Int[Tensor, "*tile"]:
     return share_of(1.0 - q, seen).floor().long().clamp_min(1)
 
 
-def _worst_mean(surprise: Float[Tensor, "batch response"], start: int, window: int, q: float) -> Tensor:
-    """Q of the tokens start … start + TILE − 1, [batch, tile]."""
-    stop = min(start + TILE, surprise.shape[1])
+def _worst_mean(
+    surprise: Float[Tensor, "batch response"], start: int, tile: int, window: int, q: float
+) -> Float[Tensor, "batch tile"]:
+    """Q of the tokens start … start + tile − 1."""
+    stop = min(start + tile, surprise.shape[1])
     first = start - window
     left = surprise[:, max(first, 0) : max(stop - 1, 0)]
     left = torch.nn.functional.pad(left, (max(-first, 0), 0), value=-torch.inf)
     seen = torch.arange(start, stop, device=surprise.device).clamp(max=window)
     wanted = _wanted(seen, q)
-    largest = left.unfold(1, window, 1).topk(min(window, int(wanted.max())), dim=2).values.clamp_min(0.0)
+    largest = (
+        left.unfold(1, window, 1)
+        .topk(int(_wanted(torch.tensor(min(stop - 1, window)), q)), dim=2)
+        .values.clamp_min(0.0)
+    )
     total = largest.cumsum(2).gather(2, (wanted - 1).expand(surprise.shape[0], -1)[..., None])[..., 0]
     return total / wanted
 

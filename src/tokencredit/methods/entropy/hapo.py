@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, unit_moments
+from tokencredit.batch.masked import by_blocks, chosen, level, minus, unit_moments
 from tokencredit.batch.records import TokenBatch
 from tokencredit.methods.selection import rescale_mass
 from tokencredit.methods.spec import SCOPES, MethodSpec, Rows, Scope, at
@@ -49,15 +49,21 @@ def entropy_capacity(  # noqa: PLR0913 - the named options of one published form
     this is version 1's formula. Not stated there and ours: σ is the population std plus 1e-6, moments pool tokens.
     """
     mask = batch.response_mask
-    a = chosen(advantages, mask)
-    moments = unit_moments(batch.require("entropies"), batch, stats)
-    z = (chosen(batch.require("entropies"), mask) - moments.mean) / (moments.std + EPS)
+    a = level(advantages, mask)
+    entropies = batch.require("entropies")
+    moments = unit_moments(entropies, batch, stats)
     # Filled, not `where` of two numbers: that would be float32.
     strength = torch.full_like(a, alpha).masked_fill(a < 0, alpha if alpha_negative is None else alpha_negative)
     bound = a.abs() / phi if scale == "advantage" else torch.full_like(a, 1.0 / phi)
-    score = z.clamp(-bound, bound) * (1.0 if scale == "advantage" else a.abs())
-    credit = chosen(a + strength * (a.sign() if signed else 1.0) * score, mask)
-    return credit if renorm == "none" else rescale_mass(credit, a, batch, renorm)
+    push = strength * (a.sign() if signed else 1.0) * (1.0 if scale == "advantage" else a.abs())
+
+    def formula(h: Tensor, mean: Tensor, width: Tensor, bound: Tensor, push: Tensor, a: Tensor) -> Tensor:
+        z = minus(h, mean)
+        z = z.div_(width.to(z.dtype))
+        return z.maximum(-bound).minimum(bound) * push + a  # `clamp` between tensors takes four times as long
+
+    credit = by_blocks(formula, mask, entropies, moments.mean, moments.std + EPS, bound, push, a)
+    return credit if renorm == "none" else rescale_mass(credit, a.expand_as(credit), batch, renorm)
 
 
 def capacity_scope(hyperparameters: Mapping[str, Any]) -> Scope:
@@ -92,6 +98,7 @@ ROWS = Rows(
         domains={"phi": "(0, inf)"},
         limits=(at(alpha=0.0, alpha_negative=None),),
         keeps_sign=True,
+        in_blocks=True,
     ),
     MethodSpec(reward_capacity, "-", requires=ENTROPIES, scope="group", limits=(at(alpha=0.0),), keeps_sign=True),
     presets={

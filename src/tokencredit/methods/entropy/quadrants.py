@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, response_lengths, unit_moments
+from tokencredit.batch.masked import chosen, group_sums, picked, response_lengths, row_sums
 from tokencredit.batch.records import TokenBatch
-from tokencredit.batch.reduce import group_totals
 from tokencredit.methods.selection import Normalize, keep_selected
 from tokencredit.methods.spec import MethodSpec, Rows, Scope
 
@@ -71,24 +70,43 @@ def high_entropy(batch: TokenBatch, *, threshold: Threshold = "pooled") -> Bool[
     them in floating point, so μ is clamped into [min H, max H] of the group: constant entropies are all high.
     """
     mask = batch.response_mask
-    entropies = chosen(batch.require("entropies"), mask)
-    mean = unit_moments(entropies, batch, "group").mean if threshold == "pooled" else _mean_of_means(entropies, batch)
-    largest = _group_maximum(torch.where(mask, entropies, -torch.inf).amax(1), batch)
-    return mask & (entropies >= torch.minimum(mean, largest[:, None]))
+    entropies = picked(batch.require("entropies"), mask)
+    n, total = response_lengths(mask).double(), row_sums(entropies)
+    largest = torch.where(mask, entropies, entropies.new_full((), -torch.inf)).amax(1)
+    mean = _mean_of_means(total, n, batch) if threshold == "response_means" else None
+    return mask & (entropies >= group_threshold(total, n, largest, batch, mean))
 
 
-def _mean_of_means(entropies: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch 1"]:
-    length = response_lengths(batch.response_mask)
-    means = entropies.sum(1, keepdim=True) / length.clamp_min(1)
-    stats = torch.cat((means, (length > 0).double()), dim=1)
-    total, count = group_totals(stats, batch.group_ids, batch.reducer).unbind(1)
-    return (total / count.clamp_min(1.0))[:, None]
+def group_threshold(
+    total: Float[Tensor, "batch 1"],
+    tokens: Float[Tensor, "batch 1"],
+    largest: Float[Tensor, " batch"],
+    batch: TokenBatch,
+    mean: Float[Tensor, "batch 1"] | None = None,
+) -> Float[Tensor, "batch 1"]:
+    """From where on an entropy is high, of each row: from Σ H, tokens and greatest H of the rows."""
+    if mean is None:
+        whole, count = group_sums(torch.cat((total, tokens), 1), batch).split(1, dim=1)
+        mean = whole / count.clamp_min(1.0)
+    least = torch.minimum(mean, _group_maximum(largest.double(), batch)[:, None])
+    if largest.dtype == torch.float64:
+        return least
+    # The first float32 that is not below it: comparing in float32 then decides as in float64.
+    rounded = least.float()
+    return torch.where(rounded < least, rounded.nextafter(rounded.new_full((), torch.inf)), rounded)
+
+
+def _mean_of_means(
+    total: Float[Tensor, "batch 1"], tokens: Float[Tensor, "batch 1"], batch: TokenBatch
+) -> Float[Tensor, "batch 1"]:
+    stats = torch.cat((total / tokens.clamp_min(1.0), (tokens > 0).double()), dim=1)
+    means, count = group_sums(stats, batch).split(1, dim=1)
+    return means / count.clamp_min(1.0)
 
 
 def _group_maximum(per_row: Float[Tensor, " batch"], batch: TokenBatch) -> Float[Tensor, " batch"]:
-    labels = batch.reducer.labels(batch.group_ids)
-    index = torch.searchsorted(labels, batch.group_ids)
-    table = per_row.new_full((labels.numel(),), -torch.inf).scatter_reduce(0, index, per_row, "amax")
+    index, count = batch.numbered_groups
+    table = per_row.new_full((count,), -torch.inf).scatter_reduce(0, index, per_row, "amax")
     return batch.reducer.maximum(table)[index]
 
 

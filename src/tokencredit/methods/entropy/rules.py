@@ -6,12 +6,28 @@ Entropies are nats and detached: never an objective.
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokencredit.batch.masked import chosen, compact, positions, response_lengths, spread, unit_sums
+from tokencredit.batch.masked import (
+    by_blocks,
+    chosen,
+    compact,
+    count_chosen,
+    following,
+    group_sums,
+    kept,
+    level,
+    minus,
+    positions,
+    response_lengths,
+    row_sums,
+    spread,
+    unit_sums,
+    unit_totals,
+)
 from tokencredit.batch.records import TokenBatch
-from tokencredit.batch.reduce import extrema, group_totals, kth_smallest, quantile
+from tokencredit.batch.reduce import extrema, kth_smallest, quantile
 from tokencredit.methods.selection import Normalize, count_share, keep_selected
 from tokencredit.methods.spec import Alias, MethodSpec, Rows, at
 
@@ -39,8 +55,8 @@ def top_entropy(
     `top_entropy_quantile` is "quantile" with "all". Deviation: the threshold is the whole batch's.
     """
     mask = batch.response_mask
-    entropies = chosen(batch.require("entropies"), mask)
-    count = batch.reducer.total(mask.sum())
+    entropies = batch.require("entropies").detach()
+    count = batch.reducer.total(count_chosen(mask))
     if int(count) == 0:
         return chosen(advantages, mask)
     if select == "count":
@@ -107,9 +123,9 @@ def gtpo(
 
 def _sum_by_position(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
     """Sum over the rows of a group, position by position; ranks may be padded to different lengths."""
-    width = x.shape[1]
-    longest = int(batch.reducer.maximum(torch.tensor(width, device=x.device)))
-    return group_totals(torch.nn.functional.pad(x, (0, longest - width)), batch.group_ids, batch.reducer)[:, :width]
+    own = x.shape[1]
+    longest = int(batch.reducer.maximum(torch.tensor(own, device=x.device)))
+    return group_sums(torch.nn.functional.pad(x, (0, longest - own)), batch)[:, :own]
 
 
 def _standardize_per_polarity(
@@ -146,16 +162,23 @@ def empg(
     batch. The final centring is that of another group's release (over steps too); the authors' is not known to us.
     """
     mask = batch.response_mask
-    entropies = _step_means(batch.require("entropies"), batch)
+    entropies = batch.require("entropies").detach() if batch.step_ids is None else _step_means(batch)
     least, greatest = extrema(entropies, mask, batch.reducer)
-    span = greatest - least
-    h = torch.where(mask & (span > 0), (entropies - least) / torch.where(span > 0, span, 1.0), 0.0)
-    decay = torch.exp(-k * h)
-    gain = decay / _mean_over_steps(decay, batch).clamp_min(EPS)
-    following = _next_step(h, batch)
-    bonus = torch.where(torch.isnan(following), 0.0, zeta * torch.exp(-k_bonus * following))
-    credit = chosen(chosen(advantages, mask) * gain + bonus, mask)
-    return chosen(credit - _mean_over_steps(credit, batch), mask) if center else credit
+    span = (greatest - least).clamp_min(torch.finfo(entropies.dtype).tiny)  # all equal: every h is 0
+
+    def fall(rate: float, h: Tensor) -> Tensor:
+        return torch.exp(h.sub(least).div_(span).mul_(-rate))
+
+    decay = by_blocks(lambda h: fall(k, h), mask, entropies)
+    mean = _mean_over_steps(decay, batch).clamp_min(EPS)
+
+    def formula(a: Tensor, decay: Tensor, mean: Tensor, *steps: Tensor) -> Tensor:
+        after, has_next = _next_step(*steps)
+        return a * decay.div(mean.to(decay.dtype)) + kept(fall(k_bonus, after).mul_(zeta), has_next)
+
+    steps = (entropies, mask) if batch.step_ids is None else (entropies, mask, _step_index(batch))
+    credit = by_blocks(formula, mask, level(advantages, mask), decay, mean, *steps)
+    return by_blocks(minus, mask, credit, _mean_over_steps(credit, batch), out=credit) if center else credit
 
 
 def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
@@ -168,16 +191,20 @@ def _step_index(batch: TokenBatch) -> Int[Tensor, "batch response"]:
     return spread(starts.long().cumsum(1) - 1, batch.response_mask)
 
 
-def _step_means(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
-    """The mean of `x` over the step of each chosen token."""
+def _step_means(batch: TokenBatch) -> Float[Tensor, "batch response"]:
+    """The mean entropy over the step of each chosen token."""
     step = torch.where(batch.response_mask, _step_index(batch), 0)
-    values = chosen(x, batch.response_mask)
+    values = chosen(batch.require("entropies"), batch.response_mask)
     total = torch.zeros_like(values).scatter_add_(1, step, values)
     return chosen(total.gather(1, step) / _step_sizes(batch).clamp_min(1.0), batch.response_mask)
 
 
 def _mean_over_steps(x: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch 1"]:
-    """The mean over the steps of the batch of the mean of `x` over each step's tokens."""
+    """The mean over the steps of the batch of the mean of `x`, which is 0 outside the mask, over each step's tokens."""
+    if batch.step_ids is None:
+        stats = torch.cat((row_sums(x), response_lengths(batch.response_mask)), dim=1)
+        total, count = unit_totals(stats, batch, "batch").split(1, dim=1)
+        return total / count.clamp_min(1.0)
     share = 1.0 / _step_sizes(batch).clamp_min(1.0)  # what a token counts for in its step
     return unit_sums(x * share, batch, "batch") / unit_sums(share, batch, "batch").clamp_min(1.0)
 
@@ -190,13 +217,19 @@ def _step_sizes(batch: TokenBatch) -> Float[Tensor, "batch response"]:
     return chosen(count.gather(1, step), batch.response_mask)
 
 
-def _next_step(step_values: Float[Tensor, "batch response"], batch: TokenBatch) -> Float[Tensor, "batch response"]:
-    """The value of the next step, NaN on the last one."""
-    mask = batch.response_mask
-    step = torch.where(mask, _step_index(batch), 0)
+def _next_step(
+    step_values: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    step: Int[Tensor, "batch response"] | None = None,
+) -> tuple[Float[Tensor, "batch response"], Bool[Tensor, "batch response"]]:
+    """The value of the next step, and where there is one; without the numbers of the steps, each token is one."""
+    if step is None:
+        return following(step_values, mask)
+    step = torch.where(mask, step, 0)
     wide = step_values.new_full((mask.shape[0], mask.shape[1] + 2), torch.nan)
     wide.scatter_(1, torch.where(mask, step, mask.shape[1] + 1), torch.where(mask, step_values, torch.nan))
-    return wide.gather(1, step + 1)
+    after = wide.gather(1, step + 1)
+    return after, mask & ~after.isnan()
 
 
 ROWS = Rows(
@@ -216,6 +249,7 @@ ROWS = Rows(
         domains={"alpha": "[0, inf)", "kappa": "(0, inf)"},
         limits=(at(alpha=0.0),),
         keeps_sign=True,
+        in_blocks=True,
     ),
     MethodSpec(
         gtpo,
@@ -226,7 +260,12 @@ ROWS = Rows(
         renamed={"normalize": "standardize"},
     ),
     MethodSpec(
-        empg, "arXiv:2509.09265", requires=ENTROPIES, scope="batch", limits=(at(k=0.0, zeta=0.0, center=False),)
+        empg,
+        "arXiv:2509.09265",
+        requires=ENTROPIES,
+        scope="batch",
+        limits=(at(k=0.0, zeta=0.0, center=False),),
+        in_blocks=True,
     ),
     presets={
         "forking_tokens": ["group_normalized", {"top_entropy": {"keep": 0.2, "normalize": "selected"}}],
