@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokencredit.batch import reduce
 from tokencredit.batch.reduce import LOCAL, LocalReducer, extrema, group_totals, kth_smallest, quantile
 from tokencredit.seeds import generator
 
@@ -96,6 +97,24 @@ def test_group_totals_by_hand() -> None:
     expected = torch.tensor([[5.0, 50.0], [2.0, 20.0], [3.0, 30.0], [5.0, 50.0]], dtype=torch.float64)
     torch.testing.assert_close(group_totals(stats, ids), expected)
     assert group_totals(stats[:0], ids[:0]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("most", [1023, 2])
+def test_labels_of_all_ranks_in_one_exchange(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the other rank holds 5, 7 and 9; where two labels fill an exchange, both ranks go for a second
+    exchanges = []
+
+    def all_gather(rows: list[torch.Tensor], padded: torch.Tensor, group: object) -> None:
+        exchanges.append(len(padded) - 1)
+        rows[0].copy_(padded)
+        rows[1].zero_()[:4] = torch.tensor([3, 5, 7, 9])[: len(padded)]
+
+    monkeypatch.setattr(reduce, "FEW_LABELS", most)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    labels = reduce.ProcessGroupReducer().labels(torch.tensor([9, 2, 9, 30]))
+    assert labels.tolist() == [2, 5, 7, 9, 30]
+    assert exchanges == ([1023] if most == 1023 else [2, 3])
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def kept(
     """`x` where the mask is True, 0 elsewhere; detached, in its own dtype. One column stands for all."""
     x = x.detach()
     bits = BITS.get(x.dtype)
-    if bits is None or x.device.type != "cpu":
+    if bits is None or x.device.type != "cpu" or (out is None and x.shape[1] < mask.shape[1]):
         return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
     # Three passes in vector instructions take half as long as one `where`, which has none.
     ones = mask.to(bits) if out is None else out.view(bits).copy_(mask)
@@ -128,20 +128,40 @@ def row_sums(x: Float[Tensor, "batch response"]) -> Float[Tensor, "batch 1"]:
 
 
 def unit_moments(x: Float[Tensor, "batch response"], batch: TokenBatch, unit: str) -> Moments:
-    """Moments of `x` over the chosen tokens of the row's response, group or batch, pooled over tokens."""
+    """Moments of `x` over the chosen tokens of the row's response, group or batch, pooled over tokens.
+
+    One pass: n, Σ (x − s) and Σ (x − s)², s the mean of the first chosen token of each row of the unit. The deviation
+    of s from the mean is at most √n standard deviations, so no digit of a variance is lost to it.
+    """
     mask = batch.response_mask
-    blocks = row_blocks(mask)
-    sums = torch.cat([row_sums(picked(x[rows], mask[rows])) for rows in blocks])
-    stats = torch.cat((sums, response_lengths(mask).double()), dim=1)
-    total, tokens = unit_totals(stats, batch, unit).split(1, dim=1)
-    mean = total / tokens.clamp_min(1.0)
-    norms = [
-        torch.linalg.vector_norm(
-            picked(minus(x[rows], mean[rows]), mask[rows]), dim=1, keepdim=True, dtype=torch.float64
-        )
-        for rows in blocks
-    ]
-    return Moments(mean, (unit_totals(torch.cat(norms).square(), batch, unit) / tokens.clamp_min(1.0)).sqrt(), tokens)
+    x = x.detach() if x.dtype in BITS else x.detach().float()
+    shift = _mean_of_first(x, batch, unit).to(x.dtype)
+    parts = []
+    for rows in row_blocks(mask):
+        moved = kept(x[rows] - shift[rows], mask[rows])
+        norms = torch.linalg.vector_norm(moved, dim=1, keepdim=True, dtype=torch.float64)
+        parts.append(torch.cat((row_sums(moved), norms.square()), 1))
+    stats = torch.cat((torch.cat(parts), response_lengths(mask).double()), 1)
+    total, squares, tokens = unit_totals(stats, batch, unit).split(1, dim=1)
+    count = tokens.clamp_min(1.0)
+    offset = total / count
+    variance = squares / count - offset.square()
+    # What is left of a variance of 0 is rounding.
+    variance = torch.where(variance > 1e-14 * offset.square(), variance, 0.0)
+    return Moments(shift.double() + offset, variance.sqrt(), tokens)
+
+
+def _mean_of_first(x: Float[Tensor, "batch response"], batch: TokenBatch, unit: str) -> Float[Tensor, "batch 1"]:
+    """Mean over the rows of the unit of the first chosen value; 0 where there is none."""
+    mask = batch.response_mask
+    if not mask.shape[1]:
+        return x.new_zeros(len(x), 1, dtype=torch.float64)
+    place = mask.to(torch.uint8).argmax(1, keepdim=True) if has_holes(mask) or not bool(mask[:, 0].all()) else None
+    first = x[:, :1] if place is None else x.gather(1, place)
+    some = mask[:, :1] if place is None else mask.gather(1, place)
+    stats = torch.cat((kept(first, some).double(), some.double()), 1)
+    total, rows = unit_totals(stats, batch, unit).split(1, dim=1)
+    return total / rows.clamp_min(1.0)
 
 
 def minus(x: Float[Tensor, "batch response"], shift: Float[Tensor, "batch 1"]) -> Float[Tensor, "batch response"]:

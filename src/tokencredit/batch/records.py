@@ -225,7 +225,10 @@ class TokenBatch(_Known):
 
     def where_counted(self) -> "TokenBatch":
         """The batch with an empty mask where a response does not count."""
-        return self._changed({"response_mask": self.response_mask & self.counted[:, None]})
+        counted = self.counted
+        if counted.device.type == "cpu" and bool(counted.all()):
+            return self._changed({})
+        return self._changed({"response_mask": self.response_mask & counted[:, None]})
 
     def _changed(self, changes: Mapping[str, Tensor]) -> "TokenBatch":
         """The batch with other tensors, not checked again."""

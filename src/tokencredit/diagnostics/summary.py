@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokencredit.batch.masked import (
+    chosen,
     group_sums,
     has_holes,
-    kept,
     picked,
     positions,
     response_lengths,
@@ -142,9 +142,8 @@ def _credit_rows(
 ) -> dict[str, Float[Tensor, " batch"]]:
     """Of each response: tokens, those with credit, Σ|Â|, Σ Â, least and greatest Â, flips against the base, shape."""
     places = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=torch.float64)
-    columns = torch.stack((torch.ones_like(places), places), 1)
     found = [
-        _credit_block(advantages[rows], mask[rows], columns, None if base is None else base[rows])
+        _credit_block(advantages[rows], mask[rows], places, None if base is None else base[rows])
         for rows in row_blocks(mask)
     ]
     return {name: torch.cat([block[name] for block in found]) for name in found[0]}
@@ -153,34 +152,32 @@ def _credit_rows(
 def _credit_block(
     advantages: Float[Tensor, "batch response"],
     mask: Bool[Tensor, "batch response"],
-    columns: Float[Tensor, "response 2"],
+    places: Float[Tensor, " response"],
     base: Float[Tensor, " batch"] | None,
 ) -> dict[str, Float[Tensor, " batch"]]:
     a, n = picked(advantages, mask), response_lengths(mask)[:, 0].double()
     ordered = sorted_rows(a.abs())  # what is not chosen is 0 and comes first
-    wide = ordered.double()
-    mass, placed = (wide @ columns).unbind(1)
-    width = mask.shape[1]
+    wide, width = ordered.double(), mask.shape[1]
+    mass, placed = torch.mv(wide, torch.ones_like(places)), torch.mv(wide, places)
     # Σ (2i − n − 1) w₍ᵢ₎ with places that start behind the width − n zeros.
     skew = 2.0 * placed - (2.0 * width - n + 1.0) * mass
-    squares = torch.linalg.vecdot(wide, wide)
-    if not width:
-        least = greatest = mass
-    else:
-        least, greatest = (end.double() for end in a.aminmax(dim=1))
+    squares = _squares(ordered)
+    least = greatest = smallest = mass
+    if width:
+        least, greatest = a.amin(1).double(), a.amax(1).double()
         smallest = wide.gather(1, (width - n.long()).clamp(max=width - 1)[:, None])[:, 0]  # |Â| of a chosen token
-        least, greatest = (
-            torch.where(least >= 0, smallest, least),
-            torch.where(greatest <= 0, -smallest, greatest),
-        )
+        least, greatest = torch.where(least >= 0, smallest, least), torch.where(greatest <= 0, -smallest, greatest)
     mixed = (least < 0) & (greatest > 0)
     net = torch.where(least < 0, -mass, mass)
-    if mask.device.type != "cpu" or bool(mixed.any()):
+    if _may_hold(mixed):
         net = torch.where(mixed, row_sums(a)[:, 0], net)
+    credited = torch.where(mass > 0, n, 0.0)
+    if _may_hold((smallest == 0) & (mass > 0)):
+        credited = _count_rows(ordered > 0)
     defined = mass > 0
     found = {
         "tokens": n,
-        "credited": _count_rows(ordered > 0),
+        "credited": credited,
         "mass": mass,
         "net": net,
         "least": least,
@@ -200,10 +197,18 @@ def _flips(
     greatest: Float[Tensor, " batch"],
 ) -> Float[Tensor, " batch"]:
     """How many tokens of a response have credit of the other sign than its base."""
-    possible = ((base > 0) & (least < 0)) | ((base < 0) & (greatest > 0))
-    if a.device.type == "cpu" and not bool(possible.any()):
+    if not _may_hold(((base > 0) & (least < 0)) | ((base < 0) & (greatest > 0))):
         return torch.zeros_like(base)
     return _count_rows(a * base.sign().to(a.dtype)[:, None] < 0)
+
+
+def _may_hold(flags: Bool[Tensor, " batch"]) -> bool:
+    """Whether one of the flags is set; on a GPU, which is not asked, always True."""
+    return flags.device.type != "cpu" or bool(flags.any())
+
+
+def _squares(x: Float[Tensor, "batch response"]) -> Float[Tensor, " batch"]:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
 
 
 def _count_rows(flags: Bool[Tensor, "batch response"]) -> Float[Tensor, " batch"]:
@@ -268,13 +273,21 @@ def _entropy_block(
     h = picked(entropies, mask)
     wide = h.double()
     if has_holes(mask):
-        total, placed = wide.sum(1), torch.linalg.vecdot(wide, kept(positions(mask).double() + 0.5, mask))
+        placed = torch.linalg.vecdot(wide, chosen(positions(mask) + 0.5, mask))
     else:
-        places = torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64) + 0.5
-        total, placed = (wide @ torch.stack((torch.ones_like(places), places), 1)).unbind(1)
-    inside = torch.where(mask, entropies, entropies.new_full((), -torch.inf)).to(h.dtype)
-    largest = inside.amax(1) if mask.shape[1] else total
-    return total, torch.linalg.vecdot(wide, wide), placed, largest
+        placed = torch.mv(wide, torch.arange(mask.shape[1], device=mask.device, dtype=torch.float64) + 0.5)
+    total = torch.mv(wide, torch.ones_like(wide[0]) if len(wide) else wide.new_zeros(mask.shape[1]))
+    return total, _squares(h), placed, _largest(h, mask)
+
+
+def _largest(h: Float[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, " batch"]:
+    """The greatest chosen value of each row; any number where there is none."""
+    if not mask.shape[1]:
+        return h.new_zeros(len(h))
+    largest = h.amax(1)
+    if not _may_hold((largest <= 0) & (h.amin(1) < 0)):  # else the 0 of an unchosen token may be the greatest
+        return largest
+    return torch.where(mask, h, h.new_full((), -torch.inf)).amax(1)
 
 
 def _quadrants_of_rows(
@@ -303,14 +316,13 @@ def _sums_where_high(
     high = mask & (entropies >= least)
     a = picked(advantages, high)
     net = row_sums(a)
-    mass = net.abs() if a.device.type == "cpu" and a.numel() and _has_one_sign(a) else row_sums(a.abs())
+    mass = net.abs() if a.numel() and _has_one_sign(a) else row_sums(a.abs())
     return torch.cat((_count_rows(high)[:, None], mass, row_sums(picked(entropies, high)), net), 1)
 
 
 def _has_one_sign(a: Float[Tensor, "batch response"]) -> bool:
     """Whether no row has both signs."""
-    least, greatest = a.aminmax(dim=1)
-    return not bool(((least < 0) & (greatest > 0)).any())
+    return a.device.type == "cpu" and not _may_hold((a.amin(1) < 0) & (a.amax(1) > 0))
 
 
 def _concentration(sums: dict[str, list[float]]) -> dict[str, float]:

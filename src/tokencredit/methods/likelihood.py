@@ -38,7 +38,7 @@ def surprisal(
     """
 
     def weights(logprobs: Tensor, mask: Tensor) -> Tensor:
-        return score_weights(-logprobs, mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
+        return score_weights(picked(logprobs, mask).neg_(), mask, sharpening=sharpening, mix=mix, floor=floor, cap=cap)
 
     return weigh(advantages, batch, weights, batch.require("old_logprobs"))
 
@@ -138,11 +138,12 @@ def score_weights(
     length = response_lengths(mask)
     largest = scores.amax(1, keepdim=True) if mask.shape[1] else scores.new_zeros(len(scores), 1)
     signal = largest > EPS
-    powers = scores.div_(torch.where(signal, largest, 1.0))
+    powers, least = scores, EPS
     if sharpening != 1.0:
+        powers, least = scores.div_(torch.where(signal, largest, 1.0)), 1.0  # keeps powers of tiny scores apart
         powers = kept(powers.pow_(sharpening), mask)  # 0 to the power 0 is 1
     # n / Σ where there is a signal, then mixed with 1: w = powers · factor + rest, both one number a response.
-    factor = torch.where(signal, mix * length / row_sums(powers).clamp_min(1.0), 0.0).to(powers.dtype)
+    factor = torch.where(signal, mix * length / row_sums(powers).clamp_min(least), 0.0).to(powers.dtype)
     rest = (1.0 - mix * signal.double()).to(powers.dtype)
     weights = powers.mul_(factor)
     is_whole = mix == 1.0 and mask.device.type == "cpu" and bool(signal.all())  # a GPU is not asked

@@ -182,12 +182,14 @@ def _masked_sum(
         if chain.weight != 1.0 or len(pipeline.chains) > 1:
             result = chain.weight * result.double()
         total = result if total is None else total + result
-    last = pipeline.chains[0].active[-1]
+    last, column = pipeline.chains[0].active[-1], _column_of(total)
     if len(pipeline.chains) == 1 and last.spec.in_blocks and last.name in TRANSFORMS:  # those are 0 there
         credit = total.float()
+    elif column.shape != total.shape:
+        credit = kept(column.float(), batch.response_mask)
     else:
-        credit = by_blocks(lambda x: x.float(), batch.response_mask, _column_of(total))
-    looks.append(credit.sum().double())
+        credit = by_blocks(lambda x: x.float(), batch.response_mask, total)
+    looks.append((column.float() if column.shape != total.shape else credit).sum().double())
     return credit
 
 
