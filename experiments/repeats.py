@@ -1,7 +1,7 @@
 """Do several runs of one comparison agree? The same comparison on other pairs of seeds, and on all of them together.
 
-`tokencredit compare --seeds 2` always takes seeds 0 and 1, so its interval is about those two. Here every pair gives the
-interval that `compare` would print for it, and the last line is over all seeds. Killed, it goes on where it was.
+`tokencredit compare --seeds 2` always takes seeds 0 and 1, so its interval is about those two. Here every pair gives
+the interval that `compare` would print for it, and the last line is over all seeds. Killed, it goes on where it was.
 
     python experiments/repeats.py
     python experiments/repeats.py --config examples/quickstart.yaml --credit grpo hapo --first 0 10 20 30 --seeds 2
