@@ -14,7 +14,7 @@ from tokencredit.diagnostics.distillation import (
 )
 from tokencredit.diagnostics.position import position_profile
 from tokencredit.diagnostics.summary import credit_metrics
-from tokencredit.methods.distillation.self_distillation import directed_self_distillation
+from tokencredit.methods.distillation.dasd import directed_self_distillation
 from tokencredit.methods.outcome import group_normalized
 
 NAN = math.nan

@@ -102,6 +102,7 @@ ROWS = Rows(
         scope="group",
         domains={"eps": "[0, inf)"},
         is_host_baseline=True,
+        in_blocks=True,
     ),
     MethodSpec(group_centered, "arXiv:2503.20783", scope="group", in_blocks=True),
     MethodSpec(leave_one_out, "arXiv:2402.14740", scope="group", in_blocks=True),
