@@ -167,7 +167,7 @@ def test_a_reader_does_not_cut_the_log_of_a_writer(tmp_path: Path) -> None:
 
 
 def test_inputs_are_checked_before_the_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokencredit.recipes.signals import compute as signals
+    from tokencredit.recipes.signals import computation as signals
 
     def passed(*arguments, **options):
         raise AssertionError("the model was loaded first")
@@ -292,12 +292,12 @@ def test_foreign_text_reaches_the_terminal_as_text(folder: Path, capsys: pytest.
 
 
 def test_a_dollar_in_a_name_is_text_in_the_pictures() -> None:
-    from tokencredit.recipes.report import _draw_forest, _draw_funnel, _svg
+    from tokencredit.recipes.report import _draw_forest, _draw_funnel, _picture
 
     rows = [{"control": r"cost $\frac{1", "low": -1.0, "high": 1.0, "mean": 0.0}]
-    assert r"cost $\frac{1" in _svg(_draw_forest, rows, {})
+    assert r"cost $\frac{1" in _picture("forest", _draw_forest, rows, {})
     funnel = [{"op": "$x^", "samples": 3}]
-    assert "$x^" in _svg(_draw_funnel, funnel, {"pool": {"samples": 9}})
+    assert "$x^" in _picture("funnel", _draw_funnel, funnel, {"pool": {"samples": 9}})
 
 
 def test_a_pool_of_no_folder_has_no_model() -> None:

@@ -211,7 +211,11 @@ def test_every_page_forbids_loading_anything() -> None:
     assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in frame.read_text()
     framed = [path.name for path in pages if path.read_text().startswith('{% extends "page.html" %}')]
     assert framed == ["recipes.html", "bench.html", "run.html"]
-    assert {path.name for path in pages} - set(framed) == {"page.html", "table.html"}
+    assert {path.name for path in pages} - set(framed) == {"page.html", "table.html", "audit.html"}
+    audit = next(
+        path for path in pages if path.name == "audit.html"
+    )  # a frame of its own, as its script draws the page
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\';' in audit.read_text()
 
 
 def test_axes_show_numbers_in_full() -> None:
