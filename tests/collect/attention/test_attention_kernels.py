@@ -1,40 +1,24 @@
 """The fused attention kernels without a GPU: equal to the blocks in Triton's interpreter, and compiled for two GPUs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_runs import SHARED_MEMORY, run
 
 from tokencredit.collect.attention import fused as attention_fused
 from tokencredit.collect.attention.parts import AttentionRows, Visibility
 
 HERE = Path(__file__).parent
-SHARED_MEMORY = 99 * 1024  # bytes that one block may use on a consumer card; data-centre cards allow 163 KiB and more
 
 pytest.importorskip("triton")
-
-
-def run(script: str, *arguments: object, **environment: str) -> list[str]:
-    """Triton chooses between compiler and interpreter when it is imported, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)],
-        env=os.environ | {"TRITON_DEFAULT_FP_FUSION": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("kind", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_kernels_equal_the_blocks_in_the_interpreter(kind: int) -> None:
     # float32 of width 32, two masks; with the slow tests bfloat16 of width 80, which is padded to 128, and soft-capped
     # scores of width 24, six masks
-    lines = run("kernel_parity.py", kind, TRITON_INTERPRET="1")
+    lines = run(HERE / "kernel_parity.py", kind, TRITON_INTERPRET="1")
     errors = {line.partition(": ")[0]: float(line.partition(": ")[2]) for line in lines}
     assert len(errors) == (2 if kind == 0 else 6)
     assert max(errors.values()) < 5e-5, errors  # mean distances reach 50 tokens, where float32 resolves 4e-6
@@ -51,7 +35,7 @@ def check_compiled(lines: list[str], dtype: str) -> None:
 
 @pytest.mark.parametrize(("capability", "dtype", "width"), [(90, "bf16", 128), (80, "fp32", 16)])
 def test_kernels_compile_without_a_gpu(capability: int, dtype: str, width: int) -> None:
-    check_compiled(run("kernel_compile.py", capability, dtype, width), dtype)
+    check_compiled(run(HERE / "kernel_compile.py", capability, dtype, width), dtype)
 
 
 @pytest.mark.slow
@@ -59,7 +43,7 @@ def test_kernels_compile_without_a_gpu(capability: int, dtype: str, width: int) 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("width", [16, 64, 80, 96, 112, 128, 192, 256])
 def test_every_width_compiles_for_both_generations(capability: int, dtype: str, width: int) -> None:
-    check_compiled(run("kernel_compile.py", capability, dtype, width), dtype)
+    check_compiled(run(HERE / "kernel_compile.py", capability, dtype, width), dtype)
 
 
 def test_a_mask_that_is_no_interval_is_left_to_the_blocks() -> None:
