@@ -1,12 +1,11 @@
 """Section F: `assign_credit` and `credit_metrics` over 16 million tokens that are on the card."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_parts.measure import Bench, Run, table, within
+from gpu_parts.measure import Bench, Run, table
 from tokencredit import assign_credit, get_pipeline
 from tokencredit.batch.records import TokenBatch
 from tokencredit.diagnostics.summary import credit_metrics
@@ -33,7 +32,7 @@ def batch_of(device: torch.device, rows: int, width: int) -> TokenBatch:
 
 
 def credit(bench: Bench) -> None:
-    """F: every kind of method as shipped and without tiles, and what a user would write in float32."""
+    """F: every kind of method as shipped, and what a user would write in float32."""
     rows, width = (4096, 4096) if not bench.tiny else (16, 32)
     batch = batch_of(bench.device, rows, width)
     tokens = rows * width
@@ -43,9 +42,6 @@ def credit(bench: Bench) -> None:
         pipeline = get_pipeline(name)
         run = _assigned(pipeline, batch)
         arms: dict[str, Run] = {name: run}
-        module = sys.modules[assign_credit.__module__]
-        if name == "hapo":
-            arms["hapo, no tiles"] = within(module, run, TILE=1 << 40)
         if name in PLAIN:
             arms[f"{name}, plain float32"] = lambda name=name: PLAIN[name](batch)
         table(bench, "F", bench.time(arms, rounds=3, warm=2), floor_ms)
