@@ -80,6 +80,8 @@ def test_lora_runs(model_folder: Path, tmp_path: Path) -> None:
     config = small_config(model_folder, steps=1, lora={"r": 2, "target_modules": "all-linear"})
     assert run(tmp_path / "run", config)["status"] == "finished"
     assert (tmp_path / "run" / "model" / "adapter_config.json").is_file()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()  # not the empty one that peft writes there
+    assert "tokencredit" in card and "More Information Needed" not in card
 
 
 @pytest.mark.parametrize("credit", ["exact", "arca", "attention", "0.5 * grpo + 0.5 * opd"])

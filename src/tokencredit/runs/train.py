@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencredit import files
+from tokencredit.adapters.trl.card import save_card
 from tokencredit.adapters.trl.trainer import CreditGRPOTrainer
 from tokencredit.errors import TokenCreditError
 from tokencredit.runs import folders, processes
@@ -81,6 +82,8 @@ def train_run(
         trainer.add_callback(RunCallback(folder, config, evaluate, told, stop=stop))
         _train(trainer, checkpoint, stop)
         trainer.save_model(str(folder / "model"))
+        # In place of peft's empty card: what is copied elsewhere is the model's folder.
+        processes.from_main(lambda: save_card(trainer, config.pipeline, folder.name, folder / "model"))
         return processes.from_main(lambda: folders.finish(folder, {"steps": trainer.state.global_step}))
 
 

@@ -16,9 +16,10 @@ HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
-def save_card(trainer: Any, pipeline: Pipeline, model_name: str | None = None) -> None:
-    """Write `README.md` into the trainer's output folder."""
-    write_text(Path(trainer.args.output_dir) / "README.md", card_text(trainer, pipeline, model_name))
+def save_card(trainer: Any, pipeline: Pipeline, model_name: str | None = None, folder: Path | None = None) -> None:
+    """Write `README.md` into `folder`, by default the trainer's output folder."""
+    folder = Path(trainer.args.output_dir) if folder is None else folder
+    write_text(folder / "README.md", card_text(trainer, pipeline, model_name))
 
 
 def card_text(trainer: Any, pipeline: Pipeline, model_name: str | None = None) -> str:
