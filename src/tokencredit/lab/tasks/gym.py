@@ -16,7 +16,7 @@ def _library() -> ModuleType:
     except ImportError as error:
         raise TokenCreditError(
             "the lab's tasks need the package `reasoning-gym`, which is not installed",
-            hint='pip install "tokencredit[lab]"',
+            hint="pip install 'tokencredit[trl]'",
         ) from error
     return reasoning_gym
 
