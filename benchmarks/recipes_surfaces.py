@@ -115,7 +115,7 @@ def surface(name: str) -> Surface:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SyntheticEvaluator:
-    """A surface of known truth plus normal noise that depends on subset, seed and split alone."""
+    """A surface of known truth plus normal noise that depends only on subset, seed and split."""
 
     pool: SyntheticPool
     surface: Surface

@@ -191,8 +191,8 @@ def head(bench: Bench) -> None:
                 left, right = hidden[block : block + 4096], weight[column : column + 32_768]
                 torch.mm(left, right.T, out=room[: len(left), : len(right)])
 
-    measured = bench.time({"floor: products alone": floor}, rounds=3)
-    base = measured["floor: products alone"].ms
+    measured = bench.time({"floor: matrix products only": floor}, rounds=3)
+    base = measured["floor: matrix products only"].ms
     bench.say(f"C  head, {tokens} × {width} × {vocab} bf16: one product {base:.2f} ms")
     frozen = weight.detach()
     score = torch.no_grad()(lambda: head_logprobs(hidden, weight, targets))

@@ -46,7 +46,7 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is the real thing."""
+        """True on a GPU; False on the CPU, where only the script itself is tested."""
         return self.device.type == "cuda"
 
     def size(self, full: int, tiny: int) -> int:

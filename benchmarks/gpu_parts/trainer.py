@@ -90,7 +90,7 @@ class Clock(TrainerCallback):
             self.steps.append(self._now() - self.start)
 
     def watch(self, trainer: Any) -> None:
-        """Time the methods that the credit trainer adds; they wait for the device, in the last step alone."""
+        """Time the methods that the credit trainer adds. In the last step they wait for the device."""
         for name in OURS:
             method = getattr(trainer, name)
             setattr(trainer, name, lambda *args, method=method, **kwargs: self._timed(method, args, kwargs))

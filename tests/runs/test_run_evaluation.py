@@ -17,6 +17,7 @@ from transformers import Trainer
 from tokencredit.collect.prompts import prompt_ids
 from tokencredit.errors import TokenCreditError
 from tokencredit.lab.model import build_model, build_tokenizer
+from tokencredit.lab.sampler import end_ids
 from tokencredit.runs import evaluation, folders, processes, sampling
 from tokencredit.runs.config.load import load_config
 from tokencredit.runs.config.run_config import EvaluationSettings
@@ -107,7 +108,7 @@ def test_every_end_token_ends_a_response() -> None:
     given = material(max_response=30)
     seven = given.tokenizer.convert_tokens_to_ids("7")
     model = tiny(given.tokenizer, eos_token_id=[given.tokenizer.eos_token_id, seven])
-    assert sampling.end_tokens(model, given.tokenizer) == [given.tokenizer.eos_token_id, seven]
+    assert end_ids(model, given.tokenizer) == [given.tokenizer.eos_token_id, seven]
     responses = sampling.sample_responses(model, given, [prompt_ids(given.tokenizer, "1=")], 30)
     assert any(ids[-1] == seven for ids in responses)
     assert all(seven not in ids[:-1] and given.tokenizer.eos_token_id not in ids[:-1] for ids in responses)

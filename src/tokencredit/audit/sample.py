@@ -69,10 +69,6 @@ def sample_rollout(model: Any, tokenizer: Any, problems: Problems, settings: Aud
       TokenCreditError: the tokenizer has no end token, or a prompt and a response exceed the model's context.
     """
     ends = end_ids(model, tokenizer)
-    if not ends:
-        raise TokenCreditError(
-            "neither the tokenizer nor the generation config has an end token", hint="set `tokenizer.eos_token`"
-        )
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in problems.rows]
     _check_context(model, prompts, settings.max_tokens)
     responses = _sample(model, prompts, ends, settings)

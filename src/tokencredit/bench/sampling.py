@@ -15,6 +15,7 @@ from tokencredit.bench.problem import World
 from tokencredit.collect.exact.score import score_trie
 from tokencredit.collect.exact.trie import Trie, build_trie
 from tokencredit.collect.exact.values import PrefixCredit
+from tokencredit.collect.generate import generate_ids
 from tokencredit.seeds import generator
 
 
@@ -99,40 +100,24 @@ def sample_responses(world: World, each: int, *stream: str | int) -> tuple[Tenso
             num_return=each,
         )
         return drawn.ids.cpu(), drawn.mask.cpu()
-    return _generated(world, prompt_ids, prompt_mask, each, stream)
+    return _generated(world, each, stream)
 
 
-def _generated(
-    world: World, prompt_ids: Tensor, prompt_mask: Tensor, each: int, stream: Sequence[str | int]
-) -> tuple[Tensor, Tensor]:
-    """The same through Hugging Face `generate`, which draws from a global generator: it is put back.
-
-    The model's own generation settings, such as a repetition penalty, would change the distribution and are set aside.
-    """
-    from transformers import GenerationConfig
-
-    device, eos = world.device, world.tokenizer.eos_token_id
-    kept = world.model.generation_config
-    world.model.generation_config = GenerationConfig()
-    try:
-        with seeded(device, generator(*stream).initial_seed() % 2**63):
-            output = world.model.generate(
-                input_ids=prompt_ids,
-                attention_mask=prompt_mask.long(),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=world.task.max_response,
-                num_return_sequences=each,
-                eos_token_id=eos,
-                pad_token_id=eos,
-            )
-    finally:
-        world.model.generation_config = kept
-    ids = output[:, prompt_ids.shape[1] :].cpu()
-    ended = (ids == eos).long().cumsum(1)
-    return ids, (ended == 0) | ((ids == eos) & (ended == 1))
+def _generated(world: World, each: int, stream: Sequence[str | int]) -> tuple[Tensor, Tensor]:
+    """The same through Hugging Face `generate`, which draws from a global generator: it is put back."""
+    with seeded(world.device, generator(*stream).initial_seed() % 2**63):
+        rows = generate_ids(
+            world.model,
+            world.prompts,
+            max_new_tokens=world.task.max_response,
+            ends=[world.tokenizer.eos_token_id],
+            samples=each,
+        )
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), world.tokenizer.eos_token_id)
+    for place, row in zip(ids, rows, strict=True):
+        place[: len(row)] = torch.tensor(row)
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 @contextmanager

@@ -41,12 +41,15 @@ def generate_ids(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     plain = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, bos_token_id=pad, **sampling
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=samples,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        bos_token_id=pad,
+        **sampling,
     )
     with eval_mode(model), _instead_of_shipped(model, plain):
-        whole = model.generate(
-            input_ids=ids, attention_mask=mask.long(), generation_config=plain, num_return_sequences=samples
-        )
+        whole = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=plain)
     return [until_end(row, ends) for row in whole[:, ids.shape[1] :].tolist()]
 
 

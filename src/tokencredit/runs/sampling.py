@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from tokencredit.collect.generate import generate_ids
+from tokencredit.lab.sampler import end_ids
+
 ROWS = 64  # responses per call of `generate` without a trainer
 
 
@@ -92,50 +95,7 @@ def _generate_by(trainer: Any, rows: list[list[int]], samples: int) -> list[list
     return [[int(token) for token in ids] for ids in found]
 
 
-@torch.no_grad()
 def _generate(model: Any, material: Any, rows: list[list[int]]) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    model.eval()
-    tokenizer = material.tokenizer
-    ends = end_tokens(model, tokenizer)
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=material.max_response,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    with _instead_of_shipped(model, plain):
-        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
-    return [_until_end(row, ends) for row in whole[:, width:].tolist()]
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's, and those of the model's generation_config."""
-    shipped = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = shipped if isinstance(shipped, list | tuple) else [shipped]
-    return [int(token) for token in dict.fromkeys([tokenizer.eos_token_id, *more]) if token is not None]
-
-
-@contextlib.contextmanager
-def _instead_of_shipped(model: Any, config: Any) -> Iterator[None]:
-    """Replace the model's generation_config: `generate` fills in from it whatever a request leaves out."""
-    shipped = getattr(model, "generation_config", None)
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = shipped
-
-
-def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    first = next((place for place, token in enumerate(ids) if token in ends), None)
-    return ids if first is None else ids[: first + 1]
+    ends = end_ids(model, material.tokenizer)
+    pad = material.tokenizer.pad_token_id
+    return generate_ids(model, rows, max_new_tokens=material.max_response, ends=ends, pad=pad)

@@ -7,13 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from tokencredit.collect.generate import generate_ids, pad_left
 from tokencredit.collect.models import eval_mode
 from tokencredit.lab import sampler
 from tokencredit.recipes.evaluate.problems import Problem
 from tokencredit.recipes.evaluate.records import Metrics, TaskScore
 from tokencredit.recipes.pool.encode import encode_prompt
 from tokencredit.recipes.signals.forward import score_samples
-from tokencredit.recipes.signals.load import Scorer, pad_rows
+from tokencredit.recipes.signals.load import Scorer
 from tokencredit.seeds import derive
 
 Scores = Sequence[float | None]  # None where no answer can be read: wrong, and counted
@@ -72,10 +73,9 @@ def generate(settings: GenerationSettings, model: Any, tokenizer: Any, prompts: 
     texts: dict[int, str] = {}
     for start in range(0, len(order), settings.eval_batch):
         batch = order[start : start + settings.eval_batch]
-        ids, real = pad_rows([encode_prompt(tokenizer, prompts[row]) for row in batch], pad, left=True)
-        device = next(model.parameters()).device  # the trainer has moved the model to its device
+        encoded = [encode_prompt(tokenizer, prompts[row]) for row in batch]
         with eval_mode(model):
-            new_ids = _greedy(model, ids.to(device), real.to(device), ends, pad, settings.max_new_tokens)
+            new_ids = _greedy(model, encoded, ends, pad, settings.max_new_tokens)
         for row, tokens in zip(batch, new_ids, strict=True):
             stop = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
             texts[row] = tokenizer.decode(tokens[:stop], skip_special_tokens=True)
@@ -83,30 +83,17 @@ def generate(settings: GenerationSettings, model: Any, tokenizer: Any, prompts: 
 
 
 @torch.no_grad()
-def _greedy(
-    model: Any, ids: torch.Tensor, real: torch.Tensor, ends: list[int], pad: int, steps: int
-) -> list[list[int]]:
-    """The most probable continuation of each row, with whatever follows its end token."""
-    from transformers import GenerationConfig
-
-    if sampler.unsupported(model) is None:
-        new = sampler.sample(
-            model,
-            ids,
-            real.bool(),
-            max_new_tokens=steps,
-            eos_token_id=ends,
-            generator=torch.Generator().manual_seed(derive("greedy")),
-            temperature=0.0,
-        )
-        return [tokens[kept].tolist() for tokens, kept in zip(new.ids, new.mask, strict=True)]
-    shipped = model.generation_config
-    # `generate` fills what a call leaves open from the model's own config, so that one is set aside.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=steps, do_sample=False, eos_token_id=ends, pad_token_id=pad
+def _greedy(model: Any, prompts: Sequence[list[int]], ends: list[int], pad: int, steps: int) -> list[list[int]]:
+    """The most probable continuation of each prompt, with whatever follows its end token."""
+    if sampler.unsupported(model) is not None:
+        return generate_ids(model, prompts, max_new_tokens=steps, ends=ends, temperature=0.0, pad=pad)
+    device = next(model.parameters()).device  # the trainer has moved the model to its device
+    new = sampler.sample(
+        model,
+        *pad_left(prompts, device, pad),
+        max_new_tokens=steps,
+        eos_token_id=ends,
+        generator=torch.Generator().manual_seed(derive("greedy")),
+        temperature=0.0,
     )
-    try:
-        out = model.generate(input_ids=ids, attention_mask=real.long())
-    finally:
-        model.generation_config = shipped
-    return [list(row) for row in out[:, ids.shape[1] :].tolist()]
+    return [tokens[kept].tolist() for tokens, kept in zip(new.ids, new.mask, strict=True)]

@@ -75,14 +75,13 @@ class Scorer:
             yield batch, *self.pad([encoded[row].ids for row in batch])
 
 
-def pad_rows(rows: Sequence[list[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Pad ids on the right or on the left to [batch, length]; also the mask of real tokens, 0 and 1."""
+def pad_rows(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Pad ids on the right to [batch, length]; also the mask of real tokens, 0 and 1."""
     ids = torch.full((len(rows), max(map(len, rows))), pad)
     real = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):
-        place = slice(ids.shape[1] - len(tokens), None) if left else slice(len(tokens))
-        ids[row, place] = torch.tensor(tokens)
-        real[row, place] = 1
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        real[row, : len(tokens)] = 1
     return ids, real
 
 
