@@ -158,9 +158,10 @@ def success_curves(runs: Sequence[Run]) -> list[Curve]:
 
 
 def metric_curves(runs: Sequence[Run], values: Callable[[Run], Mapping[int, float]]) -> list[Curve]:
-    """A number of every training step, averaged over stretches of steps; intervals over seeds.
+    """A number of every training step, averaged over stretches of steps; bands from the least to the greatest seed.
 
-    `values(run)` is step → number. A point is the mean over the seeds that reached it.
+    `values(run)` is step → number. A point is the mean over the seeds that reached it. Sixty t intervals from two seeds
+    would cover the picture and say nothing, so a band only shows what the seeds did.
     """
     per_run = {id(run): values(run) for run in runs}
     last = max((step for series in per_run.values() for step in series), default=0)
@@ -171,7 +172,7 @@ def metric_curves(runs: Sequence[Run], values: Callable[[Run], Mapping[int, floa
         for run in group:
             for centre, value in _mean_by_stretch(per_run[id(run)], width).items():
                 binned.setdefault(centre, []).append(value)
-        curves.append(_curve(label, dict(sorted(binned.items()))))
+        curves.append(_curve(label, dict(sorted(binned.items())), _range_of_seeds))
     return [curve for curve in curves if curve.steps]
 
 
@@ -183,9 +184,16 @@ def _mean_by_stretch(series: Mapping[int, float], width: int) -> dict[float, flo
     return {(number + 0.5) * width - 0.5: float(np.mean(values)) for number, values in bins.items()}
 
 
-def _curve(label: str, points: Mapping[Any, Values]) -> Curve:
+def _range_of_seeds(values: Values) -> Interval:
+    """Mean, least and greatest of the seeds; no band for one seed."""
+    numbers = np.asarray(values, dtype=float)
+    low, high = (numbers.min(), numbers.max()) if len(numbers) > 1 else (math.nan, math.nan)
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def _curve(label: str, points: Mapping[Any, Values], interval: Callable[[Values], Interval] = seed_interval) -> Curve:
     """A curve from step → values of the seeds at it."""
-    intervals = [seed_interval(values) for values in points.values()]
+    intervals = [interval(values) for values in points.values()]
     columns = list(zip(*intervals, strict=True)) or [(), (), ()]
     return Curve(label, [float(step) for step in points], *(list(column) for column in columns))
 
