@@ -3,8 +3,6 @@
 import math
 from pathlib import Path
 
-import pytest
-
 from tokencredit.report.run_page.folders import Line, Run
 from tokencredit.report.run_page.results import as_json, metric_curves, results, success_curves
 
