@@ -61,7 +61,7 @@ MOVED = {
     "adapters.trl_batch": "adapters.trl.batch",
     "adapters.trl_card": "adapters.trl.card",
     "adapters.trl_checks": "adapters.trl.checks",
-    "adapters.trl_collectors": "adapters.trl.collectors",
+    "adapters.trl_collectors": "collect.collectors",
     "adapters.trl_passes": "adapters.trl.passes",
     "adapters.trl_rewards": "adapters.trl.rewards",
     "adapters.trl_sampling": "adapters.trl.sampling",

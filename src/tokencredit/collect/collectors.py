@@ -57,9 +57,13 @@ def importances_of(
         missing = sum(after not in text for text in texts)
         rollout.metrics["importances_without_marker"] = missing / max(len(texts), 1)
 
-    def measure(part: Rollout) -> Tensor:
-        pieces = None if after is None else batch_token_texts(part.tokenizer, part.responses())
-        answer = answer_mask(part.response_mask, pieces, after, tail)
-        return answer_importances(part.model, part.sequences(), answer=answer, layer=layer)
+    return rollout.in_parts(lambda part: _importances(part, after=after, tail=tail, layer=layer))
 
-    return rollout.in_parts(measure)
+
+def _importances(part: Rollout, *, after: str | None, tail: int, layer: int | None) -> Float[Tensor, "batch response"]:
+    pieces = None
+    if after is not None:
+        rows = zip(part.response_ids, part.response_mask, strict=True)
+        pieces = batch_token_texts(part.tokenizer, [ids[mask].tolist() for ids, mask in rows])
+    answer = answer_mask(part.response_mask, pieces, after, tail)
+    return answer_importances(part.model, part.sequences(), answer=answer, layer=layer)
