@@ -207,8 +207,8 @@ def _agreement(audit: Audit) -> dict[str, dict[str, str]]:
     cells: dict[str, dict[str, str]] = {name: {} for name in audit.advantages}
     for name, other in combinations(audit.advantages, 2):
         first, second = audit.advantages[name], audit.advantages[other]
-        overlap = mean_over_responses(top_overlap(first, second, mask)).value
-        text = f"{_number(agreement(first, second, mask).value)} ({_number(overlap * 100, 0)} %)"
+        correlation, overlap = agreement(first, second, mask), mean_over_responses(top_overlap(first, second, mask))
+        text = f"{correlation.value:.2f} ({overlap.value:.0%})" if correlation.responses else "–"
         cells[name][other] = cells[other][name] = text
     return cells
 
